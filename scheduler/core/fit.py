@@ -1,0 +1,393 @@
+"""The one fit rule: does this shape go on this host now, on which GPUs, and what does it add in watts.
+
+Two forms of the same rule, compared by a property test: `fit_kernel` (numba, rows of the planner's state) and
+`fits_one`
+(plain ints: what the committer calls on a host that it has locked). Stages are tested in the order of `Reason`; the
+first
+that fails is the answer. The GPU choice is deterministic:
+    shares: an active device before an idle one (it costs no activation watts), then the least free, then the lowest
+    index;
+    whole devices: the smallest NVLink domain with enough idle devices (if asked for), then the lowest indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from scheduler.core.types import BLOCKING, I16, I32, I64, MAX_GPUS, NO_NODE, WHOLE, Fleet, HostFlag, Reason, Request
+
+# Columns of a state row (int64) and of a request vector (int64).
+CPU, RAM, NVME, MODEL, NGPU, ACTIVE, CPU_ONLY, POOL, SITE, OWNER, NODE, FLAGS = range(12)
+STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, RANK, SPARE = range(12, 24)
+HOST_WIDTH: Final = 24
+Q_POOL, Q_SITE, Q_MODELS, Q_CPU, Q_RAM, Q_NVME, Q_GPUS, Q_MILLI, Q_VRAM, Q_ORG, Q_NVLINK, Q_HOLD = range(12)
+REQUEST_WIDTH: Final = 12
+
+_SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
+_OFF: Final = int(HostFlag.OFF)
+_BLOCKING: Final = BLOCKING
+
+
+class HostRow(NamedTuple):
+    """A host as plain ints (columns of `Fleet`); `gpu_free`, `vram_free`, `nvlink` have at least `gpu_count`
+    entries.
+    """
+
+    cpu_free: int
+    ram_free: int
+    nvme_free: int
+    gpu_model: int
+    gpu_count: int
+    gpu_free: Sequence[int]
+    vram_free: Sequence[int]
+    nvlink: Sequence[int]
+    gpu_active: int
+    cpu_only: int
+    pool: int
+    site: int
+    owner: int
+    flags: int
+    standby_w: int
+    parked_w: int
+    base_w: int
+    gpu_min_w: int
+    gpu_max_w: int
+    cap_control: bool
+
+
+class Fit(NamedTuple):
+    """Answer of the fit rule. `gpus` and `watts_delta` (W) hold when `reason` is OK; `node` is what binds for
+    NO_WATTS.
+    """
+
+    reason: Reason
+    gpus: tuple[int, ...] = ()
+    watts_delta: int = 0
+    node: int = NO_NODE
+
+
+class Budget(NamedTuple):
+    """An ancestor power node of the host: overhead per mille, and the mW still admissible (free + reclaimable)."""
+
+    node: int
+    k_permille: int
+    budget_mw: int
+
+
+def host_row(fleet: Fleet, host: int) -> HostRow:
+    """The row of `host` out of the columns."""
+    return HostRow(
+        *(int(getattr(fleet, name)[host]) for name in HostRow._fields[:5]),
+        fleet.gpu_free[host].tolist(),
+        fleet.vram_free[host].tolist(),
+        fleet.nvlink[host].tolist(),
+        *(int(getattr(fleet, name)[host]) for name in HostRow._fields[8:19]),
+        bool(fleet.cap_control[host]),
+    )
+
+
+def budgets_of(fleet: Fleet, host: int) -> list[Budget]:
+    """Ancestor nodes of `host`, lowest first."""
+    chain, node = [], int(fleet.power_node[host])
+    while node >= 0:
+        free = int(fleet.node_free_mw[node]) + int(fleet.node_reclaimable_mw[node])
+        chain.append(Budget(node, int(fleet.node_k_gpu[node]), free))
+        node = int(fleet.node_parent[node])
+    return chain
+
+
+def host_watts(host: HostRow, gpu_active: int, cpu_only: int) -> int:
+    """Reserved W of the host with these GPUs active (bit mask) and so many CPU-only placements (rule in `types`)."""
+    if not host.cap_control:
+        return host.base_w + host.gpu_count * host.gpu_max_w
+    active = gpu_active.bit_count()
+    if active == 0 and cpu_only == 0:
+        return host.standby_w if host.flags & _OFF else host.parked_w
+    return host.base_w + active * host.gpu_max_w + (host.gpu_count - active) * host.gpu_min_w
+
+
+def request_error(request: Request) -> str:
+    """What is wrong with the request itself, or ''."""
+    if request.replicas < 1:
+        return "replicas must be at least 1"
+    if not 0 <= request.gpus <= MAX_GPUS:
+        return f"gpus must be 0..{MAX_GPUS} a replica"
+    if min(request.cpu, request.ram, request.nvme, request.vram) < 0:
+        return "amounts must not be negative"
+    if request.gpus and not 1 <= request.gpu_milli <= WHOLE:
+        return f"gpu_milli must be 1..{WHOLE}"
+    if request.gpu_milli != WHOLE and request.gpus > 1:
+        return "a share is of one GPU: gpus must be 1"
+    if not 0 <= request.models < 1 << 63:
+        return "models: GPU model ids are 0..62"
+    return ""
+
+
+def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...]]:
+    """Which GPUs of the host the request gets, or the reason why none (NO_GPU, NO_GPU_SHARE, NO_VRAM, TOPOLOGY)."""
+    count = host.gpu_count
+    if request.gpus == 0:
+        return Reason.OK, ()
+    if request.gpu_milli < WHOLE:
+        roomy = [i for i in range(count) if host.gpu_free[i] >= request.gpu_milli]
+        if not roomy:
+            total = sum(host.gpu_free[:count])
+            return (Reason.NO_GPU_SHARE if total >= request.gpu_milli else Reason.NO_GPU), ()
+        roomy = [i for i in roomy if host.vram_free[i] >= request.vram]
+        if not roomy:
+            return Reason.NO_VRAM, ()
+        best = min(roomy, key=lambda i: (not host.gpu_active >> i & 1, host.gpu_free[i], i))
+        return Reason.OK, (best,)
+    idle = [i for i in range(count) if host.gpu_free[i] >= WHOLE and not host.gpu_active >> i & 1]
+    if len(idle) < request.gpus:
+        return Reason.NO_GPU, ()
+    idle = [i for i in idle if host.vram_free[i] >= request.vram]
+    if len(idle) < request.gpus:
+        return Reason.NO_VRAM, ()
+    wish = request.topology.nvlink
+    if wish and request.gpus > 1:
+        domains: dict[int, list[int]] = {}
+        for i in idle:
+            if host.nvlink[i] >= 0:
+                domains.setdefault(host.nvlink[i], []).append(i)
+        enough = [d for d in domains.values() if len(d) >= request.gpus]
+        if enough:
+            return Reason.OK, tuple(min(enough, key=len)[: request.gpus])
+        if wish == 2:
+            return Reason.TOPOLOGY, ()
+    return Reason.OK, tuple(idle[: request.gpus])
+
+
+def fits_one(
+    host: HostRow,
+    request: Request,
+    budgets: Sequence[Budget],
+    gpus: tuple[int, ...] | None = None,
+    *,
+    held: bool = False,
+) -> Fit:
+    """One replica of `request` on one host, in plain ints.
+
+    `budgets`: the host's ancestors, lowest first, as they stand now. `gpus`: the indices a plan chose; they are checked
+    instead of chosen, and answer NO_GPU, NO_GPU_SHARE, NO_VRAM or TOPOLOGY when they are no longer free as needed.
+    """
+    refusal = _refusal(host, request, held)
+    if refusal:
+        return Fit(refusal)
+    if gpus is None:
+        reason, gpus = choose_gpus(host, request)
+    else:
+        reason = _check_gpus(host, request, gpus)
+    if reason:
+        return Fit(reason)
+    after = host.gpu_active
+    for i in gpus:
+        after |= 1 << i
+    delta = host_watts(host, after, host.cpu_only + (not gpus)) - host_watts(host, host.gpu_active, host.cpu_only)
+    if delta > 0:
+        for node, k_permille, budget_mw in budgets:
+            if delta * k_permille > budget_mw:
+                return Fit(Reason.NO_WATTS, gpus, delta, node)
+    return Fit(Reason.OK, gpus, delta)
+
+
+def _refusal(host: HostRow, request: Request, held: bool) -> Reason:
+    if request.pool and host.pool != request.pool:
+        return Reason.NOT_IN_POOL
+    if request.site >= 0 and host.site != request.site:
+        return Reason.WRONG_SITE
+    if request.models and (host.gpu_model < 0 or not request.models >> host.gpu_model & 1):
+        return Reason.WRONG_MODEL
+    if not host.flags & _SCHEDULABLE or host.flags & _BLOCKING:
+        return Reason.HOST_UNSCHEDULABLE
+    if host.owner > 0 and host.owner != request.org:
+        return Reason.HOST_RESERVED_FOR_OWNER
+    if held:
+        return Reason.HELD_FOR_EARLIER_JOB
+    if host.cpu_free < request.cpu:
+        return Reason.NO_CPU
+    if host.ram_free < request.ram:
+        return Reason.NO_RAM
+    if host.nvme_free < request.nvme:
+        return Reason.NO_NVME
+    return Reason.OK
+
+
+def _check_gpus(host: HostRow, request: Request, gpus: tuple[int, ...]) -> Reason:
+    if len(gpus) != request.gpus or len(set(gpus)) != len(gpus) or any(not 0 <= i < host.gpu_count for i in gpus):
+        return Reason.NO_GPU
+    share = request.gpu_milli < WHOLE
+    for i in gpus:
+        if host.gpu_free[i] < request.gpu_milli or (not share and host.gpu_active >> i & 1):
+            return Reason.NO_GPU_SHARE if share else Reason.NO_GPU
+        if host.vram_free[i] < request.vram:
+            return Reason.NO_VRAM
+    if len(gpus) > 1 and request.topology.nvlink == 2:
+        domains = {host.nvlink[i] for i in gpus}
+        if len(domains) > 1 or min(domains) < 0:
+            return Reason.TOPOLOGY
+    return Reason.OK
+
+
+def request_vector(request: Request) -> I64:
+    """The request as the kernels read it, shape [REQUEST_WIDTH]."""
+    milli = request.gpu_milli if request.gpus else 0
+    vram = request.vram if request.gpus else 0
+    t = request.topology.nvlink if request.gpus > 1 else 0
+    return np.array(
+        [
+            *(request.pool, request.site, request.models, request.cpu, request.ram, request.nvme),
+            *(request.gpus, milli, vram, request.org, t, 1),
+        ],
+        np.int64,
+    )
+
+
+@njit(cache=True, inline="always")
+def popcount(x: int) -> int:
+    n = 0
+    while x:
+        x &= x - 1
+        n += 1
+    return n
+
+
+@njit(cache=True)
+def watts_kernel(row: I64, active: int, cpu_only: int) -> int:
+    """`host_watts` on a state row, W."""
+    if row[CAPCTL] == 0:
+        return row[BASE] + row[NGPU] * row[GMAX]  # type: ignore[no-any-return]
+    a = popcount(active)
+    if a == 0 and cpu_only == 0:
+        return row[STANDBY] if row[FLAGS] & _OFF else row[PARKED]  # type: ignore[no-any-return]
+    return row[BASE] + a * row[GMAX] + (row[NGPU] - a) * row[GMIN]  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def static_kernel(row: I64, q: I64) -> int:
+    """The stages that no placement of this plan changes: pool, site, model, flags, owner. A Reason."""
+    if q[Q_POOL] != 0 and row[POOL] != q[Q_POOL]:
+        return 1
+    if q[Q_SITE] >= 0 and row[SITE] != q[Q_SITE]:
+        return 2
+    if q[Q_MODELS] != 0 and (row[MODEL] < 0 or not (q[Q_MODELS] >> row[MODEL]) & 1):
+        return 3
+    if row[FLAGS] & _SCHEDULABLE == 0 or row[FLAGS] & _BLOCKING:
+        return 4
+    if row[OWNER] > 0 and row[OWNER] != q[Q_ORG]:
+        return 5
+    return 0
+
+
+@njit(cache=True)
+def shape_kernel(row: I64, q: I64) -> int:
+    """Holds, CPU, RAM, NVMe. A Reason."""
+    if q[Q_HOLD] and row[HELD]:
+        return 6
+    if row[CPU] < q[Q_CPU]:
+        return 7
+    if row[RAM] < q[Q_RAM]:
+        return 8
+    if row[NVME] < q[Q_NVME]:
+        return 9
+    return 0
+
+
+@njit(cache=True)
+def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[int, int]:
+    """`choose_gpus` on state rows: (Reason, bit mask of the GPUs)."""
+    need = q[Q_GPUS]
+    if need == 0:
+        return 0, 0
+    n = row[NGPU]
+    milli, vram, active = q[Q_MILLI], q[Q_VRAM], row[ACTIVE]
+    if milli < 1000:
+        best, best_key, roomy, total = -1, np.int64(1 << 40), False, np.int64(0)
+        for i in range(n):
+            g = np.int64(gfree[i])
+            total += g
+            if g >= milli:
+                roomy = True
+                if vfree[i] >= vram:
+                    key = g if (active >> i) & 1 else g + 4096
+                    if key < best_key:
+                        best, best_key = i, key
+        if best >= 0:
+            return 0, 1 << best
+        if roomy:
+            return 12, 0
+        return (11, 0) if total >= milli else (10, 0)
+    idle, usable, mask = 0, 0, 0
+    for i in range(n):
+        if gfree[i] >= 1000 and not (active >> i) & 1:
+            idle += 1
+            if vfree[i] >= vram:
+                usable += 1
+                mask |= 1 << i
+    if idle < need:
+        return 10, 0
+    if usable < need:
+        return 12, 0
+    if q[Q_NVLINK] and need > 1:
+        best_mask, best_size = 0, 99
+        for i in range(n):
+            if (mask >> i) & 1 and nvl[i] >= 0:
+                domain, size = 0, 0
+                for j in range(n):
+                    if (mask >> j) & 1 and nvl[j] == nvl[i]:
+                        domain |= 1 << j
+                        size += 1
+                if need <= size < best_size:
+                    best_mask, best_size = domain, size
+        if best_mask:
+            mask = best_mask
+        elif q[Q_NVLINK] == 2:
+            return 13, 0
+    out = 0
+    for i in range(n):
+        if (mask >> i) & 1 and need > 0:
+            out |= 1 << i
+            need -= 1
+    return 0, out
+
+
+@njit(cache=True)
+def delta_kernel(row: I64, mask: int) -> int:
+    """W that the host's reservation grows by when the GPUs of `mask` (0: a CPU-only replica) become active."""
+    after = watts_kernel(row, row[ACTIVE] | mask, row[CPU_ONLY] + (1 if mask == 0 else 0))
+    return after - watts_kernel(row, row[ACTIVE], row[CPU_ONLY])  # type: ignore[no-any-return]
+
+
+@njit(cache=True)
+def watts_bind(node: int, delta: int, parent: I32, k: I32, budget: I64) -> int:
+    """The lowest ancestor that has not delta * k mW, or -1."""
+    if delta > 0:
+        while node >= 0:
+            if delta * k[node] > budget[node]:
+                return node
+            node = parent[node]
+    return -1
+
+
+@njit(cache=True)
+def fit_kernel(
+    row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64, parent: I32, k: I32, budget: I64
+) -> tuple[int, int, int, int]:
+    """The fit rule on state rows: (Reason, GPU mask, W added, binding node)."""
+    reason = static_kernel(row, q)
+    if reason == 0:
+        reason = shape_kernel(row, q)
+    if reason:
+        return reason, 0, 0, -1
+    reason, mask = choose_kernel(row, gfree, vfree, nvl, q)
+    if reason:
+        return reason, 0, 0, -1
+    delta = delta_kernel(row, mask)
+    node = watts_bind(row[NODE], delta, parent, k, budget)
+    if node >= 0:
+        return 14, mask, delta, node
+    return 0, mask, delta, -1

@@ -1,0 +1,154 @@
+from datetime import UTC, datetime
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from billing.core.metering import Interval, floor_second
+from billing.core.rating import (
+    Commitment,
+    LineKind,
+    Price,
+    UsageGroup,
+    committed_quantity,
+    month_of,
+    month_windows,
+    rate_commitment,
+    rate_usage,
+    total,
+)
+
+pytestmark = pytest.mark.serverless
+
+MARCH = Interval(floor_second(datetime(2026, 3, 1, tzinfo=UTC)), floor_second(datetime(2026, 4, 1, tzinfo=UTC)))
+HOUR = 3600
+H100 = Price(version=1, millionths=2_490_000)
+OVERAGE = Price(version=2, millionths=3_100_000)
+
+groups = st.builds(
+    UsageGroup,
+    contract=st.integers(1, 3),
+    meter=st.just("gpu"),
+    price=st.sampled_from([H100, OVERAGE]),
+    span=st.just(MARCH),
+    quantity=st.integers(0, 10**9),
+)
+
+
+def commitment(**changes):
+    values = {
+        "contract": 1, "meter": "gpu", "milli_gpus": 8000, "term": MARCH, "price": H100, "overage": OVERAGE,
+    } | changes  # fmt: skip
+    return Commitment(**values)
+
+
+def test_a_line_is_rounded_once():
+    # Three placements of 1 s each: 3 x 0.0692 cents is 0.21 cents, and 1,000 of them 69.17 cents, not 0.
+    one = UsageGroup(1, "gpu", H100, MARCH, 1000)
+    (line,) = rate_usage([one] * 1000, "USD")
+    assert line.amount == 69
+    assert line.quantity == 1_000_000
+
+
+def test_spot_has_one_line_per_clearing_price():
+    cleared = [Price(version, 1_000_000 + version * 10_000) for version in range(3)]
+    lines = rate_usage([UsageGroup(1, "gpu", price, MARCH, 300 * 1000) for price in cleared], "USD")
+    assert [line.price for line in lines] == cleared
+
+
+@settings(max_examples=60)
+@given(st.lists(groups, max_size=12), st.randoms(use_true_random=False))
+def test_lines_do_not_depend_on_the_order(rows, random):
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    assert rate_usage(shuffled, "USD") == rate_usage(rows, "USD")
+
+
+@settings(max_examples=60)
+@given(st.lists(groups, min_size=1, max_size=8), st.integers(1, 7))
+def test_lines_do_not_depend_on_how_usage_was_cut(rows, parts):
+    cut = []
+    for row in rows:
+        share, rest = divmod(row.quantity, parts)
+        cut += [UsageGroup(row.contract, row.meter, row.price, row.span, share)] * parts
+        cut.append(UsageGroup(row.contract, row.meter, row.price, row.span, rest))
+    assert rate_usage(cut, "USD") == rate_usage(rows, "USD")
+
+
+@settings(max_examples=60)
+@given(st.lists(groups, max_size=8), groups)
+def test_more_usage_never_costs_less(rows, more):
+    assert total(rate_usage([*rows, more], "USD")) >= total(rate_usage(rows, "USD"))
+
+
+@settings(max_examples=60)
+@given(groups)
+def test_a_line_is_within_half_a_minor_unit_of_the_exact_amount(group):
+    exact = Fraction(group.quantity * group.price.millionths * 100, 3_600_000 * 10**6)
+    assert abs(total(rate_usage([group], "USD")) - exact) <= Fraction(1, 2)
+
+
+def test_a_reservation_is_billed_whether_used_or_not():
+    (line,) = rate_commitment(commitment(), MARCH, "USD", used=0)
+    assert (line.kind, line.quantity) == (LineKind.COMMITMENT, 8000 * 31 * 24 * HOUR)
+    assert line.amount == 8 * 31 * 24 * 249
+
+
+def test_a_reservation_is_prorated_by_seconds():
+    term = Interval(MARCH.start + 10 * 86400, MARCH.start + 10 * 86400 + 5401)
+    (line,) = rate_commitment(commitment(term=term), MARCH, "USD", used=0)
+    assert line.quantity == 8000 * 5401
+    assert line.amount == round(Fraction(8 * 5401 * 249, 3600))
+
+
+def test_what_goes_beyond_the_commitment_is_overage():
+    allowance = committed_quantity(commitment(), MARCH)
+    lines = rate_commitment(commitment(), MARCH, "USD", used=allowance + 2 * 1000 * HOUR)
+    assert [(line.kind, line.price) for line in lines] == [(LineKind.COMMITMENT, H100), (LineKind.OVERAGE, OVERAGE)]
+    assert lines[1].amount == 620
+
+
+def test_curtailed_time_is_free_for_a_flexible_contract():
+    away = Interval(MARCH.start + HOUR, MARCH.start + 3 * HOUR)
+    (line,) = rate_commitment(commitment(curtailed=(away,)), MARCH, "USD", used=0)
+    assert line.quantity == 8000 * (31 * 24 - 2) * HOUR
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 31 * 86400 - 1), st.integers(0, 3 * 10**10), st.integers(0, 3 * 10**10))
+def test_a_month_in_two_windows_comes_to_the_same_quantities_as_in_one(offset, used_first, used_later):
+    mark = MARCH.start + offset
+    whole = rate_commitment(commitment(), MARCH, "USD", used=used_first + used_later)
+    first = rate_commitment(commitment(), Interval(MARCH.start, mark), "USD", used=used_first)
+    billed = {kind: sum(line.quantity for line in first if line.kind == kind) for kind in LineKind}
+    second = rate_commitment(
+        commitment(),
+        Interval(mark, MARCH.end),
+        "USD",
+        used=used_first + used_later,
+        billed_commitment=billed[LineKind.COMMITMENT],
+        billed_overage=billed[LineKind.OVERAGE],
+    )
+    for kind in (LineKind.COMMITMENT, LineKind.OVERAGE):
+        together = sum(line.quantity for line in (*first, *second) if line.kind == kind)
+        assert together == sum(line.quantity for line in whole if line.kind == kind)
+    assert abs(total(first) + total(second) - total(whole)) <= 2
+
+
+def test_months_know_their_ends():
+    def at(*parts):
+        return floor_second(datetime(*parts, tzinfo=UTC))
+
+    assert month_of(at(2028, 2, 29, 23, 59, 59)).seconds == 29 * 86400
+    assert month_of(at(2026, 2, 1)).seconds == 28 * 86400
+    assert month_of(at(2026, 12, 31)).end == at(2027, 1, 1)
+    windows = month_windows(Interval(at(2027, 12, 15), at(2028, 3, 1)))
+    assert [w.start for w in windows] == [at(2027, 12, 15), at(2028, 1, 1), at(2028, 2, 1)]
+    assert windows[-1].end == at(2028, 3, 1)
+    assert month_windows(Interval(5, 5)) == ()
+
+
+def test_a_commitment_window_across_months_is_refused():
+    with pytest.raises(ValueError, match="month"):
+        rate_commitment(commitment(), Interval(MARCH.start, MARCH.end + 1), "USD", used=0)

@@ -1,0 +1,50 @@
+"""Every lock of the house, in the one order in which they may be taken.
+
+Advisory, transaction-scoped, sorted: two callers that want the same set can never wait for each other in a ring. Row locks
+(`select_for_update`) are taken only beneath them.
+"""
+
+from enum import IntEnum
+
+from django.db import OperationalError, connection
+
+from marketplace.errors import MarketError
+
+
+class Lock(IntEnum):
+    CELL = 1
+    ORG = 2
+    SITE = 3
+    NODE = 4
+    HOST = 5
+    WALLET = 6
+    COUNTER = 7
+
+
+def _number(kind: Lock, pk: int) -> int:
+    """One signed bigint: the kind in the top byte, the id below."""
+    return (int(kind) << 56) | (pk & ((1 << 56) - 1))
+
+
+def acquire(*wanted: tuple[Lock, int], timeout_ms: int = 3000) -> None:
+    """Take all locks in order, or raise MarketError("busy") after `timeout_ms` for any of them.
+
+    Must run inside a transaction; the locks go with it.
+    """
+    assert connection.in_atomic_block, "locks live as long as a transaction: open one first"
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{timeout_ms}ms"])
+        try:
+            for number in sorted({_number(kind, pk) for kind, pk in wanted}):
+                cursor.execute("SELECT pg_advisory_xact_lock(%s)", [number])
+        except OperationalError as error:
+            names = ", ".join(f"{kind.name.lower()} {pk}" for kind, pk in sorted(wanted))
+            raise MarketError("busy", f"Waited {timeout_ms} ms for {names}.") from error
+
+
+def try_acquire(kind: Lock, pk: int) -> bool:
+    """Take one lock now or answer False. For loops of which one copy may run: the other simply leaves."""
+    assert connection.in_atomic_block
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [_number(kind, pk)])
+        return bool(cursor.fetchone()[0])

@@ -1,0 +1,70 @@
+"""All tables but scheduling records (scheduler.models) and money (billing.models)."""
+
+from marketplace.models.accounts import (
+    ApiKey,
+    AuditEvent,
+    BillingStanding,
+    Invitation,
+    Membership,
+    Organization,
+    User,
+)
+from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
+from marketplace.models.jobs import Job, JobEvent
+from marketplace.models.listings import Kind, Listing, Quote, SavedMix
+from marketplace.models.outbox import IdempotencyKey, OutboxMessage
+from marketplace.models.placements import LogChunk, Placement, PlacementEvent
+from marketplace.models.power import Curtailment, FeedValue, MeterReading, PowerGrant, ShedClaim, SiteMinute
+from marketplace.models.sites import (
+    Agent,
+    AgentEvent,
+    Cell,
+    EnrolmentToken,
+    Gpu,
+    GpuModel,
+    Host,
+    Miner,
+    PowerNode,
+    Site,
+)
+
+__all__ = [
+    "Agent",
+    "AgentEvent",
+    "ApiKey",
+    "AuditEvent",
+    "BillingStanding",
+    "Cell",
+    "Contract",
+    "ContractEvent",
+    "Curtailment",
+    "EnrolmentToken",
+    "FeedValue",
+    "Gpu",
+    "GpuModel",
+    "Host",
+    "IdempotencyKey",
+    "Invitation",
+    "Job",
+    "JobEvent",
+    "Kind",
+    "Listing",
+    "LogChunk",
+    "Membership",
+    "MeterReading",
+    "Miner",
+    "Organization",
+    "OutboxMessage",
+    "Placement",
+    "PlacementEvent",
+    "PowerGrant",
+    "PowerNode",
+    "Quote",
+    "Reservation",
+    "ReservationBlock",
+    "SavedMix",
+    "ShedClaim",
+    "Site",
+    "SiteMinute",
+    "User",
+]

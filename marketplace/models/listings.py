@@ -1,0 +1,156 @@
+"""What is offered: listings and quotes."""
+
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+from django.db.models import F, Q
+
+from marketplace.models.accounts import Organization, User
+from marketplace.models.sites import GpuModel, Site
+from marketplace.tenancy import Actor, TenantModel, TenantQuerySet
+
+
+class Kind(models.TextChoices):
+    ON_DEMAND = "on_demand"
+    RESERVED = "reserved"
+    FLEXIBLE = "flexible"
+    SPOT = "spot"
+
+
+class ListingQuerySet(TenantQuerySet):
+    def public_to(self, actor: Actor) -> Q:
+        """Published offers of the same mode are everybody's; those for partners only the named ones'."""
+        shown = Q(state="published", site__cell__livemode=actor.livemode)
+        return shown & (
+            Q(visibility="public") | Q(partners=actor.organization_id)
+            if actor.organization_id
+            else Q(visibility="public")
+        )
+
+
+class Listing(TenantModel):
+    PREFIX = "lst"
+
+    class State(models.TextChoices):
+        DRAFT = "draft"
+        PUBLISHED = "published"
+        PAUSED = "paused"
+        RETIRED = "retired"
+
+    TRANSITIONS = {
+        "draft": {"published", "retired"},
+        "published": {"paused", "retired"},
+        "paused": {"published", "retired"},
+        "retired": set(),
+    }
+
+    class Visibility(models.TextChoices):
+        PUBLIC = "public"
+        PARTNERS = "partners"
+
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="listings")
+    site = models.ForeignKey(Site, on_delete=models.PROTECT, related_name="listings")
+    gpu_model = models.ForeignKey(
+        GpuModel, null=True, blank=True, on_delete=models.PROTECT, help_text="empty: a mixed pool"
+    )
+    title = models.CharField(max_length=120)
+    description = models.TextField(blank=True)
+    state = models.CharField(max_length=12, choices=State, default=State.DRAFT)
+    visibility = models.CharField(max_length=12, choices=Visibility, default=Visibility.PUBLIC)
+    partners = models.ManyToManyField(Organization, blank=True, related_name="+")
+    currency = models.CharField(max_length=3, default="USD")
+    # prices in millionths of the major unit per GPU-hour; empty: this kind is not offered
+    on_demand_price = models.BigIntegerField(null=True, blank=True)
+    reserved_price = models.BigIntegerField(null=True, blank=True)
+    flexible_price = models.BigIntegerField(null=True, blank=True)
+    spot_floor = models.BigIntegerField(null=True, blank=True)
+    min_gpus = models.PositiveIntegerField(default=1, help_text="minimum chunk")
+    min_term_hours = models.PositiveIntegerField(default=1)
+    max_term_days = models.PositiveIntegerField(default=365)
+    eviction_notice_s = models.PositiveIntegerField(default=120)
+    flexible_hours_per_month = models.PositiveIntegerField(default=40)
+    flexible_notice_s = models.PositiveIntegerField(default=600)
+    available_from = models.DateTimeField(null=True, blank=True)
+    available_until = models.DateTimeField(null=True, blank=True)
+    interconnect = models.CharField(max_length=40, blank=True)
+    fabric_gbps = models.PositiveIntegerField(default=0)
+    runtime = models.CharField(max_length=24, default="process", help_text="as its site's agent says")
+    version = models.PositiveIntegerField(default=1)
+    published_at = models.DateTimeField(null=True, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    objects = ListingQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return self.title
+
+    def price_of(self, kind: str) -> int | None:
+        """Millionths of the major unit per GPU-hour; None where the kind is not offered."""
+        return {
+            Kind.ON_DEMAND: self.on_demand_price,
+            Kind.RESERVED: self.reserved_price,
+            Kind.FLEXIBLE: self.flexible_price,
+            Kind.SPOT: self.spot_floor,
+        }[Kind(kind)]
+
+
+class Quote(TenantModel):
+    """A price firm for 15 minutes with capacity held for 2. Its hold, where it has one, is a Reservation."""
+
+    PREFIX = "quo"
+
+    class State(models.TextChoices):
+        OPEN = "open"
+        ACCEPTED = "accepted"
+        EXPIRED = "expired"
+        RELEASED = "released"
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="quotes")
+    listing = models.ForeignKey(Listing, on_delete=models.PROTECT, related_name="quotes")
+    created_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
+    kind = models.CharField(max_length=12, choices=Kind)
+    gpu_count = models.PositiveIntegerField()
+    level = models.CharField(max_length=8, default="site", help_text="all GPUs in one host, leaf, spine or site")
+    starts_at = models.DateTimeField()
+    ends_at = models.DateTimeField(null=True, blank=True)
+    price = models.BigIntegerField(help_text="millionths of the major unit per GPU-hour")
+    overage_price = models.BigIntegerField(null=True, blank=True)
+    limit_price = models.BigIntegerField(null=True, blank=True, help_text="spot: the buyer's limit")
+    currency = models.CharField(max_length=3)
+    fee_permille = models.PositiveIntegerField(help_text="the platform's part of the price")
+    total_minor = models.BigIntegerField(
+        null=True, blank=True, help_text="of the commitment, in minor units; empty: by use"
+    )
+    state = models.CharField(max_length=12, choices=State, default=State.OPEN)
+    created_at = models.DateTimeField()
+    held_until = models.DateTimeField(null=True, blank=True)
+    firm_until = models.DateTimeField()
+    reference = models.CharField(max_length=80, blank=True)
+    metadata = models.JSONField(default=dict, blank=True)
+
+    objects = TenantQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(ends_at__isnull=True) | Q(ends_at__gt=F("starts_at")), name="quote_window"
+            )
+        ]
+        indexes = [models.Index(fields=["organization", "state"])]
+
+    def __str__(self) -> str:
+        return f"{self.gpu_count} GPUs of {self.listing}"
+
+
+class SavedMix(models.Model):
+    """The decayed mix of job shapes a cell has seen, from which the packer prices holes. One row a cell and shape."""
+
+    cell = models.ForeignKey("marketplace.Cell", on_delete=models.CASCADE, related_name="mix")
+    shape = ArrayField(models.BigIntegerField(), help_text="vcpu milli, ram MiB, GPUs, milli-GPU")
+    weight = models.FloatField()
+    updated_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["cell", "shape"], name="mix_shape_once")]
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.weight}"

@@ -1,0 +1,184 @@
+"""Watts: readings, grants and their shedding, curtailments, price feeds, and what a site did minute by minute.
+
+Written by services.power (grants, reservations), services.agents (raw readings) and services.feeds alone.
+"""
+
+from django.db import models
+from django.db.models import F, Q
+
+from marketplace.models.sites import Host, Miner, PowerNode, Site, SiteOwnedQuerySet
+from marketplace.tenancy import TenantModel
+
+
+class MeterReading(models.Model):
+    """One raw reading of a node's meter; the newest also stands on the node."""
+
+    node = models.ForeignKey(PowerNode, on_delete=models.CASCADE, related_name="readings")
+    at = models.DateTimeField()
+    watts = models.BigIntegerField()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["node", "at"], name="meter_reading_once")]
+
+    def __str__(self) -> str:
+        return f"{self.node} {self.watts} W"
+
+
+class PowerGrant(TenantModel):
+    """The watts of one host for one placement: reserved, then freed by sleeping miners, then granted.
+
+    `delta_w` is what the host's reservation grows by. While `shedding`, those watts are claimed from named miners.
+    """
+
+    PREFIX = "grt"
+
+    class State(models.TextChoices):
+        SHEDDING = "shedding"
+        GRANTED = "granted"
+        RELEASED = "released"
+
+    placement = models.OneToOneField("marketplace.Placement", on_delete=models.CASCADE, related_name="grant")
+    host = models.ForeignKey(Host, on_delete=models.CASCADE, related_name="grants")
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="grants")
+    delta_w = models.PositiveIntegerField()
+    state = models.CharField(max_length=12, choices=State)
+    created_at = models.DateTimeField()
+    granted_at = models.DateTimeField(null=True, blank=True)
+    released_at = models.DateTimeField(null=True, blank=True)
+
+    objects = SiteOwnedQuerySet.as_manager()
+
+    class Meta:
+        indexes = [models.Index(fields=["site", "state"])]
+
+    def __str__(self) -> str:
+        return f"{self.delta_w} W on {self.host}"
+
+
+class ShedClaim(models.Model):
+    """A miner put to sleep so that a site's pending grants can be given; freed only when its drop is confirmed."""
+
+    class State(models.TextChoices):
+        COMMANDED = "commanded"
+        CONFIRMED = "confirmed"
+        FAILED = "failed"
+
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="shed_claims")
+    miner = models.ForeignKey(Miner, on_delete=models.CASCADE, related_name="shed_claims")
+    grant = models.ForeignKey(PowerGrant, null=True, on_delete=models.SET_NULL, related_name="claims")
+    generation = models.BigIntegerField()
+    baseline_w = models.PositiveIntegerField()
+    node_baseline_w = models.BigIntegerField(null=True, help_text="The nearest metered node's reading when commanded")
+    state = models.CharField(max_length=12, choices=State, default=State.COMMANDED)
+    reason = models.CharField(max_length=40, blank=True)
+    attempts = models.PositiveSmallIntegerField(default=1)
+    commanded_at = models.DateTimeField()
+    settled_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["miner"], condition=Q(state="commanded"), name="shed_claim_one_open")
+        ]
+        indexes = [models.Index(fields=["site", "state"])]
+
+    def __str__(self) -> str:
+        return f"{self.miner} {self.state}"
+
+
+class Curtailment(TenantModel):
+    PREFIX = "cur"
+
+    class State(models.TextChoices):
+        ANNOUNCED = "announced"
+        ACTIVE = "active"
+        RESTORING = "restoring"
+        COMPLETED = "completed"
+        FAILED = "failed"
+        CANCELLED = "cancelled"
+
+    TRANSITIONS = {
+        "announced": {"active", "cancelled"},
+        "active": {"restoring", "failed"},
+        "restoring": {"completed", "failed"},
+        "completed": set(),
+        "failed": set(),
+        "cancelled": set(),
+    }
+
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="curtailments")
+    node = models.ForeignKey(PowerNode, on_delete=models.CASCADE, related_name="curtailments")
+    source = models.CharField(max_length=24, default="operator")
+    reference = models.CharField(max_length=80)
+    cap_w = models.BigIntegerField()
+    starts_at = models.DateTimeField()
+    ends_at = models.DateTimeField()
+    mandatory = models.BooleanField(default=True)
+    state = models.CharField(max_length=12, choices=State, default=State.ANNOUNCED)
+    created_by = models.CharField(max_length=120)
+    created_at = models.DateTimeField(auto_now_add=True)
+    settled_at = models.DateTimeField(null=True, blank=True)
+
+    objects = SiteOwnedQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["source", "reference"], name="curtailment_once"),
+            models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="curtailment_window"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.site} to {self.cap_w} W"
+
+
+class FeedValue(models.Model):
+    """A value of the outside world with its time and source. Zero or stale ones are refused when read."""
+
+    class Kind(models.TextChoices):
+        DIFFICULTY = "difficulty"
+        BTC_USD = "btc_usd_cents"
+        BLOCK_HEIGHT = "block_height"
+        FEES_SAT = "fees_sat_per_block"
+        HASHPRICE = "hashprice_microusd_per_ph_day"
+        ENERGY = "energy_microusd_per_mwh"
+
+    kind = models.CharField(max_length=32, choices=Kind)
+    scope = models.CharField(max_length=40, blank=True, help_text="site or price zone; empty: the world")
+    value = models.DecimalField(max_digits=30, decimal_places=0)
+    source = models.CharField(max_length=80)
+    observed_at = models.DateTimeField()
+    fetched_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["kind", "scope", "observed_at"], name="feed_value_once")]
+        indexes = [models.Index(fields=["kind", "scope", "-observed_at"])]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value}"
+
+
+class SiteMinute(models.Model):
+    """What a site did in one minute: average watts by use, energy, and money. Source of the chart and the P&L."""
+
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="minutes")
+    start = models.DateTimeField()
+    firm_w = models.BigIntegerField(default=0)
+    flexible_w = models.BigIntegerField(default=0)
+    spot_w = models.BigIntegerField(default=0)
+    idle_gpu_w = models.BigIntegerField(default=0)
+    hashing_w = models.BigIntegerField(default=0)
+    overhead_w = models.BigIntegerField(default=0)
+    metered_w = models.BigIntegerField(null=True)
+    cap_w = models.BigIntegerField()
+    hashing_ghs = models.BigIntegerField(default=0)
+    hashing_mwh = models.BigIntegerField(default=0, help_text="milliwatt-hours of hashing")
+    ai_mwh = models.BigIntegerField(default=0, help_text="milliwatt-hours of GPU hosts")
+    hashing_microusd = models.BigIntegerField(default=0)
+    energy_microusd = models.BigIntegerField(default=0)
+
+    objects = SiteOwnedQuerySet.as_manager()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["site", "start"], name="site_minute_once")]
+
+    def __str__(self) -> str:
+        return f"{self.site} {self.start:%F %R}"

@@ -1,0 +1,120 @@
+"""What must happen after a commit is a row of the same transaction. Workers claim rows; a Redis nudge only makes it sooner.
+
+    emit("scheduler.run_cycle", key=str(cell_id), payload={"cell": cell_id})      # inside the transaction
+    @handler("scheduler.run_cycle")                                               # in that app's tasks.py
+    def run_cycle(payload): ...
+
+A handler is at-least-once: it may run again after a crash, so it is idempotent by guarded updates. A message with a key is
+coalesced with an unclaimed one of the same topic and key: a thousand submissions are one cycle.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from django.db import connection, transaction
+from django.utils import timezone
+
+from marketplace.models import OutboxMessage
+
+log = logging.getLogger(__name__)
+Handler = Callable[[dict[str, Any]], None]
+_handlers: dict[str, Handler] = {}
+
+CLAIM_SECONDS = 150  # longer than a task's hard limit: a live handler is never claimed twice
+MAX_ATTEMPTS = 12
+
+
+def handler(topic: str) -> Callable[[Handler], Handler]:
+    def register(function: Handler) -> Handler:
+        _handlers[topic] = function
+        return function
+
+    return register
+
+
+def emit(topic: str, *, payload: dict[str, Any] | None = None, key: str = "", delay_s: float = 0) -> None:
+    """Write the message in the running transaction; after its commit nudge a worker."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO marketplace_outboxmessage (topic, key, payload, created_at, available_at, attempts, last_error)"
+            " VALUES (%s, %s, %s, now(), clock_timestamp() + make_interval(secs => %s), 0, '')"
+            " ON CONFLICT (topic, key) WHERE claimed_until IS NULL AND parked_at IS NULL AND NOT (key = '') DO NOTHING",
+            [topic, key, _json(payload or {}), delay_s],
+        )
+    if not delay_s:
+        transaction.on_commit(lambda: nudge(topic), robust=True)
+
+
+def _json(payload: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(payload, separators=(",", ":"))
+
+
+def nudge(topic: str) -> None:
+    """Tell a worker that rows wait. Losing it costs a sweep's interval, nothing else."""
+    from marketplace.celery import app
+
+    try:
+        app.send_task("marketplace.tasks.drain_outbox", kwargs={"topic": topic}, expires=30, retry=False)
+    except Exception:
+        log.warning("the broker does not answer; the sweep will find the message of %s", topic)
+
+
+def claim(limit: int, topic: str | None = None) -> list[OutboxMessage]:
+    """Claim due messages, oldest first, for CLAIM_SECONDS; rivals skip them."""
+    now = timezone.now()
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE marketplace_outboxmessage SET claimed_until = %s, attempts = attempts + 1 WHERE id IN ("
+            " SELECT id FROM marketplace_outboxmessage WHERE parked_at IS NULL AND available_at <= %s"
+            " AND (claimed_until IS NULL OR claimed_until < %s) AND (%s::text IS NULL OR topic = %s)"
+            " ORDER BY available_at, id LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id",
+            [now + timedelta(seconds=CLAIM_SECONDS), now, now, topic, topic, limit],
+        )
+        ids = [row[0] for row in cursor.fetchall()]
+    return list(OutboxMessage.objects.filter(pk__in=ids).order_by("id"))
+
+
+def drain(*, limit: int = 50, topic: str | None = None) -> int:
+    """Handle due messages until `limit`; returns how many succeeded. One failure delays its message only."""
+    done = 0
+    while done < limit:
+        messages = claim(min(10, limit - done), topic)
+        if not messages:
+            break
+        for message in messages:
+            done += _handle(message)
+    return done
+
+
+def _handle(message: OutboxMessage) -> int:
+    try:
+        _handlers[message.topic](message.payload)
+    except Exception as error:
+        log.exception("outbox %s %s failed (attempt %d)", message.topic, message.key, message.attempts)
+        _postpone(message, error)
+        return 0
+    OutboxMessage.objects.filter(pk=message.pk, attempts=message.attempts).delete()
+    return 1
+
+
+def _postpone(message: OutboxMessage, error: Exception) -> None:
+    """Back off exponentially; after MAX_ATTEMPTS park it, where a person sees it. A newer twin makes this one needless."""
+    now = timezone.now()
+    if (
+        message.key
+        and OutboxMessage.objects.filter(
+            topic=message.topic, key=message.key, claimed_until=None, parked_at=None
+        ).exists()
+    ):
+        OutboxMessage.objects.filter(pk=message.pk).delete()
+        return
+    gave_up = message.attempts >= MAX_ATTEMPTS
+    OutboxMessage.objects.filter(pk=message.pk, attempts=message.attempts).update(
+        claimed_until=now + timedelta(seconds=min(300, 2**message.attempts)),
+        parked_at=now if gave_up else None,
+        last_error=f"{type(error).__name__}: {error}"[:2000],
+    )

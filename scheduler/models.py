@@ -1,0 +1,54 @@
+"""What the scheduler did and why: cycles and decisions."""
+
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+
+from marketplace.models import Cell, Job
+from marketplace.tenancy import TenantModel, TenantQuerySet
+
+
+class Cycle(TenantModel):
+    """One run of snapshot -> plan -> commit for a cell, with its counts and timings (microseconds)."""
+
+    PREFIX = "cyc"
+
+    cell = models.ForeignKey(Cell, on_delete=models.CASCADE, related_name="cycles")
+    generation = models.BigIntegerField()
+    started_at = models.DateTimeField()
+    jobs_considered = models.PositiveIntegerField(default=0)
+    jobs_placed = models.PositiveIntegerField(default=0)
+    placements = models.PositiveIntegerField(default=0)
+    preempted = models.PositiveIntegerField(default=0)
+    conflicts = models.PositiveIntegerField(
+        default=0, help_text="planned, but refused at commit because the rows had moved"
+    )
+    snapshot_us = models.PositiveIntegerField(default=0)
+    plan_us = models.PositiveIntegerField(default=0)
+    commit_us = models.PositiveIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"{self.cell} #{self.generation}"
+
+
+class DecisionQuerySet(TenantQuerySet):
+    tenant_paths = ("job__organization",)
+
+
+class Decision(models.Model):
+    """The last decision on a job: where and why there, or what binds. One row a job, replaced by each cycle that looks at it."""
+
+    job = models.OneToOneField(Job, primary_key=True, on_delete=models.CASCADE, related_name="decision")
+    cycle = models.ForeignKey(Cycle, null=True, on_delete=models.SET_NULL, related_name="decisions")
+    at = models.DateTimeField()
+    outcome = models.CharField(max_length=12)  # placed | waiting | never
+    reason = models.CharField(max_length=40, help_text="name of scheduler.core.fit.Reason")
+    stages = ArrayField(models.CharField(max_length=40), default=list, help_text="stage names, in order")
+    candidates = ArrayField(models.IntegerField(), default=list, help_text="hosts left after each stage")
+    binding = models.CharField(max_length=200, blank=True)
+    suggestion = models.CharField(max_length=300, blank=True)
+    earliest_start = models.DateTimeField(null=True)
+
+    objects = DecisionQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return f"{self.job_id} {self.outcome} {self.reason}"

@@ -1,0 +1,69 @@
+"""`Idempotency-Key`: the answer is stored in the transaction of its effect, so a retry gets the same answer, once.
+
+Same key and other body: 422. Still running: 409 (an advisory lock, so a crash leaves nothing locked).
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from django.db import connection, transaction
+from django.utils import timezone
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from marketplace.errors import MarketError
+from marketplace.models import IdempotencyKey
+from marketplace.tenancy import Actor
+
+MAX_KEY = 120
+
+
+def once(request: Request, effect: Callable[[], Response]) -> Response:
+    """Run `effect` in one transaction, or replay what the same key answered before.
+
+    Refusals are not stored: nothing happened, so the same key may try again.
+    """
+    actor: Actor = request.auth
+    key = request.headers.get("Idempotency-Key", "")
+    if not key or actor.organization_id is None:
+        with transaction.atomic():
+            return effect()
+    if len(key) > MAX_KEY:
+        raise MarketError("invalid_request", f"Idempotency-Key is longer than {MAX_KEY} characters.")
+    digest = hashlib.sha256(json.dumps(request.data, sort_keys=True, default=str).encode()).hexdigest()
+    route = f"{request.method} {request.path}"[:200]
+    with transaction.atomic():
+        if not _lock(actor.organization_id, key):
+            raise MarketError("idempotency_in_flight", key)
+        seen = IdempotencyKey.objects.filter(organization_id=actor.organization_id, key=key).first()
+        if seen is not None:
+            if (seen.body_digest, seen.route) != (digest, route):
+                raise MarketError("idempotency_mismatch", f"The key {key} was used for {seen.route} with another body.")
+            return Response(seen.body, status=seen.status, headers={"Idempotent-Replayed": "true"})
+        response = effect()
+        IdempotencyKey.objects.create(
+            organization_id=actor.organization_id,
+            key=key,
+            route=route,
+            body_digest=digest,
+            status=response.status_code,
+            body=_plain(response.data),
+            created_at=timezone.now(),
+        )
+    return response
+
+
+def _lock(organization_id: int, key: str) -> bool:
+    number = (9 << 56) | (organization_id & 0xFFFFFF) << 32 | zlib.crc32(key.encode())
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [number])
+        return bool(cursor.fetchone()[0])
+
+
+def _plain(data: Any) -> Any:
+    from rest_framework.utils.encoders import JSONEncoder
+
+    return json.loads(json.dumps(data, cls=JSONEncoder))

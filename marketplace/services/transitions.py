@@ -1,0 +1,110 @@
+"""The one way in which a state changes: a guarded UPDATE, the append-only event rows, and the caller's outbox rows, together.
+
+`transition_many` moves all rows that still stand in an expected state; the rest are left alone and the caller sees which
+moved. `transition` is the same for one row, and refuses with a clear error where it did not move.
+"""
+
+from collections.abc import Collection, Iterable
+from datetime import datetime
+from typing import Any
+
+from django.db import connection, models
+
+from marketplace.errors import MarketError
+from marketplace.models import Contract, ContractEvent, Job, JobEvent, Placement, PlacementEvent
+
+_EVENTS: dict[type[models.Model], tuple[type[models.Model], str]] = {
+    Job: (JobEvent, "job_id"),
+    Placement: (PlacementEvent, "placement_id"),
+    Contract: (ContractEvent, "contract_id"),
+}
+
+
+def transition_many(
+    model: Any,
+    ids: Iterable[int],
+    *,
+    expected: Collection[str],
+    to: str,
+    now: datetime,
+    actor: str,
+    reason: str = "",
+    set_columns: dict[str, Any] | None = None,
+) -> dict[int, str]:
+    """Move rows of `model` (Job, Placement, Contract) from one of `expected` to `to`; returns {id: state it left}.
+
+    Only moves that the model's TRANSITIONS allow are tried. `set_columns` is written with the state. One UPDATE and one
+    INSERT whatever the number of rows; must run inside the caller's transaction.
+    """
+    assert connection.in_atomic_block
+    allowed = [state for state in expected if to in model.TRANSITIONS[state]]
+    wanted = sorted(set(ids))
+    if not wanted or not allowed:
+        return {}
+    columns = {"state": to, **(set_columns or {})}
+    if "state_reason" in {f.name for f in model._meta.fields} and reason:  # noqa: SLF001
+        columns.setdefault("state_reason", reason)
+    names = [model._meta.get_field(name).column for name in columns]  # noqa: SLF001
+    table = model._meta.db_table  # noqa: SLF001
+    sets = ", ".join(f'"{name}" = %s' for name in names)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"WITH before AS (SELECT id, state FROM {table} WHERE id = ANY(%s) AND state = ANY(%s) ORDER BY id FOR NO KEY UPDATE)"  # noqa: S608
+            f" UPDATE {table} AS t SET {sets} FROM before WHERE t.id = before.id RETURNING t.id, before.state",
+            [wanted, allowed, *columns.values()],
+        )
+        moved = dict(cursor.fetchall())
+    if moved:
+        _record(model, moved, to=to, now=now, actor=actor, reason=reason)
+    return moved
+
+
+def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor: str, reason: str) -> None:
+    event, key = _EVENTS[model]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"INSERT INTO {event._meta.db_table} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608, SLF001
+            " SELECT id, %s, %s, state, %s, %s FROM unnest(%s::bigint[], %s::text[]) AS u(id, state) ORDER BY id",
+            [
+                now,
+                actor[:120],
+                to,
+                reason[: event._meta.get_field("reason").max_length],
+                list(moved),
+                list(moved.values()),
+            ],  # noqa: SLF001
+        )
+
+
+def transition(
+    model: Any,
+    pk: int,
+    *,
+    expected: Collection[str],
+    to: str,
+    now: datetime,
+    actor: str,
+    reason: str = "",
+    set_columns: dict[str, Any] | None = None,
+) -> str:
+    """Move one row and return the state it left; MarketError("illegal_transition") where it stands elsewhere."""
+    moved = transition_many(
+        model, [pk], expected=expected, to=to, now=now, actor=actor, reason=reason, set_columns=set_columns
+    )
+    if pk not in moved:
+        state = model.objects.filter(pk=pk).values_list("state", flat=True).first()
+        raise MarketError(
+            "illegal_transition",
+            f"The {model._meta.verbose_name} is {state}; it can become {to} only from {', '.join(sorted(expected))}.",  # noqa: SLF001
+        )
+    return moved[pk]
+
+
+def record_created(model: Any, pks: Iterable[int], *, state: str, now: datetime, actor: str, reason: str = "") -> None:
+    """The first event of new rows: from nothing to `state`."""
+    _record(model, dict.fromkeys(pks, ""), to=state, now=now, actor=actor, reason=reason)
+
+
+def legal_actions(model: Any, state: str) -> list[str]:
+    """States that can follow, sorted: what a resource shows as legal now."""
+    return sorted(model.TRANSITIONS[state])

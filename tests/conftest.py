@@ -1,0 +1,47 @@
+"""The suite runs against real servers: `make test`, or `python -m sandbox.servers run --owner -- pytest ...` for a part of it.
+
+Tests marked `serverless` need no database and run under bare pytest, too.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+HAS_SERVERS = "DATABASE_URL" in os.environ
+
+os.environ.setdefault("DEVELOPMENT", "1")
+if owner := os.environ.get("DATABASE_OWNER_URL"):
+    os.environ["DATABASE_URL"] = owner  # the owner makes the test databases
+if WORKER and "REDIS_URL" in os.environ:
+    # A Redis database for each xdist worker, as pytest-django gives each a PostgreSQL database; 0 is nobody's.
+    base = os.environ["REDIS_URL"].rpartition("/")[0]
+    os.environ["REDIS_URL"] = f"{base}/{int(WORKER.removeprefix('gw')) + 1}"
+
+# On two shared cores a deadline would test the machine. `ci` is the same run every time; `full` looks for new examples.
+settings.register_profile(
+    "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("full", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_SERVERS:
+        return
+    needing = [item for item in items if item.get_closest_marker("serverless") is None]
+    if needing:
+        raise pytest.UsageError(
+            f"{len(needing)} of the tests chosen need PostgreSQL and Redis, and DATABASE_URL is not set. Run `make test`, "
+            "or `.venv/bin/python -m sandbox.servers run --unsafe-fast --owner -- .venv/bin/python -m pytest ...`; "
+            "`pytest -m serverless` runs those that need neither."
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_stray_web(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches a proxy or a paid service through the environment of whoever runs it."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)

@@ -11,10 +11,10 @@ from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
 from rest_framework.views import APIView
 
+from marketplace.actors import actor_of
 from marketplace.errors import MarketError
 from marketplace.models import Agent, ApiKey
 from marketplace.tenancy import Actor
-from marketplace.actors import actor_of
 
 
 def digest(token: str) -> str:

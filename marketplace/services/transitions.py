@@ -42,10 +42,10 @@ def transition_many(
     if not wanted or not allowed:
         return {}
     columns = {"state": to, **(set_columns or {})}
-    if "state_reason" in {f.name for f in model._meta.fields} and reason:  # noqa: SLF001
+    if "state_reason" in {f.name for f in model._meta.fields} and reason:
         columns.setdefault("state_reason", reason)
-    names = [model._meta.get_field(name).column for name in columns]  # noqa: SLF001
-    table = model._meta.db_table  # noqa: SLF001
+    names = [model._meta.get_field(name).column for name in columns]
+    table = model._meta.db_table
     sets = ", ".join(f'"{name}" = %s' for name in names)
     with connection.cursor() as cursor:
         cursor.execute(
@@ -63,7 +63,7 @@ def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor:
     event, key = _EVENTS[model]
     with connection.cursor() as cursor:
         cursor.execute(
-            f"INSERT INTO {event._meta.db_table} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608, SLF001
+            f"INSERT INTO {event._meta.db_table} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608
             " SELECT id, %s, %s, state, %s, %s FROM unnest(%s::bigint[], %s::text[]) AS u(id, state) ORDER BY id",
             [
                 now,
@@ -72,7 +72,7 @@ def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor:
                 reason[: event._meta.get_field("reason").max_length],
                 list(moved),
                 list(moved.values()),
-            ],  # noqa: SLF001
+            ],
         )
 
 
@@ -95,7 +95,7 @@ def transition(
         state = model.objects.filter(pk=pk).values_list("state", flat=True).first()
         raise MarketError(
             "illegal_transition",
-            f"The {model._meta.verbose_name} is {state}; it can become {to} only from {', '.join(sorted(expected))}.",  # noqa: SLF001
+            f"The {model._meta.verbose_name} is {state}; it can become {to} only from {', '.join(sorted(expected))}.",
         )
     return moved[pk]
 

@@ -1,0 +1,364 @@
+"""A fleet of simulated LuxOS miners: JSON over TCP, one listening socket for all of 127.0.0.0/8.
+
+The accepted connection's local address is the miner. `python -m sandbox.miners --count 100 --port 4028` runs a fleet
+by itself; `sandbox.site` embeds one. The wire: a client sends one JSON object without a newline and need not close;
+the answer is JSON, a NUL, and the end of the connection. Commands: version config profiles pools groups stats power
+logon curtail profileset (and session, logoff, reboot). Privileged parameters are "SESSION,argument".
+
+Physics: the draw moves towards the mode's watts, down in a few seconds and up within a minute (divided by `speed`);
+`true_w` is what the machine draws, `reported_w` what its firmware says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+FAULTS = (
+    "ack_ignore",
+    "hang",
+    "refuse",
+    "truncated",
+    "error_status",
+    "session_stolen",
+    "slow_ramp",
+    "frozen_reading",
+    "wattage_off",
+    "reboot_running",
+    "asleep_after_reboot",
+)
+SESSION_S = 60.0
+DOWN_S, UP_S, BOOT_S = 4.0, 40.0, 30.0
+SLOW = 15.0
+
+
+class Fleet:
+    """State of all miners as columns. Index i is the i-th row of the specification."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], *, seed: int = 1, speed: float = 1.0) -> None:
+        rng = np.random.default_rng(seed)
+        n = len(rows)
+        self.rows, self.speed = list(rows), speed
+        self.rng = rng
+        self.names = [str(row["name"]) for row in rows]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.by_address = {str(row["address"]).split(":")[0]: i for i, row in enumerate(rows)}
+        self.ladders = [[(str(m), float(w), float(g)) for m, w, g in row["modes"]] for row in rows]
+        self.top_w = np.array([ladder[-1][1] for ladder in self.ladders], dtype=float)
+        self.profile = np.array([len(ladder) - 1 for ladder in self.ladders], dtype=int)
+        self.asleep = np.zeros(n, dtype=bool)
+        self.target_w = np.zeros(n)
+        self.target_gh = np.zeros(n)
+        # Machines differ from their nameplate: a per-unit bias, mostly below it.
+        self.bias = rng.uniform(0.95, 1.0, n)
+        self.powered = np.ones(n, dtype=bool)
+        self.boot_left = np.zeros(n)
+        self.fault: list[str] = [""] * n
+        self.off_factor = np.ones(n)
+        self.frozen: dict[int, tuple[float, float]] = {}
+        self.sessions: dict[int, tuple[str, float]] = {}
+        self.rate_scale = np.ones(n)
+        self.commands = 0
+        for i in range(n):
+            self._retarget(i)
+        self.true_w = self.target_w.copy()
+        self.true_gh = self.target_gh.copy()
+
+    # --- physics
+
+    def _retarget(self, i: int) -> None:
+        ladder = self.ladders[i]
+        _, watts, hashes = ladder[0] if self.asleep[i] else ladder[self.profile[i]]
+        self.target_w[i] = watts * self.bias[i]
+        self.target_gh[i] = hashes * self.bias[i]
+
+    def step(self, dt: float, energised: np.ndarray | None = None) -> None:
+        """Moves the fleet by `dt` seconds; `energised` marks miners whose breakers are closed."""
+        if not len(self.rows):
+            return
+        power = self.powered if energised is None else self.powered & energised
+        booting = power & (self.boot_left > 0)
+        self.boot_left = np.where(booting, self.boot_left - dt * self.speed, self.boot_left)
+        goal = np.where(booting, 25.0, self.target_w)
+        per_s = np.where(goal < self.true_w, self.top_w / DOWN_S, self.top_w / UP_S) * self.speed * self.rate_scale
+        self.true_w = np.where(power, self.true_w + np.clip(goal - self.true_w, -per_s * dt, per_s * dt), 0.0)
+        share = np.divide(self.true_w, self.target_w, out=np.zeros_like(self.true_w), where=self.target_w > 0)
+        self.true_gh = np.where(power & ~booting & ~self.asleep, self.target_gh * np.minimum(share, 1.0), 0.0)
+
+    def power_cut(self, lost: np.ndarray) -> None:
+        """Machines that lose power forget their sessions and boot hashing when it returns."""
+        for i in np.flatnonzero(lost):
+            self.reboot(int(i), asleep=False)
+
+    def reboot(self, i: int, *, asleep: bool) -> None:
+        self.asleep[i] = asleep
+        self.boot_left[i] = BOOT_S
+        self.true_w[i] = min(float(self.true_w[i]), 25.0)
+        self.sessions.pop(i, None)
+        self._retarget(i)
+
+    # --- faults
+
+    def set_fault(self, name: str, fault: str, *, factor: float = 1.2) -> None:
+        """Sets one of FAULTS on a miner, or clears it with "". Raises KeyError for an unknown miner, ValueError for a fault."""
+        i = self.index[name]
+        if fault not in ("", *FAULTS):
+            raise ValueError(f"unknown miner fault {fault!r}; known: {', '.join(FAULTS)}")
+        self.fault[i] = fault
+        self.off_factor[i] = factor if fault == "wattage_off" else 1.0
+        self.rate_scale[i] = 1 / SLOW if fault == "slow_ramp" else 1.0
+        self.frozen.pop(i, None)
+        if fault == "frozen_reading":
+            self.frozen[i] = (float(self.true_w[i]), float(self.true_gh[i]))
+        if fault in ("reboot_running", "asleep_after_reboot"):
+            self.reboot(i, asleep=fault == "asleep_after_reboot")
+
+    def reading(self, i: int) -> tuple[float, float]:
+        """(W, GH/s) as the firmware reports them: 1 % noise, and what the fault does to them."""
+        if i in self.frozen:
+            return self.frozen[i]
+        noise = 1.0 + float(self.rng.normal(0, 0.005))
+        return float(self.true_w[i]) * noise * float(self.off_factor[i]), float(self.true_gh[i])
+
+    def mode(self, i: int) -> str:
+        return self.ladders[i][0][0] if self.asleep[i] else self.ladders[i][self.profile[i]][0]
+
+    # --- the protocol
+
+    def answer(self, i: int, command: str, parameter: str) -> dict[str, Any]:
+        self.commands += 1
+        if "+" in command:
+            return {part: [self.answer(i, part, "")] for part in command.split("+")} | {"id": 1}
+        if self.fault[i] == "error_status" and command != "version":
+            return self._status("E", 300, "Internal error")
+        handler = getattr(self, f"_do_{command}", None)
+        if handler is None:
+            return self._status("E", 14, "Invalid command")
+        result: dict[str, Any] = handler(i, parameter)
+        return result
+
+    @staticmethod
+    def _status(flag: str, code: int, message: str, **sections: Any) -> dict[str, Any]:
+        status = {
+            "Code": code,
+            "Description": "LUXminer 2025.6.9",
+            "Msg": message,
+            "STATUS": flag,
+            "When": int(time.time()),
+        }
+        return {"STATUS": [status], **sections, "id": 1}
+
+    def _do_version(self, i: int, _p: str) -> dict[str, Any]:
+        model = f"Antminer {self.rows[i]['model']}"
+        return self._status(
+            "S", 22, "LUXminer versions", VERSION=[{"API": "3.7", "LUXminer": "2025.6.9", "Type": model}]
+        )
+
+    def _do_config(self, i: int, _p: str) -> dict[str, Any]:
+        row = {
+            "CurtailMode": "Sleep" if self.asleep[i] else "None",
+            "Hostname": self.names[i],
+            "MACAddr": "02:00:00:{:02x}:{:02x}:{:02x}".format(*struct.pack(">I", i)[1:]),
+            "Model": f"Antminer {self.rows[i]['model']}",
+            "Profile": self.ladders[i][self.profile[i]][0],
+            "SerialNumber": f"SIM{i:08d}",
+        }
+        return self._status("S", 33, "LUXminer config", CONFIG=[row])
+
+    def _do_profiles(self, i: int, _p: str) -> dict[str, Any]:
+        rows = [
+            {"Profile Name": mode, "Hashrate": gh / 1000, "Watts": int(w), "Step": str(k)}
+            for k, (mode, w, gh) in enumerate(self.ladders[i])
+            if k
+        ]
+        return self._status("S", 319, f"{len(rows)} Profiles", PROFILES=rows)
+
+    def _do_pools(self, _i: int, _p: str) -> dict[str, Any]:
+        pool = {"POOL": 0, "URL": "stratum+tcp://pool.invalid:3333", "Status": "Alive", "User": "sim"}
+        return self._status("S", 7, "1 Pool(s)", POOLS=[pool])
+
+    def _do_groups(self, _i: int, _p: str) -> dict[str, Any]:
+        return self._status("S", 83, "1 Groups", GROUPS=[{"Group": 0, "Name": "default", "Quota": 1, "PoolCount": 1}])
+
+    def _do_stats(self, i: int, _p: str) -> dict[str, Any]:
+        _, gh = self.reading(i)
+        rows = [{"Type": f"Antminer {self.rows[i]['model']}"}, {"GHS 5s": round(gh, 2), "GHS av": round(gh, 2)}]
+        return self._status("S", 70, "LUXminer stats", STATS=rows)
+
+    def _do_power(self, i: int, _p: str) -> dict[str, Any]:
+        watts, _ = self.reading(i)
+        return self._status("S", 346, "Power", POWER=[{"PSU": True, "Watts": round(watts)}])
+
+    def _do_session(self, i: int, _p: str) -> dict[str, Any]:
+        sid, until = self.sessions.get(i, ("", 0.0))
+        return self._status("S", 316, "Session", SESSION=[{"SessionID": sid if until > time.monotonic() else ""}])
+
+    def _do_logon(self, i: int, _p: str) -> dict[str, Any]:
+        sid, until = self.sessions.get(i, ("", 0.0))
+        if sid and until > time.monotonic():
+            return self._status("E", 402, "Another session is active")
+        sid = secrets.token_hex(4)
+        self.sessions[i] = (sid, time.monotonic() + SESSION_S / self.speed)
+        if self.fault[i] == "session_stolen":
+            # Another controller takes the session between our logon and our command, once.
+            self.sessions[i] = (secrets.token_hex(4), time.monotonic() + 0.5)
+            self.fault[i] = ""
+        return self._status("S", 315, "Session created", SESSION=[{"SessionID": sid}])
+
+    def _do_logoff(self, i: int, parameter: str) -> dict[str, Any]:
+        if not self._session_ok(i, parameter):
+            return self._status("E", 316, "Invalid session")
+        self.sessions.pop(i, None)
+        return self._status("S", 317, "Session terminated")
+
+    def _session_ok(self, i: int, sid: str) -> bool:
+        known, until = self.sessions.get(i, ("", 0.0))
+        return bool(known) and sid == known and until > time.monotonic()
+
+    def _do_curtail(self, i: int, parameter: str) -> dict[str, Any]:
+        sid, _, argument = parameter.partition(",")
+        if not self._session_ok(i, sid):
+            return self._status("E", 316, "Invalid session")
+        if argument not in ("sleep", "wakeup"):
+            return self._status("E", 22, "Invalid parameter")
+        if self.fault[i] != "ack_ignore":
+            self.asleep[i] = argument == "sleep"
+            self._retarget(i)
+        return self._status("S", 341, f"Curtail {argument}")
+
+    def _do_profileset(self, i: int, parameter: str) -> dict[str, Any]:
+        sid, _, profile = parameter.partition(",")
+        if not self._session_ok(i, sid):
+            return self._status("E", 316, "Invalid session")
+        names = [mode for mode, _, _ in self.ladders[i]]
+        if profile not in names[1:]:
+            return self._status("E", 322, f"Unknown profile {profile}")
+        if self.fault[i] != "ack_ignore":
+            self.profile[i] = names.index(profile)
+            self._retarget(i)
+        return self._status("S", 323, "Profile set")
+
+    def _do_reboot(self, i: int, parameter: str) -> dict[str, Any]:
+        if not self._session_ok(i, parameter.partition(",")[0]):
+            return self._status("E", 316, "Invalid session")
+        # LuxOS keeps a sleep across a reboot; the two reboot faults are the exceptions.
+        self.reboot(i, asleep=bool(self.asleep[i]))
+        return self._status("S", 42, "Rebooting")
+
+
+class FleetServer:
+    """Serves a fleet on `port`: one socket bound to the loopback device, or one per address where that is refused."""
+
+    def __init__(self, fleet: Fleet, port: int) -> None:
+        self.fleet, self.port = fleet, port
+        self.servers: list[asyncio.Server] = []
+        self.energised: np.ndarray | None = None
+
+    async def start(self) -> None:
+        """Raises OSError when the port is taken."""
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+        except (OSError, AttributeError):
+            # Without the device binding 0.0.0.0 would be reachable from outside: bind each loopback address instead.
+            sock.close()
+            for address in self.fleet.by_address:
+                self.servers.append(await asyncio.start_server(self._serve, address, self.port))
+            return
+        try:
+            sock.bind(("0.0.0.0", self.port))
+        except OSError:
+            sock.close()
+            raise
+        self.servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=2048))
+        self.port = sock.getsockname()[1]
+
+    async def stop(self) -> None:
+        for server in self.servers:
+            server.close()
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._answer(reader, writer)
+        except (ConnectionError, TimeoutError):
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                await writer.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        fleet = self.fleet
+        i = fleet.by_address.get(writer.get_extra_info("sockname")[0])
+        dead = i is not None and (not fleet.powered[i] or (self.energised is not None and not self.energised[i]))
+        if i is None or dead or fleet.fault[i] == "refuse" or fleet.boot_left[i] > 0:
+            # Abort: the client sees a reset, as close to a refusal as an accepted connection comes.
+            writer.transport.abort()
+            return
+        request = await self._request(reader)
+        if request is None:
+            return
+        fault = fleet.fault[i]
+        if fault == "hang":
+            await reader.read()  # until the client gives up
+            return
+        body = json.dumps(fleet.answer(i, str(request.get("command", "")), str(request.get("parameter", "")))).encode()
+        if fault == "truncated":
+            body = body[: len(body) // 2]
+        writer.write(body + b"\0")
+        await writer.drain()
+
+    @staticmethod
+    async def _request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+        data = b""
+        while len(data) < 65_536:
+            chunk = await asyncio.wait_for(reader.read(4096), 10)
+            if not chunk:
+                return None
+            data += chunk
+            with contextlib.suppress(ValueError):
+                request = json.loads(data)
+                return request if isinstance(request, dict) else None
+        return None
+
+
+async def serve(count: int, port: int, seed: int, speed: float) -> None:
+    from sandbox.site.spec import miner
+
+    fleet = Fleet([miner(i, "S21", "pdu-1", port, 10) for i in range(count)], seed=seed, speed=speed)
+    server = FleetServer(fleet, port)
+    await server.start()
+    print(f"{count} miners on 127.10.0.1:{server.port} and following", flush=True)
+    last = time.monotonic()
+    while True:
+        await asyncio.sleep(0.25)
+        now = time.monotonic()
+        fleet.step(now - last)
+        last = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sandbox.miners", description="simulated LuxOS miners on loopback")
+    parser.add_argument("--port", type=int, default=4028)
+    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--speed", type=float, default=1.0)
+    args = parser.parse_args()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(args.count, args.port, args.seed, args.speed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""The arithmetic of the power ledger: what a device may draw, what a node can still give, whom to put to sleep first.
+
+Pure: integers and arrays in, decisions out. `marketplace/services/power.py` is the thin caller that owns the rows and
+the locks; the site's own lowering-only loop lives in the agent, which stands alone and gets its caps, margins and shed
+order by sync.
+
+Units: watts and seconds are integers; sums up the tree are integer milliwatts, because a device of W watts counts W x
+k(n) mW at a node with overhead k(n) per mille (its cooling): exact and additive. Money lost by sleeping is integer
+micro-USD per hour.
+The invariant, for every node n: ``reserved_mw(n) + 1000 * (fixed_w(n) + margin_w(n)) <= 1000 * cap_w(n)``.
+
+API::
+
+    host_reserved_w(gpus=, active_gpus=, standby_w=, parked_w=, base_w=, gpu_min_w=, gpu_max_w=, cap_control=, powered=,
+    cpu_only=) miner_reserved_w(commanded_w, confirmed_w, measured_w, measured_age_s, top_mode_w, fresh_s=) -> W
+    margin_w(cap_w, metering, unconfirmed_w) -> W
+    tree = PowerTree.of([NodeSpec(...), ...])         parents before or after children, any order; tree.index[key] ->
+    position load = Load.of(tree, nodes, kinds, watts)         subtree sums of devices; load.plus(tree, node, kind,
+    delta_w) reserved_mw(tree, load), margins_w(tree, groups), free_mw(tree, load, margins)     -> int64[nodes]
+    admissible(tree, free, node, delta_w, kind)       -> None, or Refusal naming the first node that says no
+    shortfall_mw(tree, free, node, delta_w, kind)     -> int64[nodes], what must be freed where before delta_w fits
+    choose_shed(tree, miners, need_mw, over_pick_permille=) -> Shed(picks, missing_mw)
+    shed_order(miners)                                -> positions, least $/W first: the list the site's own loop gets
+    confirmed_drop(samples, baseline_w, since=, now=, fresh_s=, meter=) -> "" when confirmed, else the reason
+    staggered_wake_groups(tree, miners, order, step_w=) -> groups of positions, to be woken one after another
+    over_cap(tree, load_by_meter, now_age, fresh_s)   -> [Reaction]
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+HOST, MINER = 0, 1  # the two kinds of device; their cooling differs
+# How far a node's true draw may stand above its books, per mille of the cap (research/power.md section 6: "Reserve
+# margin").
+MARGIN_PERMILLE: Mapping[str, int] = {"meter": 20, "firmware": 80, "nameplate": 150}
+# A reading at or under 15 % of the baseline is a machine asleep: fans and control board draw 1-3 %.
+ASLEEP_PERMILLE = 150
+# The node's meter must see 80 % of the claim; the rest is its own error and neighbours' noise.
+METER_SHARE_PERMILLE = 800
+# Of a few hundred machines some never answer: 3-5 % more are asked than needed.
+OVER_PICK_PERMILLE = 40
+# Over 95 % of the cap a node sheds down to 93 %, so that the reaction does not flutter.
+SOFT_PERMILLE, TARGET_PERMILLE = 950, 930
+
+
+class PowerError(ValueError):
+    """A tree or a number that cannot be: a cycle, an unknown parent, negative watts, an unknown kind of metering."""
+
+
+def host_reserved_w(
+    *,
+    gpus: int,
+    active_gpus: int,
+    standby_w: int,
+    parked_w: int,
+    base_w: int,
+    gpu_min_w: int,
+    gpu_max_w: int,
+    cap_control: bool,
+    powered: bool = True,
+    cpu_only: bool = False,
+) -> int:
+    """Watts to hold for a host, by its power state and never by a measured idle draw.
+
+    `active_gpus`: GPUs in which any placement holds a share. `cpu_only`: a placement without GPUs runs. Without cap
+    control always nameplate; off: standby; parked (limits read back at their floor): parked; else everything but GPUs
+    at nameplate and each GPU at its limit.
+    """
+    if not 0 <= active_gpus <= gpus:
+        raise PowerError(f"{active_gpus} of {gpus} GPUs active")
+    if not cap_control:
+        return base_w + gpus * gpu_max_w
+    if active_gpus == 0 and not cpu_only:
+        return parked_w if powered else standby_w
+    return base_w + active_gpus * gpu_max_w + (gpus - active_gpus) * gpu_min_w
+
+
+def miner_reserved_w(
+    commanded_w: int | None,
+    confirmed_w: int | None,
+    measured_w: int | None,
+    measured_age_s: int | None,
+    top_mode_w: int,
+    *,
+    fresh_s: int = 60,
+) -> int:
+    """Watts to hold for a miner: the most of what it was told, what was last confirmed and what it now draws.
+
+    A wake counts from the command on, a sleep only once confirmed. Never commanded, never confirmed, or no fresh
+    reading: it may be drawing full power, so at least the nameplate of its top mode.
+    """
+    known = [watts for watts in (commanded_w, confirmed_w, measured_w) if watts is not None]
+    fresh = measured_w is not None and measured_age_s is not None and 0 <= measured_age_s <= fresh_s
+    if commanded_w is None or confirmed_w is None or not fresh:
+        known.append(top_mode_w)
+    return max(known)
+
+
+def margin_w(cap_w: int, metering: str, unconfirmed_w: int = 0) -> int:
+    """Watts kept free at a node: its metering's share of the cap (rounded up), or the largest unconfirmed group if that
+    is more.
+    """
+    if metering not in MARGIN_PERMILLE:
+        raise PowerError(f"metering {metering!r} is none of {', '.join(MARGIN_PERMILLE)}")
+    return max(-(-cap_w * MARGIN_PERMILLE[metering] // 1000), unconfirmed_w)
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One PowerNode. `limit_w`: what a curtailment leaves of the cap (None: all of it); overheads in per mille by kind
+    of device.
+    """
+
+    key: Hashable
+    parent: Hashable | None
+    cap_w: int
+    limit_w: int | None = None
+    fixed_w: int = 0
+    overhead_gpu_permille: int = 1000
+    overhead_miner_permille: int = 1000
+    metering: str = "meter"
+
+
+@dataclass(frozen=True)
+class PowerTree:
+    """A site's nodes as columns, parents first. `paths[n]` = n and its ancestors, upward; `k[n, kind]` = overhead in
+    per mille.
+
+    `cap_w` is what the copper carries, `allowed_w` = min(cap, limit) what may be planned.
+    """
+
+    keys: tuple[Hashable, ...]
+    index: Mapping[Hashable, int]
+    parent: Ints
+    cap_w: Ints
+    allowed_w: Ints
+    fixed_w: Ints
+    k: Ints
+    metering: tuple[str, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(specs: Iterable[NodeSpec]) -> "PowerTree":
+        """Raises PowerError on a duplicate key, an unknown parent, a cycle, negative watts or an overhead under
+        1000.
+        """
+        given = tuple(specs)
+        waiting = {spec.key: spec for spec in given}
+        if len(waiting) != len(given):
+            raise PowerError("a node key appears twice")
+        order: list[NodeSpec] = []
+        index: dict[Hashable, int] = {}
+        while waiting:
+            ready = [spec for spec in waiting.values() if spec.parent is None or spec.parent in index]
+            if not ready:
+                raise PowerError(f"nodes {sorted(map(str, waiting))}: a parent is missing or the tree is a ring")
+            for spec in ready:
+                if min(spec.cap_w, spec.fixed_w, spec.limit_w or 0) < 0:
+                    raise PowerError(f"node {spec.key!r}: negative watts")
+                if min(spec.overhead_gpu_permille, spec.overhead_miner_permille) < 1000:
+                    raise PowerError(f"node {spec.key!r}: an overhead under 1000 per mille")
+                margin_w(spec.cap_w, spec.metering)
+                index[spec.key] = len(order)
+                order.append(spec)
+                del waiting[spec.key]
+        parent = [-1 if spec.parent is None else index[spec.parent] for spec in order]
+        paths: list[tuple[int, ...]] = []
+        for n, up in enumerate(parent):
+            paths.append((n,) if up < 0 else (n, *paths[up]))
+        return PowerTree(
+            keys=tuple(spec.key for spec in order),
+            index=index,
+            parent=np.array(parent, np.int64),
+            cap_w=np.array([spec.cap_w for spec in order], np.int64),
+            allowed_w=np.array(
+                [spec.cap_w if spec.limit_w is None else min(spec.cap_w, spec.limit_w) for spec in order], np.int64
+            ),
+            fixed_w=np.array([spec.fixed_w for spec in order], np.int64),
+            k=np.array([(s.overhead_gpu_permille, s.overhead_miner_permille) for s in order], np.int64).reshape(-1, 2),
+            metering=tuple(spec.metering for spec in order),
+            paths=tuple(paths),
+        )
+
+    def under(self, node: int) -> npt.NDArray[np.bool_]:
+        """bool[nodes]: the node itself and everything that hangs off it."""
+        below = np.zeros(len(self.keys), np.bool_)
+        below[node] = True
+        for n in range(node + 1, len(self.keys)):  # parents stand before their children
+            below[n] = below[n] or (self.parent[n] >= 0 and below[self.parent[n]])
+        return below
+
+
+@dataclass(frozen=True)
+class Load:
+    """Reserved device watts below each node, by kind: `watts[n, kind]`, before overhead."""
+
+    watts: Ints
+
+    @staticmethod
+    def of(tree: PowerTree, nodes: npt.ArrayLike, kinds: npt.ArrayLike, watts: npt.ArrayLike) -> "Load":
+        """Devices as columns: position of the node each hangs off, HOST or MINER, reserved watts."""
+        sums = np.zeros((len(tree.keys), 2), np.int64)
+        np.add.at(sums, (np.asarray(nodes, np.int64), np.asarray(kinds, np.int64)), np.asarray(watts, np.int64))
+        for n in range(len(tree.keys) - 1, -1, -1):
+            if tree.parent[n] >= 0:
+                sums[tree.parent[n]] += sums[n]
+        return Load(sums)
+
+    def plus(self, tree: PowerTree, node: int, kind: int, delta_w: int) -> "Load":
+        watts = self.watts.copy()
+        watts[list(tree.paths[node]), kind] += delta_w
+        return Load(watts)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The first node on the way up that has not enough: what the change needs there and what is free, in mW."""
+
+    node: Hashable
+    need_mw: int
+    free_mw: int
+
+
+def reserved_mw(tree: PowerTree, load: Load) -> Ints:
+    """What the books hold at each node, overhead included, without its fixed load and margin."""
+    total: Ints = (load.watts * tree.k).sum(axis=1)
+    return total
+
+
+def margins_w(tree: PowerTree, groups: Iterable[Iterable[tuple[int, int, int]]] = ()) -> Ints:
+    """Margin of every node. `groups`: commands not yet confirmed, each an iterable of (node, kind, watts it may be off
+    by).
+    """
+    worst = np.zeros(len(tree.keys), np.int64)
+    for group in groups:
+        devices = tuple(group)
+        if devices:
+            nodes, kinds, watts = zip(*devices, strict=True)
+            np.maximum(worst, -(-reserved_mw(tree, Load.of(tree, nodes, kinds, watts)) // 1000), out=worst)
+    return np.array(
+        [margin_w(int(cap), how, int(off)) for cap, how, off in zip(tree.allowed_w, tree.metering, worst, strict=True)],
+        np.int64,
+    )
+
+
+def free_mw(tree: PowerTree, load: Load, margins: Ints, *, physical: bool = False) -> Ints:
+    """Headroom of every node in mW; negative where the books are over.
+
+    Against the planned limit, or with `physical` against the cap itself (a curtailment's limit is crossed while it
+    ramps, the cap never).
+    """
+    bound = tree.cap_w if physical else tree.allowed_w
+    free: Ints = 1000 * (bound - tree.fixed_w - margins) - reserved_mw(tree, load)
+    return free
+
+
+def admissible(tree: PowerTree, free: Ints, node: int, delta_w: int, kind: int) -> Refusal | None:
+    """None when `delta_w` more at `node` keeps every ancestor within its cap; lowering is always admissible."""
+    if delta_w <= 0:
+        return None
+    for n in tree.paths[node]:
+        need = delta_w * int(tree.k[n, kind])
+        if need > free[n]:
+            return Refusal(tree.keys[n], need, int(free[n]))
+    return None
+
+
+def shortfall_mw(tree: PowerTree, free: Ints, node: int, delta_w: int, kind: int) -> Ints:
+    """MW that must be freed at each node before `delta_w` more fits at `node`; zero off its path."""
+    need = np.zeros(len(tree.keys), np.int64)
+    path = list(tree.paths[node])
+    need[path] = np.maximum(delta_w * tree.k[path, kind] - free[path], 0)
+    return need
+
+
+@dataclass(frozen=True)
+class Miners:
+    """Machines that may be slept (or woken), as columns: position of their node, watts between asleep and awake,
+    micro-USD per hour at stake.
+    """
+
+    node: Ints
+    watts: Ints
+    loss_uusd_h: Ints
+
+    @staticmethod
+    def of(rows: Iterable[tuple[int, int, int]]) -> "Miners":
+        table = np.array(list(rows), np.int64).reshape(-1, 3)
+        return Miners(table[:, 0], table[:, 1], table[:, 2])
+
+
+@dataclass(frozen=True)
+class Shed:
+    """`picks`: positions to sleep, in the order to command them. `missing_mw`: per node key what even all of them would
+    not free.
+    """
+
+    picks: tuple[int, ...]
+    missing_mw: Mapping[Hashable, int]
+
+
+def shed_order(miners: Miners) -> Ints:
+    """Positions, least money lost per watt freed first; of equals the larger machine (fewer commands), then the
+    first.
+    """
+    per_watt = miners.loss_uusd_h * 1000 // np.maximum(miners.watts, 1)
+    order: Ints = np.lexsort((-miners.watts, per_watt)).astype(np.int64)
+    return order[miners.watts[order] > 0]
+
+
+def choose_shed(
+    tree: PowerTree, miners: Miners, need_mw: Ints, *, over_pick_permille: int = OVER_PICK_PERMILLE
+) -> Shed:
+    """Whom to put to sleep so that every node of a path gets `need_mw` (see `shortfall_mw`) and a few per cent more.
+
+    From the deepest node in need upward: what sleeps below it counts for its ancestors too, and nothing else could
+    serve it. At each node the least $/W first; then those that turned out superfluous are let off, dearest first.
+    """
+    order = shed_order(miners)
+    goal = need_mw + -(-need_mw * over_pick_permille // 1000)
+    left = {int(n): int(goal[n]) for n in np.flatnonzero(need_mw > 0)}
+    freed_at = [{n: int(w) * int(tree.k[n, MINER]) for n in tree.paths[int(node)] if n in left}
+                for node, w in zip(miners.node[order], miners.watts[order], strict=True)]  # fmt: skip
+    chosen: dict[int, None] = {}
+    for n in sorted(left, key=lambda n: (-len(tree.paths[n]), n)):
+        for at, freed in enumerate(freed_at):
+            if left[n] <= 0:
+                break
+            if n in freed and at not in chosen:
+                chosen[at] = None
+                for up, mw in freed.items():
+                    left[up] -= mw
+    for at in sorted(chosen, reverse=True):
+        if all(left[n] + mw <= 0 for n, mw in freed_at[at].items()):
+            del chosen[at]
+            for n, mw in freed_at[at].items():
+                left[n] += mw
+    spare = {n: int(goal[n] - need_mw[n]) for n in left}
+    missing = {tree.keys[n]: mw - spare[n] for n, mw in left.items() if mw > spare[n]}
+    return Shed(tuple(int(order[at]) for at in sorted(chosen)), missing)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading of a device: when the device was read (seconds) and what it drew."""
+
+    at: int
+    watts: int
+
+
+@dataclass(frozen=True)
+class MeterDrop:
+    """The node's own meter before the command and now, and the watts (at that meter) that were claimed from everything
+    slept below it.
+    """
+
+    before_w: int
+    after_w: int
+    after_at: int
+    claim_w: int
+
+
+def confirmed_drop(
+    samples: Sequence[Sample],
+    baseline_w: int,
+    *,
+    since: int,
+    now: int,
+    fresh_s: int = 60,
+    meter: MeterDrop | None = None,
+) -> str:
+    """Empty when a sleep is confirmed, else the reason in the words of the curtailment report. An acknowledgement is not a
+    watt.
+
+    Confirmed: the two newest readings, both taken after the command (`since`) and not older than `fresh_s`, are at most
+    15 % of the baseline, and, where the node is metered, its fresh meter fell by at least 80 % of the claim. Reasons:
+    unreachable (no reading since the command), awaiting_sample (only one), stale_telemetry, acknowledged_no_drop,
+    phantom_load (the device says asleep, the meter does not).
+    """
+    after = sorted({sample.at: sample for sample in samples if since < sample.at <= now}.values(), key=lambda s: s.at)
+    if not after:
+        return "unreachable"
+    if now - after[-1].at > fresh_s:
+        return "stale_telemetry"
+    newest = [sample for sample in after[-2:] if now - sample.at <= fresh_s]
+    if any(1000 * sample.watts > ASLEEP_PERMILLE * baseline_w for sample in newest):
+        return "acknowledged_no_drop"
+    if len(newest) < 2:
+        return "awaiting_sample"
+    if meter is not None:
+        if meter.after_at <= since or now - meter.after_at > fresh_s:
+            return "stale_telemetry"
+        if 1000 * (meter.before_w - meter.after_w) < METER_SHARE_PERMILLE * meter.claim_w:
+            return "phantom_load"
+    return ""
+
+
+def staggered_wake_groups(
+    tree: PowerTree, miners: Miners, order: Iterable[int], step_w: Ints | None = None, inrush_permille: int = 1000
+) -> tuple[tuple[int, ...], ...]:
+    """Positions in groups to be woken one after another, each confirmed before the next.
+
+    No group adds more than `step_w` (per node; the metering's share of the cap when not given, so that the group never
+    widens the margin) at any ancestor, inrush included. A machine larger than a step wakes alone.
+    """
+    step = margins_w(tree) if step_w is None else step_w
+    groups: list[list[int]] = []
+    used: list[dict[int, int]] = []
+    first_open = dict.fromkeys(range(len(tree.keys)), 0)
+    for position in order:
+        node = int(miners.node[position])
+        surge = {n: int(miners.watts[position]) * int(tree.k[n, MINER]) * inrush_permille for n in tree.paths[node]}
+        alone = any(uw > 1_000_000 * int(step[n]) for n, uw in surge.items())
+        at = len(groups) if alone else first_open[node]
+        while at < len(groups) and any(used[at].get(n, 0) + uw > 1_000_000 * int(step[n]) for n, uw in surge.items()):
+            at += 1
+        if at == len(groups):
+            groups.append([])
+            used.append(dict.fromkeys(range(len(step)), 1 << 62) if alone else {})
+        if not alone:
+            first_open[node] = at  # a later machine of this node never looks at an earlier group: one pass
+        groups[at].append(int(position))
+        for n, uw in surge.items():
+            used[at][n] = used[at].get(n, 0) + uw
+    return tuple(tuple(group) for group in groups)
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """What a node's meter asks for. action: `freeze` (stale: no grants, no wakes), `shed` (soft: stop wakes, free
+    `shed_mw`), `trip` (over the cap: every miner below sleeps now, then GPUs are capped by priority, last evicted until
+    `shed_mw` are gone).
+    """
+
+    node: Hashable
+    action: str
+    shed_mw: int
+
+
+def over_cap(tree: PowerTree, meters: Mapping[Hashable, tuple[int, int]], *, fresh_s: int = 60) -> tuple[Reaction, ...]:
+    """Reactions to the nodes' meters, deepest node first. `meters`: node key -> (watts, age in seconds), for nodes that
+    have a meter.
+    """
+    found: list[tuple[int, Reaction]] = []
+    for key, (watts, age_s) in meters.items():
+        n = tree.index[key]
+        cap = int(tree.cap_w[n])
+        excess = max(0, 1000 * watts - TARGET_PERMILLE * cap)
+        if not 0 <= age_s <= fresh_s:
+            found.append((n, Reaction(key, "freeze", 0)))
+        elif watts > cap:
+            found.append((n, Reaction(key, "trip", excess)))
+        elif 1000 * watts > SOFT_PERMILLE * cap:
+            found.append((n, Reaction(key, "shed", excess)))
+    found.sort(key=lambda item: (-len(tree.paths[item[0]]), item[0]))
+    return tuple(reaction for _, reaction in found)

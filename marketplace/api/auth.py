@@ -1,25 +1,22 @@
 """Who calls the API: a key, a person with a session, or an agent; and may they do this?"""
 
-import hashlib
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication, SessionAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
-from rest_framework.views import APIView
 
 from marketplace.actors import actor_of
 from marketplace.errors import MarketError
 from marketplace.models import Agent, ApiKey
+from marketplace.services.tokens import digest
 from marketplace.tenancy import Actor
 
-
-def digest(token: str) -> str:
-    """SHA-256 of a key or token: all that we store of it. The tokens are 256 random bits, so no salt is needed."""
-    return hashlib.sha256(token.encode()).hexdigest()
+if TYPE_CHECKING:  # rest_framework.views reads the settings that name this module
+    from rest_framework.views import APIView
 
 
 def _bearer(request: Request) -> str | None:
@@ -91,7 +88,7 @@ class ActionPermission(BasePermission):
     "staff" is for our own people; "person" for any signed-in person, with or without an organization.
     """
 
-    def has_permission(self, request: Request, view: APIView) -> bool:
+    def has_permission(self, request: Request, view: "APIView") -> bool:
         action = getattr(view, "actions", {}).get("GET" if request.method in {"HEAD", "OPTIONS"} else request.method)
         if action is None:
             raise MarketError("method_not_allowed", f"{request.method} {request.path}")
@@ -124,13 +121,13 @@ class KeyThrottle(SimpleRateThrottle):
 
     scope = "key"
 
-    def get_cache_key(self, request: Request, view: APIView) -> str | None:  # noqa: ARG002
+    def get_cache_key(self, request: Request, view: "APIView") -> str | None:  # noqa: ARG002
         actor: Actor | None = request.auth
         if actor is None:
             return f"throttle:ip:{self.get_ident(request)}"
         return f"throttle:{actor.kind}:{actor.key_id or actor.user_id or actor.site_id}"
 
-    def allow_request(self, request: Request, view: APIView) -> bool:
+    def allow_request(self, request: Request, view: "APIView") -> bool:
         try:
             return bool(super().allow_request(request, view))
         except Exception:

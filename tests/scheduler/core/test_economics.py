@@ -18,13 +18,13 @@ HASHPRICE = 39_530_000  # $39.53 per PH/s and day
 
 
 def reward(height, fees_permyriad):
-    """Subsidy plus fees, the fees given as a share of the subsidy."""
-    return eco.subsidy_sat(height) * (10_000 + fees_permyriad) // 10_000
+    """Subsidy plus fees; fees are published as their share of the whole reward."""
+    return eco.subsidy_sat(height) * 10_000 // (10_000 - fees_permyriad)
 
 
 def test_vector_of_2025_11_03():
     mined = eco.btc_per_ph_day_sat(155_970_000_000_000, reward(922_000, 62))
-    assert float(mined / SATOSHI) == pytest.approx(0.00040557, abs=1.5e-8)
+    assert float(mined / SATOSHI) == pytest.approx(0.00040557, abs=5e-9)
     assert abs(mined / SATOSHI - Fraction("0.00040577")) / Fraction("0.00040577") < Fraction(1, 1000)  # as published
     dollars = eco.hashprice_uusd(155_970_000_000_000, reward(922_000, 62), 106_935 * UUSD)
     assert dollars / UUSD == pytest.approx(43.37, abs=0.005)

@@ -1,0 +1,260 @@
+"""Jobs: submit, cancel, preempt, and what becomes of a job when its placements move. The only writer of their state."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from django.db import transaction
+
+from marketplace import outbox
+from marketplace.errors import MarketError
+from marketplace.models import BillingStanding, Contract, Host, Job, Placement
+from marketplace.services import secrets
+from marketplace.services.transitions import record_created, transition_many
+from marketplace.tenancy import Actor
+
+# Reasons of a placement's end that are ours or the site's, not the job's: the job gets another try without a charge.
+FAULTS = frozenset(
+    {"host_lost", "site_lost", "agent_restarted", "start_failed", "power_lost", "lease_ended", "drained"}
+)
+CYCLE = "scheduler.run_cycle"
+
+
+def nudge_cell(cell_id: int) -> None:
+    outbox.emit(CYCLE, key=str(cell_id), payload={"cell": cell_id})
+
+
+def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datetime) -> Job:
+    """Queue one job under `contract`; MarketError names what is in the way."""
+    return submit_many(actor, [(contract, spec)], now=now)[0]
+
+
+def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]], *, now: datetime) -> list[Job]:
+    """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller."""
+    largest = {c.pk: _largest_hosts(c) for c in {contract.pk: contract for contract, _ in wanted}.values()}
+    with transaction.atomic():
+        jobs = []
+        for contract, spec in wanted:
+            _check_contract(contract, now)
+            plain = {k: v for k, v in spec.items() if k != "secrets"}
+            job = Job(
+                organization_id=contract.organization_id,
+                contract=contract,
+                cell_id=contract.cell_id,
+                state=Job.State.QUEUED,
+                secrets=secrets.seal(spec["secrets"]) if spec.get("secrets") else None,
+                created_at=now,
+                queued_at=now,
+                **plain,
+            )
+            _check_fits_contract(job, contract, largest[contract.pk])
+            jobs.append(job)
+        Job.objects.bulk_create(jobs)
+        record_created(Job, [job.pk for job in jobs], state=Job.State.QUEUED, now=now, actor=actor.label)
+        for cell_id in sorted({job.cell_id for job in jobs}):
+            nudge_cell(cell_id)
+    return jobs
+
+
+def _check_contract(contract: Contract, now: datetime) -> None:
+    if contract.state != Contract.State.ACTIVE or (contract.ends_at and contract.ends_at <= now):
+        raise MarketError("contract_inactive", f"{contract.public_id} is {contract.state}; book another one.")
+    standing = BillingStanding.objects.filter(organization_id=contract.organization_id).first()
+    state = standing.state if standing else BillingStanding.State.NO_CARD
+    if state == BillingStanding.State.NO_CARD:
+        raise MarketError("card_required", "Add a card on the page Payment methods, then submit again.")
+    if state == BillingStanding.State.SUSPENDED:
+        raise MarketError("billing_suspended", "Pay the open invoices, then submit again.")
+
+
+def _largest_hosts(contract: Contract) -> list[Host]:
+    """One host of each shape behind the contract."""
+    hosts = contract.listing.hosts.exclude(state=Host.State.RETIRED).select_related("gpu_model")
+    return list(hosts.distinct("gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib").order_by(
+        "gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib"
+    ))  # fmt: skip
+
+
+def _check_fits_contract(job: Job, contract: Contract, shapes: list[Host]) -> None:
+    """Refuse what can never run, naming the first dimension that no host behind the contract meets."""
+    if job.total_gpus > contract.gpu_count:
+        raise MarketError(
+            "over_ceiling",
+            f"The job asks for {job.total_gpus} GPUs; the contract holds {contract.gpu_count}. Ask for fewer, or extend it.",
+            {"/replicas": f"at most {contract.gpu_count} GPUs in all"},
+        )
+    left = shapes
+    steps: list[tuple[str, str, Any]] = [
+        ("gpu_models", "GPU model", lambda h: not job.gpu_models or h.gpu_model.name in job.gpu_models),
+        ("gpus", "GPUs in one host", lambda h: h.gpu_count >= job.gpus),
+        ("vram_mib", "VRAM per GPU", lambda h: not job.gpus or h.vram_mib >= job.vram_mib),
+        ("vcpu_milli", "vCPU", lambda h: h.vcpu_milli >= job.vcpu_milli),
+        ("ram_mib", "RAM", lambda h: h.ram_mib >= job.ram_mib),
+        ("nvme_gib", "NVMe", lambda h: h.nvme_gib >= job.nvme_gib),
+    ]
+    for field, noun, fits in steps:
+        kept = [host for host in left if fits(host)]
+        if not kept:
+            most = max(
+                (getattr(h, "gpu_count" if field == "gpus" else field, 0) or 0 for h in left if field != "gpu_models"),
+                default=0,
+            )
+            asked = getattr(job, field)
+            hint = (
+                f"the largest has {most}"
+                if field != "gpu_models"
+                else "offered: " + ", ".join({h.gpu_model.name for h in left})
+            )
+            raise MarketError(
+                "never_fits",
+                f"No host of {contract.listing} has {noun} of {asked}; {hint}.",
+                {f"/{field}": hint},
+                {"reason": f"no_{field}"},
+            )
+        left = kept
+
+
+def cancel(actor: Actor, job: Job, *, now: datetime) -> Job:
+    """Waiting jobs end at once; jobs on hosts drain first (checkpoint signal, grace) and stop being billed now."""
+    from marketplace.services import placements
+
+    with transaction.atomic():
+        site_ids = (
+            Placement.objects.filter(job=job).exclude(state__in=Placement.FINAL).values_list("site_id", flat=True)
+        )
+        placements.lock_sites(site_ids)
+        moved = transition_many(
+            Job, [job.pk], expected=(*Job.WAITING, Job.State.DRAFT), to=Job.State.CANCELLED, now=now, actor=actor.label,
+            reason="cancelled by the customer", set_columns={"finished_at": now, "cancel_requested_at": now},
+        )  # fmt: skip
+        if not moved:
+            fresh = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
+            if fresh.state in Job.FINAL:
+                raise MarketError("illegal_transition", f"The job is {fresh.state} already.")
+            if fresh.cancel_requested_at is None:
+                Job.objects.filter(pk=job.pk).update(cancel_requested_at=now)
+                drain_jobs([job.pk], now=now, actor=actor.label, reason="cancelled by the customer")
+    job.refresh_from_db()
+    return job
+
+
+def preempt(job_ids: Iterable[int], *, now: datetime, actor: str, reason: str) -> list[int]:
+    """Placed or running jobs become `preempting`, their placements drain; they queue again when those are gone."""
+    moved = transition_many(
+        Job,
+        job_ids,
+        expected=(Job.State.PLACED, Job.State.RUNNING),
+        to=Job.State.PREEMPTING,
+        now=now,
+        actor=actor,
+        reason=reason,
+    )
+    drain_jobs(moved, now=now, actor=actor, reason=reason)
+    return sorted(moved)
+
+
+def drain_jobs(job_ids: Iterable[int], *, now: datetime, actor: str, reason: str) -> None:
+    from marketplace.services import placements
+
+    live = Placement.objects.filter(job_id__in=list(job_ids)).exclude(state__in=Placement.FINAL)
+    placements.request_release(list(live.values_list("pk", flat=True)), now=now, actor=actor, reason=reason)
+
+
+def end_contract(contract_id: int, *, now: datetime) -> None:
+    """The contract is over: what waits is cancelled, what runs drains."""
+    jobs = Job.objects.filter(contract_id=contract_id).exclude(state__in=Job.FINAL)
+    with transaction.atomic():
+        sites = Placement.objects.filter(contract_id=contract_id).exclude(state__in=Placement.FINAL)
+        from marketplace.services import placements
+
+        placements.lock_sites(sites.values_list("site_id", flat=True))
+        ids = list(jobs.values_list("pk", flat=True))
+        transition_many(
+            Job, ids, expected=(*Job.WAITING, Job.State.DRAFT), to=Job.State.CANCELLED, now=now, actor="system",
+            reason="the contract ended", set_columns={"finished_at": now},
+        )  # fmt: skip
+        Job.objects.filter(pk__in=ids, state__in=Job.ON_HOSTS, cancel_requested_at=None).update(cancel_requested_at=now)
+        drain_jobs(ids, now=now, actor="system", reason="the contract ended")
+
+
+def settle(job_ids: Iterable[int], *, now: datetime) -> None:
+    """Bring jobs in line with the placements of their current attempt. Called, in its transaction, by whoever moved a placement."""
+    jobs = {
+        j.pk: j
+        for j in Job.objects.filter(pk__in=sorted(set(job_ids)), state__in=Job.ON_HOSTS)
+        .order_by("pk")
+        .select_for_update(no_key=True)
+    }
+    members: dict[int, list[Placement]] = defaultdict(list)
+    rows = Placement.objects.filter(job_id__in=jobs).only(
+        "id", "job_id", "attempt", "state", "exit_code", "reason", "running_at"
+    )
+    for placement in rows:
+        if placement.attempt == jobs[placement.job_id].attempt:
+            members[placement.job_id].append(placement)
+    running: list[int] = []
+    outcomes: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
+    broken: dict[str, list[int]] = defaultdict(list)
+    for pk, job in jobs.items():
+        gang = members[pk]
+        if gang and all(p.state in Placement.FINAL for p in gang):
+            outcomes[_outcome(job, gang)].append(pk)
+            continue
+        if (
+            job.state == Job.State.PLACED
+            and any(p.state == "running" for p in gang)
+            and all(p.running_at or p.state in Placement.FINAL for p in gang)
+        ):
+            running.append(pk)
+        ended = [p for p in gang if p.state in Placement.FINAL and not (p.state == "released" and p.exit_code == 0)]
+        if ended and not job.cancel_requested_at and job.state != Job.State.PREEMPTING:
+            broken[ended[0].reason or "a replica failed"].append(pk)
+    transition_many(
+        Job,
+        running,
+        expected=(Job.State.PLACED,),
+        to=Job.State.RUNNING,
+        now=now,
+        actor="system",
+        set_columns={"started_at": now},
+    )
+    for reason, ids in broken.items():  # one replica is gone: the gang cannot go on without it
+        drain_jobs(ids, now=now, actor="system", reason=f"a replica ended: {reason}"[:200])
+    for (state, reason, code), ids in outcomes.items():
+        _finish(ids, jobs, state=state, reason=reason, code=code, now=now)
+
+
+def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
+    """(state, reason, exit code) of a job whose placements are all final."""
+    worst = max((p.exit_code for p in gang if p.exit_code is not None), default=None, key=abs)
+    if all(p.exit_code == 0 for p in gang):
+        return Job.State.SUCCEEDED, "all replicas exited 0", 0
+    if job.cancel_requested_at is not None:
+        return Job.State.CANCELLED, job.state_reason or "cancelled", worst
+    if job.state == Job.State.PREEMPTING:
+        return Job.State.REQUEUED, job.state_reason or "preempted", None
+    reasons = [p.reason.split(":")[0] for p in gang if p.reason]
+    fault = next((r for r in reasons if r in FAULTS), None)
+    own = next((p for p in gang if p.state == "failed" and p.reason.split(":")[0] not in FAULTS), None)
+    if fault and own is None:
+        if job.restarts < job.max_restarts:
+            return Job.State.REQUEUED, f"{fault}: trying again", None
+        return Job.State.FAILED, f"{fault}, {job.restarts} restarts used", worst
+    reason = own.reason if own and own.reason else f"exit code {worst}"
+    return Job.State.FAILED, reason[:300], worst
+
+
+def _finish(ids: list[int], jobs: dict[int, Job], *, state: str, reason: str, code: int | None, now: datetime) -> None:
+    if state == Job.State.REQUEUED:
+        moved = transition_many(Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason)
+        faulty = [pk for pk in moved if moved[pk] != Job.State.PREEMPTING]
+        for pk in faulty:
+            Job.objects.filter(pk=pk).update(restarts=jobs[pk].restarts + 1)
+    else:
+        moved = transition_many(
+            Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason,
+            set_columns={"finished_at": now, "exit_code": code},
+        )  # fmt: skip
+    for cell_id in sorted({jobs[pk].cell_id for pk in moved}):
+        nudge_cell(cell_id)

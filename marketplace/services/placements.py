@@ -1,0 +1,162 @@
+"""Placements: made by commit, granted by power, observed through agents, released. The only writer of their state.
+
+Every caller holds the sites' locks (`lock_sites`) before it touches rows; rows are locked in id order beneath them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from django.db import transaction
+from django.db.models import F
+
+from marketplace.locks import Lock, acquire
+from marketplace.models import Agent, Host, Placement, Site
+from marketplace.services import hosts, power
+from marketplace.services.transitions import record_created, transition_many
+
+
+def lock_sites(site_ids: Iterable[int]) -> None:
+    acquire(*((Lock.SITE, pk) for pk in set(site_ids)))
+
+
+def touch_sites(site_ids: Iterable[int]) -> None:
+    """What shall be at these sites has changed: agents that wait are answered now."""
+    wanted = sorted(set(site_ids))
+    Site.objects.filter(pk__in=wanted).update(desired_generation=F("desired_generation") + 1)
+    for pk in wanted:
+        transaction.on_commit(lambda pk=pk: wake_agents(pk), robust=True)  # type: ignore[misc]
+
+
+def wake_agents(site_id: int) -> None:
+    """Tell the stream process that a waiting agent may be answered. Lost without Redis: it polls each second then."""
+    from django.core.cache import cache
+
+    with suppress(Exception):  # a nudge only
+        cache._cache.get_client().publish(f"site:{site_id}", b"1")  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def create_many(
+    rows: Sequence[Placement], *, locked_hosts: dict[int, Host], now: datetime, actor: str
+) -> list[Placement]:
+    """Insert planned placements (`intended`), take their share of the locked hosts, reserve their watts.
+
+    The caller (scheduler.commit) has re-run the fit rule on `locked_hosts` and holds the cells' and sites' locks.
+    """
+    created = Placement.objects.bulk_create(rows)
+    record_created(Placement, [p.pk for p in created], state=Placement.State.INTENDED, now=now, actor=actor)
+    hosts.take(created, locked_hosts)
+    granted, shedding = power.reserve(created, locked_hosts, now=now)
+    grant(granted, now=now)
+    transition_many(Placement, shedding, expected=("intended",), to="shedding", now=now, actor=actor)
+    touch_sites({p.site_id for p in created})
+    return created
+
+
+def grant(ids: Iterable[int], *, now: datetime) -> None:
+    """The watts are confirmed: the agent may start."""
+    transition_many(
+        Placement,
+        ids,
+        expected=("intended", "shedding"),
+        to="granted",
+        now=now,
+        actor="power",
+        set_columns={"granted_at": now},
+    )
+
+
+def request_release(ids: Sequence[int], *, now: datetime, actor: str, reason: str) -> None:
+    """Ask for the end. What never reached the site is released at once; the rest drains, and is not billed from now on."""
+    unstarted = Placement.objects.filter(pk__in=ids, state__in=("intended", "shedding")).values_list("pk", flat=True)
+    finish(list(unstarted), to="released", now=now, actor=actor, reason=reason)
+    moved = transition_many(
+        Placement, ids, expected=("granted", "starting", "running", "unreachable"), to="draining", now=now, actor=actor, reason=reason,
+        set_columns={"desired": "drain", "release_requested_at": now, "reason": reason[:200]},
+    )  # fmt: skip
+    if moved:
+        Placement.objects.filter(pk__in=moved).update(generation=F("generation") + 1)
+        touch_sites(Placement.objects.filter(pk__in=moved).values_list("site_id", flat=True))
+
+
+def finish(
+    ids: Sequence[int], *, to: str, now: datetime, actor: str, reason: str, columns: dict[str, Any] | None = None
+) -> None:
+    """Placements reach a final state: their share of the host and their watts go back, their jobs are settled."""
+    from marketplace.services import jobs
+
+    moved = transition_many(
+        Placement, ids, expected=[s for s in Placement.TRANSITIONS if s not in Placement.FINAL], to=to, now=now, actor=actor,
+        reason=reason, set_columns={"desired": "stop", "reason": reason[:200], "finished_at": now, **(columns or {})},
+    )  # fmt: skip
+    if not moved:
+        return
+    rows = list(Placement.objects.filter(pk__in=moved).order_by("pk"))
+    hosts.give_back(rows)
+    power.release(rows, now=now)
+    touch_sites({p.site_id for p in rows})
+    jobs.settle({p.job_id for p in rows}, now=now)
+    for cell_id in sorted({p.cell_id for p in rows}):
+        jobs.nudge_cell(cell_id)
+
+
+def observe(agent: Agent, reports: list[dict[str, Any]], *, now: datetime) -> None:
+    """Take in what an agent says of its placements. Reports about other sites' placements or old generations change nothing.
+
+    Times are the agent's, held between the grant and now: a site can neither bill before the grant nor ahead of time.
+    """
+    from marketplace.services import jobs
+
+    by_id = {r["pk"]: r for r in reports}
+    rows = Placement.objects.filter(pk__in=by_id, site_id=agent.site_id).exclude(state__in=Placement.FINAL)
+    started: list[int] = []
+    running: dict[datetime, list[int]] = defaultdict(list)
+    ended: list[tuple[Placement, dict[str, Any]]] = []
+    for row in rows:
+        report = by_id[row.pk]
+        state = report["state"]
+        if state == "starting" and row.state == "granted":
+            started.append(row.pk)
+        elif state == "running" and row.state in {"granted", "starting", "unreachable"}:
+            running[_bounded(report.get("running_at"), row.granted_at, now)].append(row.pk)
+        elif state in {"exited", "failed"} and row.state in Placement.AT_SITE:
+            ended.append((row, report))
+    transition_many(Placement, started, expected=("granted",), to="starting", now=now, actor=agent.name)
+    for at, ids in running.items():
+        transition_many(
+            Placement,
+            ids,
+            expected=("granted", "starting", "unreachable"),
+            to="running",
+            now=now,
+            actor=agent.name,
+            set_columns={"running_at": at},
+        )
+    for row, report in ended:
+        at = _bounded(report.get("finished_at"), row.granted_at, now)
+        columns: dict[str, Any] = {"exit_code": report.get("exit_code"), "finished_at": at}
+        if row.running_at is None and (began := report.get("running_at")):
+            columns["running_at"] = min(_bounded(began, row.granted_at, now), at)
+        if row.release_requested_at is None:
+            columns["release_requested_at"] = at
+        code, reason = report.get("exit_code"), str(report.get("reason") or "")[:200]
+        clean = report["state"] == "exited" and (code == 0 or row.state == "draining")
+        finish(
+            [row.pk],
+            to="released" if clean else "failed",
+            now=now,
+            actor=agent.name,
+            reason=reason or row.reason or f"exit code {code}",
+            columns=columns,
+        )
+    job_ids = Placement.objects.filter(pk__in=[pk for ids in running.values() for pk in ids]).values_list(
+        "job_id", flat=True
+    )
+    jobs.settle(job_ids, now=now)
+
+
+def _bounded(moment: datetime | None, low: datetime | None, high: datetime) -> datetime:
+    at = moment or high
+    return min(max(at, low or at), high)

@@ -1,0 +1,186 @@
+"""Watts for hosts: reserved, granted, given back."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from django.db import connection
+from django.db.models import F
+
+from marketplace.models import Host, Placement, PowerGrant, Site
+from marketplace.services.power.ledger import Ledger, active_watts
+from scheduler.core import power as core
+
+
+def _granted_use(host_ids: Iterable[int]) -> dict[int, list[list[int]]]:
+    """Per host: GPU indices of each placement whose watts are granted and not yet given back."""
+    use: dict[int, list[list[int]]] = defaultdict(list)
+    rows = PowerGrant.objects.filter(host_id__in=list(host_ids), state=PowerGrant.State.GRANTED)
+    for host_id, gpus in rows.values_list("host_id", "placement__gpu_indices"):
+        use[host_id].append(gpus)
+    return use
+
+
+def _needed(host: Host, use: list[list[int]], extra: Sequence[int] | None = None) -> int:
+    placements = [*use, list(extra)] if extra is not None else use
+    active = {index for gpus in placements for index in gpus}
+    return active_watts(host, active, cpu_only=any(not gpus for gpus in placements))
+
+
+def reserve(placements: Sequence[Placement], hosts: dict[int, Host], *, now: datetime) -> tuple[list[int], list[int]]:
+    """Book what fits now; the rest waits for miners to sleep. Returns (granted, shedding) placement ids.
+
+    A site with older pending grants gives nothing past them: first come, first served.
+    """
+    granted: list[int] = []
+    shedding: list[int] = []
+    by_site: dict[int, list[Placement]] = defaultdict(list)
+    for placement in placements:
+        by_site[placement.site_id].append(placement)
+    for site_id, rows in by_site.items():
+        pending = PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING).exists()
+        modes = Site.objects.values_list("mode", flat=True).get(pk=site_id)
+        ledger = Ledger.of(site_id)
+        use = _granted_use({p.host_id for p in rows})
+        grants = []
+        for placement in rows:
+            host = hosts[placement.host_id]
+            target = _needed(host, use[host.pk], placement.gpu_indices)
+            delta = max(0, target - host.reserved_w)
+            fits = not delta or (
+                not pending and modes == Site.Mode.AUTO and ledger.refuses(host.power_node_id, delta) is None
+            )
+            if fits:
+                _raise_host(ledger, host, use[host.pk], placement.gpu_indices, target)
+                use[host.pk].append(placement.gpu_indices)
+                granted.append(placement.pk)
+            else:
+                shedding.append(placement.pk)
+            grants.append(_grant_row(placement, delta, now if fits else None, now))
+        PowerGrant.objects.bulk_create(grants)
+        ledger.save()
+        _save_hosts([hosts[pk] for pk in {p.host_id for p in rows}])
+    return granted, shedding
+
+
+def _grant_row(placement: Placement, delta_w: int, granted_at: datetime | None, now: datetime) -> PowerGrant:
+    return PowerGrant(
+        placement=placement,
+        host_id=placement.host_id,
+        site_id=placement.site_id,
+        delta_w=delta_w,
+        state=PowerGrant.State.GRANTED if granted_at else PowerGrant.State.SHEDDING,
+        created_at=now,
+        granted_at=granted_at,
+    )
+
+
+def _raise_host(ledger: Ledger, host: Host, use: list[list[int]], extra: Sequence[int], target: int) -> None:
+    """Book the host's new watts and command its limits. The ledger has said yes."""
+    if target > host.reserved_w:
+        ledger.book(host.power_node_id, target - host.reserved_w, core.HOST)
+        host.reserved_w = target
+    active = {index for gpus in use for index in gpus} | set(extra)
+    _command_limits(host, active, running=True)
+
+
+def _command_limits(host: Host, active: set[int], *, running: bool) -> None:
+    limits = [host.gpu_max_w if i in active else host.gpu_min_w for i in range(host.gpu_count)]
+    state = Host.PowerState.CAPPED if running else Host.PowerState.PARKED
+    if not host.cap_control:
+        limits, state = [host.gpu_max_w] * host.gpu_count, Host.PowerState.FULL
+    if (limits, state) != (host.desired_limits_w, host.desired_power_state):
+        host.desired_limits_w, host.desired_power_state = limits, state
+        host.desired_generation += 1
+
+
+def _save_hosts(hosts: Iterable[Host]) -> None:
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "UPDATE marketplace_host SET reserved_w = %s, desired_limits_w = %s, desired_power_state = %s, desired_generation = %s"
+            " WHERE id = %s",
+            [
+                (h.reserved_w, h.desired_limits_w, h.desired_power_state, h.desired_generation, h.pk)
+                for h in sorted(hosts, key=lambda h: h.pk)
+            ],
+        )
+
+
+def grant_pending(site_id: int, *, now: datetime) -> list[int]:
+    """Give waiting grants their watts, oldest first, as far as they fit; returns the placements granted.
+
+    A later small grant may pass an earlier large one only under nodes where the earlier asks for nothing.
+    """
+    pending = list(
+        PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING, placement__state="shedding")
+        .select_related("placement")
+        .order_by("id")
+    )
+    if not pending:
+        return []
+    hosts = {
+        h.pk: h
+        for h in Host.objects.filter(pk__in={g.host_id for g in pending}).order_by("pk").select_for_update(no_key=True)
+    }
+    use = _granted_use(hosts)
+    ledger = Ledger.of(site_id)
+    granted: list[int] = []
+    touched: set[int] = set()
+    for row in pending:
+        host = hosts[row.host_id]
+        target = _needed(host, use[host.pk], row.placement.gpu_indices)
+        delta = max(0, target - host.reserved_w)
+        if ledger.refuses(host.power_node_id, delta) is not None:
+            for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]:  # keep its place in the queue
+                ledger.free[n] -= delta * int(ledger.tree.k[n, core.HOST])
+            continue
+        _raise_host(ledger, host, use[host.pk], row.placement.gpu_indices, target)
+        use[host.pk].append(row.placement.gpu_indices)
+        touched.add(host.pk)
+        granted.append(row.placement_id)
+    PowerGrant.objects.filter(placement_id__in=granted, state=PowerGrant.State.SHEDDING).update(
+        state=PowerGrant.State.GRANTED, granted_at=now
+    )
+    ledger.save()
+    _save_hosts(hosts[pk] for pk in touched)
+    return granted
+
+
+def release(placements: Sequence[Placement], *, now: datetime) -> None:
+    """The placements are over: their hosts' limits go down. The watts stay booked until the host reads them back."""
+    PowerGrant.objects.filter(placement_id__in=[p.pk for p in placements]).exclude(
+        state=PowerGrant.State.RELEASED
+    ).update(state=PowerGrant.State.RELEASED, released_at=now)
+    hosts = {
+        h.pk: h
+        for h in Host.objects.filter(pk__in={p.host_id for p in placements})
+        .order_by("pk")
+        .select_for_update(no_key=True)
+    }
+    use = _granted_use(hosts)
+    for host in hosts.values():
+        active = {index for gpus in use[host.pk] for index in gpus}
+        _command_limits(host, active, running=bool(use[host.pk]))
+    _save_hosts(hosts.values())
+
+
+def lower_hosts(site_id: int) -> int:
+    """Book less for hosts that have read back lower limits; returns the watts given back."""
+    hosts = list(
+        Host.objects.filter(site_id=site_id, applied_generation__gte=F("desired_generation"), cap_control=True)
+        .order_by("pk")
+        .select_for_update(no_key=True)
+    )
+    use = _granted_use(h.pk for h in hosts)
+    ledger = Ledger.of(site_id)
+    changed = []
+    for host in hosts:
+        target = _needed(host, use[host.pk])
+        if target < host.reserved_w:
+            ledger.book(host.power_node_id, target - host.reserved_w, core.HOST)
+            host.reserved_w = target
+            changed.append(host)
+    freed = -sum(min(0, mw) for pk, mw in ledger.changes.items() if ledger.nodes[pk].parent_id is None) // 1000
+    ledger.save()
+    _save_hosts(changed)
+    return freed

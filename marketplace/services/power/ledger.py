@@ -1,0 +1,78 @@
+"""A site's nodes with what is booked at each, read and written as one."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from django.db import connection
+
+from marketplace.models import Host, PowerNode
+from scheduler.core import power as core
+
+FRESH_S = 60
+
+
+@dataclass
+class Ledger:
+    """A site's nodes with what is booked at each; changes are collected and written together."""
+
+    site_id: int
+    nodes: dict[int, PowerNode]
+    tree: core.PowerTree
+    free: core.Ints  # mW still admissible at each position of `tree`
+    changes: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # node id -> mW
+
+    @classmethod
+    def of(cls, site_id: int) -> "Ledger":
+        nodes = {n.pk: n for n in PowerNode.objects.filter(site_id=site_id).order_by("depth", "pk")}
+        tree = core.PowerTree.of(
+            core.NodeSpec(
+                key=n.pk,
+                parent=n.parent_id,
+                cap_w=n.cap_w,
+                limit_w=n.limit_w,
+                fixed_w=n.fixed_w,
+                overhead_gpu_permille=n.overhead_gpu_permille,
+                overhead_miner_permille=n.overhead_miner_permille,
+                metering=n.metering,
+            )
+            for n in nodes.values()
+        )
+        free = np.array([nodes[k].allowed_mw - nodes[k].reserved_mw for k in tree.keys], np.int64)  # type: ignore[index]
+        return cls(site_id, nodes, tree, free)
+
+    def refuses(self, node_id: int, delta_w: int, kind: int = core.HOST) -> core.Refusal | None:
+        return core.admissible(self.tree, self.free, self.tree.index[node_id], delta_w, kind)
+
+    def book(self, node_id: int, delta_w: int, kind: int) -> None:
+        """Add `delta_w` (negative to give back) at the node and all above it."""
+        for n in self.tree.paths[self.tree.index[node_id]]:
+            mw = delta_w * int(self.tree.k[n, kind])
+            self.free[n] -= mw
+            self.changes[self.tree.keys[n]] += mw  # type: ignore[index]
+
+    def save(self) -> None:
+        rows = [(mw, pk) for pk, mw in sorted(self.changes.items()) if mw]
+        if rows:
+            with connection.cursor() as cursor:
+                cursor.executemany(
+                    "UPDATE marketplace_powernode SET reserved_mw = reserved_mw + %s WHERE id = %s", rows
+                )
+        self.changes.clear()
+
+
+def active_watts(host: Host, gpu_indices: Iterable[int], cpu_only: bool) -> int:
+    """W to book for a host on which these GPUs are active."""
+    return core.host_reserved_w(
+        gpus=host.gpu_count,
+        active_gpus=len(set(gpu_indices)),
+        standby_w=host.standby_w,
+        parked_w=host.parked_w,
+        base_w=host.base_w,
+        gpu_min_w=host.gpu_min_w,
+        gpu_max_w=host.gpu_max_w,
+        cap_control=host.cap_control,
+        powered=host.power_state != Host.PowerState.OFF,
+        cpu_only=cpu_only,
+    )

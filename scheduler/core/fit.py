@@ -80,13 +80,31 @@ class Budget(NamedTuple):
 
 def host_row(fleet: Fleet, host: int) -> HostRow:
     """The row of `host` out of the columns."""
+
+    def at(name: str) -> int:
+        return int(getattr(fleet, name)[host])
+
     return HostRow(
-        *(int(getattr(fleet, name)[host]) for name in HostRow._fields[:5]),
-        fleet.gpu_free[host].tolist(),
-        fleet.vram_free[host].tolist(),
-        fleet.nvlink[host].tolist(),
-        *(int(getattr(fleet, name)[host]) for name in HostRow._fields[8:19]),
-        bool(fleet.cap_control[host]),
+        cpu_free=at("cpu_free"),
+        ram_free=at("ram_free"),
+        nvme_free=at("nvme_free"),
+        gpu_model=at("gpu_model"),
+        gpu_count=at("gpu_count"),
+        gpu_free=fleet.gpu_free[host].tolist(),
+        vram_free=fleet.vram_free[host].tolist(),
+        nvlink=fleet.nvlink[host].tolist(),
+        gpu_active=at("gpu_active"),
+        cpu_only=at("cpu_only"),
+        pool=at("pool"),
+        site=at("site"),
+        owner=at("owner"),
+        flags=at("flags"),
+        standby_w=at("standby_w"),
+        parked_w=at("parked_w"),
+        base_w=at("base_w"),
+        gpu_min_w=at("gpu_min_w"),
+        gpu_max_w=at("gpu_max_w"),
+        cap_control=bool(fleet.cap_control[host]),
     )
 
 

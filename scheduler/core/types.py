@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -134,9 +134,9 @@ class Topology:
 ANYWHERE: Final = Topology()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """One job: `replicas` times the same shape, all or nothing."""
+    """One job: `replicas` times the same shape, all or nothing. The planner does not change it."""
 
     job: int
     org: int = 0
@@ -163,7 +163,7 @@ class Request:
     duration_s: int = 0  # upper bound on the run time, 0 = unknown
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Running:
     """A placement that holds capacity now and may be preempted or is expected to end."""
 
@@ -186,8 +186,7 @@ class Running:
     preemptible: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A replica on a host. `watts_delta`: what the host's reservation grows by (W), given the placements before it in
     the plan.
     """
@@ -200,8 +199,7 @@ class Placement:
     watts_delta: int
 
 
-@dataclass(frozen=True, slots=True)
-class Preemption:
+class Preemption(NamedTuple):
     """`placement` must leave `host` for `for_job`."""
 
     placement: int
@@ -210,8 +208,7 @@ class Preemption:
     for_job: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What became of a job and why.
 
     `stages`: hosts that survive each stage of the fit rule, in its order (only for waiting jobs). `binding`: the
@@ -238,7 +235,7 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How the planner decides. `shapes`: the mix to pack for, ((cpu, ram, gpus, gpu_milli, models mask, weight), ...);
-    None = estimated from the hosts' own history by the caller, or from the requests in hand.
+    None = the mix of the requests in hand (`score.MixEstimate` learns one over time).
     """
 
     packer: str = "tailrace"  # or fgd, best_fit, random

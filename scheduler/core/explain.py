@@ -1,0 +1,171 @@
+"""Why a job waits: how many hosts survive each stage of the fit rule, what binds, and what would change it."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from scheduler.core import gang
+from scheduler.core.fit import (
+    ACTIVE,
+    CPU,
+    NGPU,
+    NODE,
+    NVME,
+    Q_CPU,
+    Q_GPUS,
+    Q_MILLI,
+    Q_NVME,
+    Q_RAM,
+    Q_VRAM,
+    RAM,
+    fit_kernel,
+)
+from scheduler.core.kernels import State
+from scheduler.core.types import FIT_STAGES, I64, NO_NODE, Decision, Level, Reason, Request
+
+_REASONS: Final = 20
+
+
+class Look(NamedTuple):
+    """One look at every host: hosts by reason, the least shortage by reason, the node that binds most hosts."""
+
+    hosts: list[int]
+    short: list[int]
+    node: int
+
+
+@njit(cache=True)
+def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
+    """Histogram of reasons [20], least shortage by reason [20] (unit of the resource; W at a node), hosts bound by
+    node [N].
+    """
+    for h in range(len(s.rows)):
+        row = s.rows[h]
+        reason, _, delta, node = fit_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)
+        hosts[reason] += 1
+        lack = np.int64(0)
+        if reason == 7:
+            lack = q[Q_CPU] - row[CPU]
+        elif reason == 8:
+            lack = q[Q_RAM] - row[RAM]
+        elif reason == 9:
+            lack = q[Q_NVME] - row[NVME]
+        elif reason == 10:
+            idle = 0
+            for i in range(row[NGPU]):
+                idle += s.gfree[h, i] >= 1000 and not (row[ACTIVE] >> i) & 1
+            lack = q[Q_GPUS] - idle
+        elif reason == 11:
+            most = 0
+            for i in range(row[NGPU]):
+                most = max(most, s.gfree[h, i])
+            lack = q[Q_MILLI] - most
+        elif reason == 12:
+            most = 0
+            for i in range(row[NGPU]):
+                most = max(most, s.vfree[h, i])
+            lack = max(1, q[Q_VRAM] - most)
+        elif reason == 14:
+            lack = (delta * s.k[node] - s.budget[node] + s.k[node] - 1) // s.k[node]
+            nodes[node] += 1
+        if lack > 0:
+            short[reason] = lack if short[reason] == 0 else min(short[reason], lack)
+
+
+def look(state: State, q: I64) -> Look:
+    """One pass of the fit rule over every host."""
+    hosts, short = np.zeros(_REASONS, np.int64), np.zeros(_REASONS, np.int64)
+    nodes = np.zeros(max(1, len(state.parent)), np.int64)
+    look_kernel(state, q, hosts, short, nodes)
+    return Look(hosts.tolist(), short.tolist(), int(nodes.argmax()) if nodes.any() else NO_NODE)
+
+
+def explain(state: State, q: I64, request: Request, earliest: int = 0) -> Decision:
+    """The decision for a job that waits, on the state as it stood when its turn was over."""
+    if not len(state.rows):
+        return Decision(request.job, False, Reason.EMPTY_CELL, change="no host in this cell")
+    seen = look(state, q)
+    left, stages = len(state.rows), []
+    for stage in FIT_STAGES:
+        left -= seen.hosts[stage]
+        stages.append((stage, left))
+    counts = gang.room(state, q)
+    fitting = int(np.minimum(counts, request.replicas).sum())
+    # The binding constraint: of the hosts that came furthest, what stopped them.
+    stopped = [stage for stage in FIT_STAGES if seen.hosts[stage]]
+    binding = stopped[-1] if stopped else Reason.OK
+    reason, node, short = binding, NO_NODE, seen.short[binding]
+    if seen.hosts[Reason.OK]:
+        reason, binding, node, short = _gang_reason(state, request, counts, fitting, seen)
+    elif binding == Reason.NO_WATTS:
+        node = seen.node
+    return Decision(
+        request.job,
+        False,
+        reason,
+        tuple(stages),
+        binding,
+        node,
+        short,
+        fitting,
+        _change(reason, binding, node, short, request),
+        earliest,
+    )
+
+
+def _gang_reason(
+    state: State, request: Request, counts: I64, fitting: int, seen: Look
+) -> tuple[Reason, Reason, int, int]:
+    """Single replicas fit, the gang does not: too few, not in one domain, or no watts for all."""
+    if fitting < request.replicas:
+        stopped = [stage for stage in FIT_STAGES if seen.hosts[stage] and stage > Reason.HELD_FOR_EARLIER_JOB]
+        return Reason.GANG_INCOMPLETE, stopped[-1] if stopped else Reason.OK, NO_NODE, request.replicas - fitting
+    t = request.topology
+    if t.required and t.pack > Level.NONE:
+        best = int(np.bincount(gang.domains(state, t.pack), weights=counts).max())
+        if best < request.replicas:
+            return Reason.TOPOLOGY, Reason.TOPOLOGY, NO_NODE, request.replicas - best
+    if t.spread > Level.NONE and t.max_per_domain:
+        sums = np.bincount(gang.domains(state, t.spread), weights=counts)
+        most = int(np.minimum(sums, t.max_per_domain).sum())
+        if most < request.replicas:
+            return Reason.TOPOLOGY, Reason.TOPOLOGY, NO_NODE, request.replicas - most
+    node = _tightest_node(state, counts)
+    return Reason.NO_WATTS, Reason.NO_WATTS, node, seen.short[Reason.NO_WATTS]
+
+
+def _tightest_node(state: State, counts: I64) -> int:
+    """The node above fitting hosts with the least budget left."""
+    nodes = {int(n) for n in np.unique(state.rows[counts > 0, NODE]) if n >= 0}
+    above = set(nodes)
+    for node in nodes:
+        at = int(state.parent[node])
+        while at >= 0:
+            above.add(at)
+            at = int(state.parent[at])
+    return min(above, key=lambda n: (int(state.budget[n]), n), default=NO_NODE)
+
+
+def _change(reason: Reason, binding: Reason, node: int, short: int, request: Request) -> str:
+    level = request.topology.pack.name.lower()
+    words = {
+        Reason.NOT_IN_POOL: "the contract's listing has no host in this cell",
+        Reason.WRONG_SITE: "another site, or any site",
+        Reason.WRONG_MODEL: "another GPU model, or any model",
+        Reason.HOST_UNSCHEDULABLE: "the hosts that would fit are draining, in maintenance, unreachable or get no grants",
+        Reason.HOST_RESERVED_FOR_OWNER: "the hosts that would fit are reserved for another organization",
+        Reason.HELD_FOR_EARLIER_JOB: "the hosts that would fit are held for a job that waits longer; give a time limit",
+        Reason.NO_CPU: f"{short} milli-CPU less a replica",
+        Reason.NO_RAM: f"{short} MiB less memory a replica",
+        Reason.NO_NVME: f"{short} GiB less NVMe a replica",
+        Reason.NO_GPU: f"{short} more idle GPU(s) on one host, or fewer GPUs a replica",
+        Reason.NO_GPU_SHARE: f"{short} milli-GPU less: no single GPU has so much free",
+        Reason.NO_VRAM: f"{short} MiB less VRAM a GPU",
+        Reason.TOPOLOGY: f"room for {short} more replica(s) in one {level}, or another level of the fabric",
+        Reason.NO_WATTS: f"{short} W more at power node {node}" if short else f"more watts at power node {node}",
+        Reason.GANG_INCOMPLETE: f"room for {short} more replica(s) (most are stopped by {binding.name}), or fewer",
+    }
+    return words.get(reason, "")

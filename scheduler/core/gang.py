@@ -1,0 +1,266 @@
+"""Gangs: all replicas or none, in the smallest domain of the fabric that holds them.
+
+Bottom-up: a kernel counts how many replicas each host holds; sums per leaf, spine and site follow. The domain with
+the least
+room that still suffices is taken, at the lowest level that has one; inside it the roomiest sub-domains are filled
+first and
+the last one is the tightest that suffices, so that the fewest domains are opened and the largest holes stay whole.
+Watts are
+tested when the replicas are booked: a domain that has the GPUs but not the watts is given back and the next one is
+tried.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from scheduler.core import fit
+from scheduler.core.fit import (
+    ACTIVE,
+    CPU,
+    HELD,
+    NGPU,
+    NODE,
+    NVME,
+    Q_CPU,
+    Q_GPUS,
+    Q_HOLD,
+    Q_MILLI,
+    Q_NVLINK,
+    Q_NVME,
+    Q_RAM,
+    Q_VRAM,
+    RAM,
+    choose_kernel,
+    delta_kernel,
+    static_kernel,
+    watts_bind,
+)
+from scheduler.core.kernels import State, give, take
+from scheduler.core.types import I32, I64, Level, Topology
+
+MANY: Final = 1 << 30
+DOMAIN_TRIES: Final = 64  # domains tried a level when watts refuse one after another
+_COLUMN: Final = {Level.LEAF: fit.LEAF, Level.SPINE: fit.SPINE, Level.SITE: fit.SITE}
+
+
+class Gang(NamedTuple):
+    """Where each replica went: state row, GPU mask, W added (int32 [replicas])."""
+
+    host: I32
+    mask: I32
+    delta: I32
+
+
+@njit(cache=True)
+def room_kernel(s: State, q: I64, out: I64) -> None:
+    """How many replicas of q each host holds by everything but watts, out [H]."""
+    need, milli, vram = q[Q_GPUS], q[Q_MILLI], q[Q_VRAM]
+    for h in range(len(s.rows)):
+        row = s.rows[h]
+        out[h] = 0
+        if static_kernel(row, q) or (q[Q_HOLD] and row[HELD]):
+            continue
+        n = np.int64(1 << 30)
+        if q[Q_CPU] > 0:
+            n = min(n, row[CPU] // q[Q_CPU])
+        if q[Q_RAM] > 0:
+            n = min(n, row[RAM] // q[Q_RAM])
+        if q[Q_NVME] > 0:
+            n = min(n, row[NVME] // q[Q_NVME])
+        if n > 0 and need > 0:
+            g, v, nvl = s.gfree[h], s.vfree[h], s.nvl[h]
+            gpus = np.int64(0)
+            if milli < 1000:
+                for i in range(row[NGPU]):
+                    each = np.int64(g[i]) // milli
+                    if vram > 0:
+                        each = min(each, np.int64(v[i]) // vram)
+                    gpus += each
+            else:
+                idle = 0
+                for i in range(row[NGPU]):
+                    if g[i] >= 1000 and not (row[ACTIVE] >> i) & 1 and v[i] >= vram:
+                        idle |= 1 << i
+                if need > 1 and q[Q_NVLINK] == 2:
+                    for i in range(row[NGPU]):
+                        size, first = 0, True
+                        for j in range(row[NGPU]):
+                            if (idle >> j) & 1 and nvl[j] == nvl[i] and nvl[i] >= 0:
+                                size += 1
+                                if j < i:
+                                    first = False
+                        if (idle >> i) & 1 and first:
+                            gpus += size // need
+                else:
+                    gpus = fit.popcount(idle) // need
+            n = min(n, gpus)
+        out[h] = n
+
+
+@njit(cache=True)
+def book_kernel(hosts: I64, counts: I64, q: I64, s: State, host: I32, mask: I32, delta: I32, done: int) -> int:
+    """Books counts[i] replicas on hosts[i] while watts allow; fills host, mask, delta from `done` on; the new
+    `done`.
+    """
+    for i in range(len(hosts)):
+        h = hosts[i]
+        for _ in range(counts[i]):
+            if done == len(host):
+                return done
+            reason, m = choose_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], q)
+            if reason:
+                break
+            if watts_bind(s.rows[h, NODE], delta_kernel(s.rows[h], m), s.parent, s.k, s.budget) >= 0:
+                break
+            delta[done] = take(h, q, m, s)
+            host[done] = h
+            mask[done] = m
+            done += 1
+    return done
+
+
+@njit(cache=True)
+def release_kernel(q: I64, s: State, host: I32, mask: I32, done: int) -> None:
+    """Takes back the first `done` replicas, last first."""
+    for i in range(done - 1, -1, -1):
+        give(host[i], q, mask[i], s)
+
+
+def room(state: State, q: I64) -> I64:
+    """How many replicas each host holds by everything but watts, [H]."""
+    out = np.empty(len(state.rows), np.int64)
+    room_kernel(state, q, out)
+    return out
+
+
+def domains(state: State, level: Level) -> I64:
+    """Domain number of each host at a level, [H]: the host itself, its leaf, spine or site, or 0 for the cell."""
+    if level <= Level.HOST and level != Level.NONE:
+        return np.arange(len(state.rows), dtype=np.int64)
+    if level == Level.NONE:
+        return np.zeros(len(state.rows), np.int64)
+    numbers: I64 = state.rows[:, _COLUMN[level]]
+    if len(numbers) and numbers.min() >= 0 and numbers.max() < 4 * len(numbers) + 64:
+        return numbers
+    return np.unique(numbers, return_inverse=True)[1].astype(np.int64)
+
+
+def place_gang(state: State, q: I64, replicas: int, topology: Topology) -> Gang | None:
+    """Books a gang on the state, whole, or leaves it as it was and returns None."""
+    counts = np.minimum(room(state, q), replicas)
+    if topology.spread > Level.NONE and topology.max_per_domain:
+        counts = _bounded(counts, domains(state, max(topology.spread, Level.HOST)), topology.max_per_domain)
+    if counts.sum() < replicas:
+        return None
+    for level in _levels(topology):
+        of = domains(state, level)
+        sums = np.bincount(of, weights=counts).astype(np.int64)
+        enough = np.flatnonzero(sums >= replicas)
+        for domain in enough[np.argsort(sums[enough], kind="stable")][:DOMAIN_TRIES]:
+            rows = np.flatnonzero((of == domain) & (counts > 0))
+            gang = _book(state, q, replicas, topology, level, rows, counts[rows])
+            if gang is not None:
+                return gang
+    return None
+
+
+def _levels(topology: Topology) -> list[Level]:
+    """Levels to try, lowest first; Level.NONE is the whole cell."""
+    if topology.spread > Level.NONE:
+        return [topology.pack] if topology.required else [topology.pack, Level.NONE]
+    ladder = [Level.HOST, Level.LEAF, Level.SPINE, Level.SITE]
+    if topology.required and topology.pack > Level.NONE:
+        return [level for level in ladder if level <= max(topology.pack, Level.HOST)]
+    return [*ladder, Level.NONE]
+
+
+def _bounded(counts: I64, of: I64, most: int) -> I64:
+    """Counts cut so that no domain has more than `most`, the roomiest hosts first."""
+    order = np.lexsort((np.arange(len(counts)), -counts, of))
+    sorted_counts, sorted_of = counts[order], of[order]
+    before = np.cumsum(sorted_counts) - sorted_counts
+    starts = np.r_[True, sorted_of[1:] != sorted_of[:-1]] if len(order) else np.zeros(0, bool)
+    base = np.maximum.accumulate(np.where(starts, before, 0))
+    out = np.empty_like(counts)
+    out[order] = np.clip(most - (before - base), 0, sorted_counts)
+    return out
+
+
+def _book(state: State, q: I64, replicas: int, topology: Topology, level: Level, rows: I64, counts: I64) -> Gang | None:
+    host, mask, delta = (np.zeros(replicas, np.int32) for _ in range(3))
+    if topology.spread > Level.NONE:
+        rows, share = _spread(state, replicas, topology.spread, rows, counts)
+        done = int(book_kernel(rows, share, q, state, host, mask, delta, 0))
+    else:
+        order = _filling(state, replicas, level, rows, counts)
+        done = int(book_kernel(rows[order], counts[order], q, state, host, mask, delta, 0))
+    if done == replicas:
+        return Gang(host, mask, delta)
+    release_kernel(q, state, host, mask, done)
+    return None
+
+
+def _filling(state: State, replicas: int, level: Level, rows: I64, counts: I64) -> I64:
+    """Order in which to fill the hosts of a domain: by sub-domain of the next level down, then by host."""
+    below = {Level.NONE: Level.SITE, Level.SITE: Level.SPINE, Level.SPINE: Level.LEAF}.get(level)
+    if below is None:
+        return _tight(replicas, counts)
+    of = domains(state, below)[rows]
+    names, local = np.unique(of, return_inverse=True)
+    if len(names) == 1:
+        return _filling(state, replicas, below, rows, counts)
+    sums = np.bincount(local, weights=counts).astype(np.int64)
+    parts, left = [], replicas
+    for name in _tight(replicas, sums):
+        members = np.flatnonzero(local == name)
+        parts.append(
+            members[_filling(state, max(1, min(left, int(sums[name]))), below, rows[members], counts[members])]
+        )
+        left -= int(sums[name])
+        if left <= 0:
+            break
+    # Watts may refuse some of these: the rest of the domain follows.
+    chosen = np.concatenate(parts)
+    rest = np.ones(len(rows), bool)
+    rest[chosen] = False
+    return np.concatenate([chosen, np.flatnonzero(rest)])
+
+
+def _tight(replicas: int, room_of: I64) -> I64:
+    """Indices, roomiest first, but the last one needed is the tightest that suffices."""
+    order = np.argsort(-room_of, kind="stable")
+    total = np.cumsum(room_of[order])
+    last = int(np.searchsorted(total, replicas))
+    if last >= len(order):
+        return order
+    need = replicas - (int(total[last - 1]) if last else 0)
+    rest = order[last:]
+    enough = int(np.searchsorted(-room_of[rest], -need, side="right"))  # rest is descending
+    tight = rest[enough - 1]
+    return np.concatenate([order[:last], [tight], rest[rest != tight]])
+
+
+def _spread(state: State, replicas: int, level: Level, rows: I64, counts: I64) -> tuple[I64, I64]:
+    """(rows, replicas on each): as even over the domains of `level` as their room allows."""
+    _, local = np.unique(domains(state, max(level, Level.HOST))[rows], return_inverse=True)
+    sums = np.bincount(local, weights=counts).astype(np.int64)
+    low, high = 0, replicas
+    while low < high:  # the smallest bound per domain that holds all
+        mid = (low + high) // 2
+        if np.minimum(sums, mid).sum() >= replicas:
+            high = mid
+        else:
+            low = mid + 1
+    each = np.minimum(sums, low)
+    for domain in np.flatnonzero(each == low)[: int(each.sum()) - replicas]:
+        each[domain] -= 1
+    order = np.lexsort((-counts, local))
+    left, share = each.copy(), np.zeros(len(order), np.int64)
+    for at, i in enumerate(order):
+        share[at] = min(counts[i], left[local[i]])
+        left[local[i]] -= share[at]
+    return rows[order], share

@@ -8,16 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-HAS_SERVERS = "DATABASE_URL" in os.environ
-
-os.environ.setdefault("DEVELOPMENT", "1")
-if owner := os.environ.get("DATABASE_OWNER_URL"):
-    os.environ["DATABASE_URL"] = owner  # the owner makes the test databases
-if WORKER and "REDIS_URL" in os.environ:
-    # A Redis database for each xdist worker, as pytest-django gives each a PostgreSQL database; 0 is nobody's.
-    base = os.environ["REDIS_URL"].rpartition("/")[0]
-    os.environ["REDIS_URL"] = f"{base}/{int(WORKER.removeprefix('gw')) + 1}"
+from tests.environment import HAS_SERVERS
 
 # On two shared cores a deadline would test the machine. `ci` is the same run every time; `full` looks for new examples.
 settings.register_profile(

@@ -14,6 +14,7 @@ ACTIONS: dict[str, frozenset[str]] = {
     "organization:write": frozenset({"owner", "admin"}),
     "members:read": frozenset(ROLES),
     "members:write": frozenset({"owner", "admin"}),
+    "audit:read": frozenset({"owner", "admin"}),
     "keys:read": frozenset({"owner", "admin", "engineer"}),
     "keys:write": frozenset({"owner", "admin"}),
     "listings:read": frozenset(ROLES),

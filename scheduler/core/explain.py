@@ -37,7 +37,7 @@ class Look(NamedTuple):
     node: int
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
     """Histogram of reasons [20], least shortage by reason [20] (unit of the resource; W at a node), hosts bound by
     node [N].

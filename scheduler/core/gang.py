@@ -55,7 +55,7 @@ class Gang(NamedTuple):
     delta: I32
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def room_kernel(s: State, q: I64, out: I64) -> None:
     """How many replicas of q each host holds by everything but watts, out [H]."""
     need, milli, vram = q[Q_GPUS], q[Q_MILLI], q[Q_VRAM]
@@ -101,7 +101,7 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
         out[h] = n
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def book_kernel(hosts: I64, counts: I64, q: I64, s: State, host: I32, mask: I32, delta: I32, done: int) -> int:
     """Books counts[i] replicas on hosts[i] while watts allow; fills host, mask, delta from `done` on; the new
     `done`.
@@ -123,7 +123,7 @@ def book_kernel(hosts: I64, counts: I64, q: I64, s: State, host: I32, mask: I32,
     return done
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def release_kernel(q: I64, s: State, host: I32, mask: I32, done: int) -> None:
     """Takes back the first `done` replicas, last first."""
     for i in range(done - 1, -1, -1):

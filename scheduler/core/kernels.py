@@ -24,13 +24,16 @@ from scheduler.core.fit import (
     ACTIVE,
     CPU,
     CPU_ONLY,
+    HELD,
     MODEL,
     NGPU,
     NODE,
     NVME,
     Q_CPU,
     Q_GPUS,
+    Q_HOLD,
     Q_MILLI,
+    Q_NVLINK,
     Q_NVME,
     Q_RAM,
     Q_VRAM,
@@ -38,7 +41,6 @@ from scheduler.core.fit import (
     TOTAL,
     choose_kernel,
     delta_kernel,
-    shape_kernel,
     static_kernel,
     watts_bind,
 )
@@ -88,7 +90,7 @@ class Cache(NamedTuple):
     meta: I64  # [META_WIDTH]
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, forceinline=True, _nrt=False)
 def cpu_rank(cpus: I64, cpu: int) -> int:
     """How many of the ascending `cpus` are <= cpu."""
     low, high = 0, len(cpus)
@@ -101,7 +103,7 @@ def cpu_rank(cpus: I64, cpu: int) -> int:
     return low
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def fragmentation(row: I64, g: I32, t: Tables) -> int:
     """F of a host x total weight: free milli-GPU minus what each shape of the mix could use of it."""
     y = max(row[MODEL], 0)
@@ -116,7 +118,7 @@ def fragmentation(row: I64, g: I32, t: Tables) -> int:
     return row[TOTAL] * t.total - used - 1000 * whole * t.usable_whole[y, rank, whole]  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def balance(total: float, cpu: float, ram: float, t: Tables) -> float:
     """Free milli-GPU that the free CPU (w_cpu), or CPU and memory (w_mem), could never serve, over the mix."""
     a = 0.0
@@ -130,72 +132,79 @@ def balance(total: float, cpu: float, ram: float, t: Tables) -> float:
     return t.w_cpu * a + t.w_mem * b
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[int, int]:
-    """(score, GPU mask) of one replica on a host whose static stages passed; score NO when it does not fit."""
-    row = s.rows[h]
-    if shape_kernel(row, q):
-        return NO, 0
-    g = s.gfree[h]
-    vfree = s.vfree[h]
+    """(score, GPU mask) of one replica on a host whose static stages passed; score NO when it does not fit.
+
+    The mask is chosen here for shares only. Two-dimensional look-ups on purpose: a row view costs a reference count.
+    """
+    rows, g = s.rows, s.gfree
     need, milli = q[Q_GPUS], q[Q_MILLI]
+    total = rows[h, TOTAL] - need * milli
+    cpu = rows[h, CPU] - q[Q_CPU]
+    ram = rows[h, RAM] - q[Q_RAM]
+    if total < 0 or cpu < 0 or ram < 0 or rows[h, NVME] < q[Q_NVME] or (q[Q_HOLD] and rows[h, HELD]):
+        return NO, 0
+    n = rows[h, NGPU]
     shared = need == 1 and milli < 1000
-    if row[TOTAL] < need * milli:
-        return NO, 0
-    reason, mask = choose_kernel(row, g, vfree, s.nvl[h], q)
-    if reason:
-        return NO, 0
-    cpu = row[CPU] - q[Q_CPU]
-    total = row[TOTAL] - need * milli
-    if t.mode == 2:
-        return np.int64(_SCALE * 1000 * (1.0 - 0.5 * cpu / t.cpu_cap - 0.5 * total / t.gpu_cap)), mask
-    y = max(row[MODEL], 0)
+    if need > 0 and not shared and (q[Q_VRAM] > 0 or q[Q_NVLINK] == 2):
+        if choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
+            return NO, 0
+    y = max(rows[h, MODEL], 0)
     rank = cpu_rank(t.cpus, cpu)
-    share = t.usable_share[y, rank]
-    used, whole = np.int64(0), 0
-    n = row[NGPU]
-    if t.share_rank[1000] == 0:
-        for i in range(n):
-            whole += g[i] >= 1000
-    else:
-        for i in range(n):
-            used += g[i] * share[t.share_rank[g[i]]]
-            whole += g[i] >= 1000
+    used, whole = np.int64(0), np.int64(0)
+    top = t.usable_share[y, rank, t.share_rank[1000]] * 1000
+    for i in range(n):
+        gi = g[h, i]
+        if gi >= 1000:
+            whole += 1
+            used += top
+        elif gi > 0:
+            used += gi * t.usable_share[y, rank, t.share_rank[gi]]
+    if not shared and whole < need:
+        return NO, 0
     base = 0.0
-    if t.mode == 0:
-        base = s.balance[h] - balance(total, cpu, row[RAM] - q[Q_RAM], t) - t.spec[y] * need * milli
-        if need <= 1 and whole == n and n > 0 and row[CPU_ONLY] == 0:
+    if t.mode == 2:
+        base = 1000.0 * (1.0 - 0.5 * cpu / t.cpu_cap - 0.5 * total / t.gpu_cap)
+    elif t.mode == 0:
+        base = s.balance[h] - balance(total, cpu, ram, t) - t.spec[y] * need * milli
+        if need <= 1 and whole == n and n > 0 and rows[h, CPU_ONLY] == 0:
             base -= t.opening[n]
     if not shared:
+        if t.mode == 2:
+            return np.int64(_SCALE * base), 0
         left = whole - need
-        used -= need * 1000 * share[t.share_rank[1000]]
-        after = total * t.total - used - 1000 * left * t.usable_whole[y, rank, left]
+        after = total * t.total - (used - need * top) - 1000 * left * t.usable_whole[y, rank, left]
         gain = np.float64(s.frag[h] - after) / t.total
         if t.mode == 1:
-            return np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0))), mask
-        return np.int64(np.floor(_SCALE * (base + t.w_frag * gain) + 0.5)), mask
-    best, best_mask = np.int64(NO), 0
+            return np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0))), 0
+        return np.int64(np.floor(_SCALE * (base + t.w_frag * gain) + 0.5)), 0
+    best, best_i = np.int64(NO), -1
     last = -1
     for i in range(n):
-        gi = g[i]
-        if gi < milli or gi == last or vfree[i] < q[Q_VRAM]:
+        gi = g[h, i]
+        if gi < milli or gi == last or s.vfree[h, i] < q[Q_VRAM]:
             continue
         last = gi
-        left = whole - (1 if gi >= 1000 else 0)
         rest = gi - milli
-        u = used - gi * share[t.share_rank[gi]] + rest * share[t.share_rank[rest]]
-        after = total * t.total - u - 1000 * left * t.usable_whole[y, rank, left]
-        gain = np.float64(s.frag[h] - after) / t.total
-        if t.mode == 1:
-            v = np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0)))
+        if t.mode == 2:
+            v = np.int64(_SCALE * base) - rest
         else:
-            v = np.int64(np.floor(_SCALE * (base + t.w_frag * gain + t.hole[rest] - t.hole[gi]) + 0.5))
+            left = whole - (1 if gi >= 1000 else 0)
+            u = used + rest * t.usable_share[y, rank, t.share_rank[rest]]
+            u -= top if gi >= 1000 else gi * t.usable_share[y, rank, t.share_rank[gi]]
+            after = total * t.total - u - 1000 * left * t.usable_whole[y, rank, left]
+            gain = np.float64(s.frag[h] - after) / t.total
+            if t.mode == 1:
+                v = np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0)))
+            else:
+                v = np.int64(np.floor(_SCALE * (base + t.w_frag * gain + t.hole[rest] - t.hole[gi]) + 0.5))
         if v > best:
-            best, best_mask = v, 1 << i
-    return best, best_mask
+            best, best_i = v, i
+    return best, (1 << best_i if best_i >= 0 else 0)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def refresh_host(h: int, s: State, t: Tables) -> None:
     """What the score remembers of a host's state."""
     if t.mode != 2:
@@ -205,13 +214,13 @@ def refresh_host(h: int, s: State, t: Tables) -> None:
             s.balance[h] = balance(row[TOTAL], row[CPU], row[RAM], t)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def refresh_all(s: State, t: Tables) -> None:
     for h in range(len(s.rows)):
         refresh_host(h, s, t)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def take(h: int, q: I64, mask: int, s: State) -> int:
     """Books one replica; returns the W its host's reservation grew by. Budgets at every ancestor go down."""
     row = s.rows[h]
@@ -236,7 +245,7 @@ def take(h: int, q: I64, mask: int, s: State) -> int:
     return delta  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def give(h: int, q: I64, mask: int, s: State) -> int:
     """Undoes `take`; returns the W given back."""
     row = s.rows[h]
@@ -262,7 +271,7 @@ def give(h: int, q: I64, mask: int, s: State) -> int:
     return delta  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def note_change(h: int, c: Cache) -> None:
     """Appends a host to the change log. A full log starts over, and every slot fills itself anew."""
     if c.meta[META_LOG] == len(c.log):
@@ -273,7 +282,7 @@ def note_change(h: int, c: Cache) -> None:
     c.group[h] = -1
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def _fill(slot: int, q: I64, s: State, t: Tables, c: Cache) -> None:
     c.meta[META_STAMP] += 1
     c.meta[META_FILLED] += 1
@@ -305,7 +314,7 @@ def _fill(slot: int, q: I64, s: State, t: Tables, c: Cache) -> None:
             b2[b] = max(b2[b], b1[i])
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def put(slot: int, h: int, value: int, c: Cache) -> None:
     """Writes one score and repairs the maxima above it."""
     tab = c.tab[slot]
@@ -337,7 +346,7 @@ def put(slot: int, h: int, value: int, c: Cache) -> None:
         b2[p] = new
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def ensure(k: int, q: I64, s: State, t: Tables, c: Cache) -> int:
     """The slot of class k, up to date with every change."""
     slot = c.slot_of[k]
@@ -371,7 +380,7 @@ def ensure(k: int, q: I64, s: State, t: Tables, c: Cache) -> int:
     return slot  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def first_best(slot: int, c: Cache) -> int:
     """The first host with the largest score, or -1 when no host fits."""
     b2 = c.b2[slot]
@@ -394,28 +403,28 @@ def first_best(slot: int, c: Cache) -> int:
     return h
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True, _nrt=False)
 def pick(k: int, q: I64, s: State, t: Tables, c: Cache) -> tuple[int, int]:
     """(host, GPU mask) for one replica of class k, watts included, or (-1, 0)."""
     slot = ensure(k, q, s, t, c)
+    shared = q[Q_GPUS] == 1 and q[Q_MILLI] < 1000
     while True:
         h = first_best(slot, c)
         if h < 0:
             return -1, 0
         row = s.rows[h]
-        if q[Q_GPUS] == 1 and q[Q_MILLI] < 1000:
+        if shared:
             _, mask = score_host(h, q, s, t)
-        else:
-            _, mask = choose_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q)
-        if watts_bind(row[NODE], delta_kernel(row, mask), s.parent, s.k, s.budget) < 0:
-            return h, mask
-        _, mask = choose_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q)  # the choice that costs the fewest watts
-        if watts_bind(row[NODE], delta_kernel(row, mask), s.parent, s.k, s.budget) < 0:
+            if watts_bind(row[NODE], delta_kernel(row, mask), s.parent, s.k, s.budget) < 0:
+                return h, mask
+        # The rule's own choice: for shares, the one that costs the fewest watts.
+        reason, mask = choose_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q)
+        if reason == 0 and watts_bind(row[NODE], delta_kernel(row, mask), s.parent, s.k, s.budget) < 0:
             return h, mask
         put(slot, h, NO, c)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def place_run(
     start: int, seq: I32, stop: U8, qs: I64, s: State, t: Tables, c: Cache, host: I32, mask: I32, delta: I32
 ) -> int:
@@ -439,7 +448,7 @@ def place_run(
     return len(seq)
 
 
-@njit(cache=True)
+@njit(cache=True, _nrt=False)
 def undo_run(start: int, end: int, seq: I32, qs: I64, s: State, t: Tables, c: Cache, host: I32, mask: I32) -> None:
     """Takes back seq[start:end], last first."""
     for i in range(end - 1, start - 1, -1):

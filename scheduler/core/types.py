@@ -238,7 +238,7 @@ class Policy:
     None = the mix of the requests in hand (`score.MixEstimate` learns one over time).
     """
 
-    packer: str = "tailrace"  # or fgd, best_fit, random
+    packer: str = "tailrace"  # or fgd, best_fit
     shapes: tuple[tuple[int, int, int, int, int, int], ...] | None = None
     preemption: bool = True
     backfill_depth: int = 4  # waiting jobs that get a start time and a hold

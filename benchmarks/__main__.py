@@ -1,0 +1,58 @@
+"""`python -m benchmarks NAME [--json] [--quick] [--trace-dir DIR] [--traces a,b] [--seeds 42,43]`; NAME `all` runs every one.
+
+Exit status: 0 done, 1 the work did not happen, 2 a bound was missed (only with --strict).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.harness import Options, Report, WorkNotDoneError, names
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".numba"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="One claim each, beside its peer.")
+    parser.add_argument("name", choices=[*names(), "all"])
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--quick", action="store_true", help="smaller: ends within 50 s, same keys")
+    parser.add_argument("--strict", action="store_true", help="exit 2 when a bound is missed")
+    parser.add_argument("--trace-dir")
+    parser.add_argument("--traces", default="", help="comma-separated pod lists")
+    parser.add_argument("--seeds", default="", help="comma-separated seeds")
+    parser.add_argument("--out", help="folder for NAME.json")
+    given = parser.parse_args(argv)
+    options = Options(
+        given.quick,
+        given.trace_dir,
+        tuple(filter(None, given.traces.split(","))),
+        tuple(int(s) for s in given.seeds.split(",") if s),
+    )
+    status = 0
+    for name in names() if given.name == "all" else [given.name]:
+        print(f"== {name}", flush=True)
+        try:
+            report: Report = importlib.import_module(f"benchmarks.{name}").run(options)
+        except WorkNotDoneError as error:
+            print(f"{name}: the work did not happen: {error}", file=sys.stderr)
+            status = 1
+            continue
+        report.show()
+        if report.missed():
+            print(f"missed: {', '.join(report.missed())}")
+            status = status or (2 if given.strict else 0)
+        if given.out:
+            Path(given.out).mkdir(parents=True, exist_ok=True)
+            (Path(given.out) / f"{name}.json").write_text(report.as_json() + "\n")
+        if given.json:
+            print(report.as_json(), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

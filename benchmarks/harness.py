@@ -1,0 +1,121 @@
+"""What every benchmark shares: options, the report it hands back, how it is printed and judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class WorkNotDoneError(AssertionError):
+    """The benchmark did not do the work that it wanted to time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    quick: bool = False
+    trace_dir: str | None = None
+    traces: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass
+class Report:
+    """`figures` and `peer` as the contract of the benchmark names them; `table` rows are printed as they are.
+
+    `must`: figure -> (comparison, bound), e.g. {"p99_us_10k": ("<=", 50)}; shown, and part of the JSON's conditions.
+    """
+
+    name: str
+    figures: dict[str, float]
+    peer: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    must: dict[str, tuple[str, float]] = field(default_factory=dict)
+    table: list[list[str]] = field(default_factory=list)
+
+    def missed(self) -> list[str]:
+        """Figures that miss their bound."""
+        return [
+            k for k, (how, bound) in self.must.items() if k in self.figures and not _holds(self.figures[k], how, bound)
+        ]
+
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(
+            {
+                "name": self.name,
+                "figures": self.figures,
+                "peer": self.peer,
+                "conditions": {**machine(), **self.conditions},
+            }
+        )
+
+    def show(self) -> None:
+        """The table, then figures beside their bounds, then peers and conditions."""
+        if self.table:
+            widths = [max(len(row[i]) for row in self.table) for i in range(len(self.table[0]))]
+            for row in self.table:
+                print(
+                    "  ".join(
+                        cell.rjust(w) if i else cell.ljust(w)
+                        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                    )
+                )
+            print()
+        for key, value in self.figures.items():
+            how, bound = self.must.get(key, ("", 0.0))
+            verdict = "" if not how else f"   must be {how} {bound:g}: {'yes' if _holds(value, how, bound) else 'NO'}"
+            print(f"{key:32} {value:14,.4g}{verdict}")
+        for key, value in self.peer.items():
+            print(f"  peer {key:25} {value:14,.4g}")
+        print("; ".join(f"{k}: {v}" for k, v in self.conditions.items()))
+
+
+def _holds(value: float, how: str, bound: float) -> bool:
+    return {"<=": value <= bound, ">=": value >= bound}[how]
+
+
+def require(condition: bool, what: str) -> None:
+    """Asserts that the work happened, also under `python -O`."""
+    if not condition:
+        raise WorkNotDoneError(what)
+
+
+def machine() -> dict[str, Any]:
+    """Where this ran."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Appends elapsed seconds."""
+    start = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - start)
+
+
+def best_of(times: int, work: Callable[[], Any]) -> float:
+    """Least seconds of several runs: the machine is shared, and noise only ever adds."""
+    taken: list[float] = []
+    for _ in range(times):
+        with timed(taken):
+            work()
+    return min(taken)
+
+
+def names() -> list[str]:
+    """Benchmarks there are: modules of this package that have `run`."""
+    here = Path(__file__).parent
+    own = {"__init__", "__main__", "harness", "traces"}
+    return sorted(p.stem for p in here.glob("*.py") if p.stem not in own and "\ndef run(" in p.read_text())

@@ -24,7 +24,7 @@ run: setup ## the whole company on this machine, with a demo market; Ctrl-C ends
 	@$(PY) -m sandbox.run
 
 reset: setup ## forget the data of `make run`
-	@$(PY) -m sandbox.servers reset run
+	@$(PY) -m sandbox.run --reset
 
 test: setup ## the suite (at most 10 minutes on 2 cores)
 	@HYPOTHESIS_PROFILE=ci $(SERVERS) --unsafe-fast --owner -- $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not full" $(ARGS)

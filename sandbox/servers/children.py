@@ -53,7 +53,7 @@ def start(
     Call it from the main thread: the kernel ties the death signal to the thread that started the child.
     """
     dropped: dict[str, object] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload]
         [str(part) for part in command],
         env=dict(env),
         cwd=cwd,

@@ -65,7 +65,15 @@ class PostgreSQL:
         maker = named_unprivileged() if self.uid is not None else None
         if maker is not None:
             os.chown(self.folder.path, maker, maker)
-        command: list[str | Path] = [self.bin / "initdb", "-D", self.data, "-U", "postgres", "--encoding=UTF8", "--auth=scram-sha-256"]
+        command: list[str | Path] = [
+            self.bin / "initdb",
+            "-D",
+            self.data,
+            "-U",
+            "postgres",
+            "--encoding=UTF8",
+            "--auth=scram-sha-256",
+        ]
         # initdb wants some superuser password under scram; nobody keeps this one.
         with tempfile.NamedTemporaryFile("w", dir=self.folder.path) as throw_away:
             throw_away.write(secrets.token_hex(24))

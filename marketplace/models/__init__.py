@@ -11,7 +11,7 @@ from marketplace.models.accounts import (
 )
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.jobs import Job, JobEvent
-from marketplace.models.listings import Kind, Listing, Quote, SavedMix
+from marketplace.models.listings import Kind, Listing, Quote
 from marketplace.models.outbox import IdempotencyKey, OutboxMessage
 from marketplace.models.placements import LogChunk, Placement, PlacementEvent
 from marketplace.models.power import Curtailment, FeedValue, MeterReading, PowerGrant, ShedClaim, SiteMinute
@@ -19,6 +19,7 @@ from marketplace.models.sites import (
     Agent,
     AgentEvent,
     Cell,
+    ControlPulse,
     EnrolmentToken,
     Gpu,
     GpuModel,
@@ -37,6 +38,7 @@ __all__ = [
     "Cell",
     "Contract",
     "ContractEvent",
+    "ControlPulse",
     "Curtailment",
     "EnrolmentToken",
     "FeedValue",
@@ -62,7 +64,6 @@ __all__ = [
     "Quote",
     "Reservation",
     "ReservationBlock",
-    "SavedMix",
     "ShedClaim",
     "Site",
     "SiteMinute",

@@ -1,6 +1,5 @@
 """What is offered: listings and quotes."""
 
-from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models import F, Q
 
@@ -139,18 +138,3 @@ class Quote(TenantModel):
 
     def __str__(self) -> str:
         return f"{self.gpu_count} GPUs of {self.listing}"
-
-
-class SavedMix(models.Model):
-    """The decayed mix of job shapes a cell has seen, from which the packer prices holes. One row a cell and shape."""
-
-    cell = models.ForeignKey("marketplace.Cell", on_delete=models.CASCADE, related_name="mix")
-    shape = ArrayField(models.BigIntegerField(), help_text="vcpu milli, ram MiB, GPUs, milli-GPU")
-    weight = models.FloatField()
-    updated_at = models.DateTimeField()
-
-    class Meta:
-        constraints = [models.UniqueConstraint(fields=["cell", "shape"], name="mix_shape_once")]
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.weight}"

@@ -65,6 +65,8 @@ class Site(TenantModel):
     safety_generation = models.BigIntegerField(
         default=0, help_text="Grows with every change of caps, margins or shed order"
     )
+    dispatched_at = models.DateTimeField(null=True, blank=True, help_text="last slow tier of the dispatch")
+    sampled_at = models.DateTimeField(null=True, blank=True, help_text="energy is accounted for up to here")
     created_at = models.DateTimeField(auto_now_add=True)
 
     objects = TenantQuerySet.as_manager()
@@ -74,6 +76,15 @@ class Site(TenantModel):
 
     def __str__(self) -> str:
         return self.name
+
+
+class ControlPulse(models.Model):
+    """One row: when the control plane was last seen alive. Leases do not run out while it was not (services.leases)."""
+
+    at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.at:%F %T}"
 
 
 class SiteOwnedQuerySet(TenantQuerySet):

@@ -10,7 +10,7 @@ from django.db import connection
 from marketplace.models import Host, PowerNode
 from scheduler.core import power as core
 
-FRESH_S = 60
+FRESH_S = 150  # a full report comes each minute; two missed ones are silence
 
 
 @dataclass

@@ -1,0 +1,179 @@
+"""The doors of docs/agent-protocol.md on the web process: enrol, logs, and sync without waiting (the stream process waits)."""
+
+from typing import Any
+
+from django.conf import settings
+from django.utils import timezone
+from drf_spectacular.utils import extend_schema
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from marketplace import ids
+from marketplace.api.auth import AgentAuthentication
+from marketplace.api.base import PublicId, Shape
+from marketplace.models import Agent
+from marketplace.services import agents
+
+
+class EnrolShape(Shape):
+    token = serializers.CharField(max_length=80)
+    name = serializers.RegexField(r"^[\w.-]{1,60}$")
+    version = serializers.CharField(max_length=24, required=False, default="")
+    runtime = serializers.ChoiceField(
+        ["process", "virtual", "bubblewrap", "podman", "docker", "slurm", "kubernetes"],
+        required=False,
+        default="process",
+    )
+
+
+class HostState(serializers.Serializer):
+    name = serializers.CharField()
+    beat_at = serializers.DateTimeField()
+    power_state = serializers.ChoiceField(["off", "parked", "capped", "full"])
+    generation = serializers.IntegerField(required=False, default=0)
+    limits_w = serializers.ListField(child=serializers.IntegerField(), required=False, default=list)
+    measured_w = serializers.IntegerField(required=False, allow_null=True, default=None)
+    gpu_errors = serializers.ListField(required=False, default=list)
+
+
+class PlacementState(serializers.Serializer):
+    id = PublicId("plc", source="pk")
+    generation = serializers.IntegerField()
+    state = serializers.ChoiceField(["starting", "running", "draining", "exited", "failed", "unknown"])
+    running_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
+    finished_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
+    exit_code = serializers.IntegerField(required=False, allow_null=True, default=None)
+    reason = serializers.CharField(required=False, allow_blank=True, default="")
+
+
+class EventShape(serializers.Serializer):
+    id = serializers.UUIDField()
+    at = serializers.DateTimeField()
+    kind = serializers.CharField(max_length=40)
+    subject = serializers.CharField(required=False, allow_blank=True, default="")
+    data = serializers.DictField(required=False, default=dict)
+
+
+class Row(serializers.ListField):
+    """A fixed-length row such as `["m0001", "sleep", 12, 24, 0, "2026-..."]`; each column has its field."""
+
+    def __init__(self, *columns: serializers.Field, **options: Any) -> None:
+        self.columns = columns
+        super().__init__(**options)
+
+    def to_internal_value(self, data: Any) -> list[Any]:
+        if not isinstance(data, list) or len(data) != len(self.columns):
+            raise serializers.ValidationError(f"a row of {len(self.columns)} columns")
+        return [None if v is None else c.run_validation(v) for c, v in zip(self.columns, data, strict=True)]
+
+
+class SyncShape(serializers.Serializer):
+    """Not strict: a newer agent may say more than we know."""
+
+    boot = serializers.CharField(max_length=64)
+    sequence = serializers.IntegerField(min_value=0)
+    agent_time = serializers.DateTimeField()
+    known_generation = serializers.IntegerField(required=False, default=0)
+    known_safety = serializers.IntegerField(required=False, default=-1)
+    wait_s = serializers.FloatField(required=False, default=0, min_value=0, max_value=30)
+    inventory = serializers.DictField(required=False, allow_null=True, default=None)
+    hosts = HostState(many=True, required=False)
+    miners = serializers.ListField(
+        child=Row(
+            serializers.CharField(),
+            serializers.CharField(allow_blank=True),
+            serializers.IntegerField(),
+            serializers.IntegerField(min_value=0),
+            serializers.IntegerField(min_value=0), serializers.DateTimeField(),
+        ),
+        required=False, default=list,
+    )  # fmt: skip
+    meters = serializers.ListField(
+        child=Row(serializers.CharField(), serializers.IntegerField(min_value=0), serializers.DateTimeField()),
+        required=False,
+        default=list,
+    )
+    placements = PlacementState(many=True, required=False)
+    events = EventShape(many=True, required=False)
+
+
+class ChunkShape(serializers.Serializer):
+    placement = PublicId("plc", source="pk")
+    stream = serializers.ChoiceField(["stdout", "stderr"])
+    offset = serializers.IntegerField(min_value=0)
+    data = serializers.CharField(trim_whitespace=False, allow_blank=True, max_length=1 << 20)
+
+
+class LogsShape(Shape):
+    chunks = ChunkShape(many=True)
+
+
+def sync(agent: Agent, body: Any, *, now: Any) -> dict[str, Any]:
+    """One sync without waiting: take the report in, answer what shall be."""
+    report = checked(body)
+    wanted = agents.observe(agent, report, now=now)
+    return agents.desired(agent, report, now=now, inventory_wanted=wanted)
+
+
+def checked(body: Any) -> dict[str, Any]:
+    shape = SyncShape(data=body)
+    shape.is_valid(raise_exception=True)
+    report: dict[str, Any] = shape.validated_data
+    usable = [m for m in report["miners"] if m[3] is not None and m[5] is not None]
+    report["miners"] = [[n, mode, g or 0, w, ghs or 0, at] for n, mode, g, w, ghs, at in usable]
+    return report
+
+
+class Enrol(APIView):
+    authentication_classes = ()
+    actions = {"POST": "public"}
+
+    @extend_schema(tags=["agent"], request=EnrolShape, responses={201: dict}, operation_id="agent_enrol")
+    def post(self, request: Request) -> Response:
+        shape = EnrolShape(data=request.data)
+        shape.is_valid(raise_exception=True)
+        agent, key = agents.enrol(**shape.validated_data, now=timezone.now())
+        return Response(
+            {
+                "agent": agent.public_id,
+                "key": key,
+                "site": ids.encode("sit", agent.site_id),
+                "site_name": agent.site.name,
+                "stream_url": settings.STREAM_URL,
+            },
+            status=201,
+        )
+
+
+class AgentView(APIView):
+    authentication_classes = (AgentAuthentication,)
+    actions = {"POST": "agent"}
+
+
+class Sync(AgentView):
+    @extend_schema(tags=["agent"], request=SyncShape, responses={200: dict}, operation_id="agent_sync")
+    def post(self, request: Request) -> Response:
+        return Response(sync(request.user, request.data, now=timezone.now()))
+
+
+class Logs(AgentView):
+    @extend_schema(tags=["agent"], request=LogsShape, responses={200: dict}, operation_id="agent_logs")
+    def post(self, request: Request) -> Response:
+        shape = LogsShape(data=request.data)
+        shape.is_valid(raise_exception=True)
+        return Response({"next": agents.take_logs(request.user, shape.validated_data["chunks"])})
+
+
+def _routes() -> list[Any]:
+    from django.urls import path
+
+    return [
+        path("agent/enrol", Enrol.as_view(), name="agent-enrol"),
+        path("agent/sync", Sync.as_view(), name="agent-sync"),
+        path("agent/logs", Logs.as_view(), name="agent-logs"),
+    ]
+
+
+urlpatterns = _routes()

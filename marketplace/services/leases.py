@@ -1,0 +1,67 @@
+"""Sites that fall silent: first their placements are `unreachable` (nothing moves), only after the lease are they lost.
+
+A lease counts only while the control plane itself is up: `pulse` notices a gap in its own beat and extends every lease by it.
+"""
+
+from datetime import datetime, timedelta
+
+from django.db import transaction
+from django.db.models import F, Max
+
+from marketplace.models import Agent, ControlPulse, Host, Placement, Site
+from marketplace.services import jobs, placements
+from marketplace.services.transitions import transition_many
+
+SILENT = timedelta(seconds=90)
+HOST_SILENT = timedelta(seconds=150)
+GAP = timedelta(seconds=30)
+
+
+def pulse(*, now: datetime) -> timedelta:
+    """Beat; returns by how much the leases were extended because nobody was here to renew them."""
+    with transaction.atomic():
+        row = ControlPulse.objects.select_for_update().first()
+        if row is None:
+            ControlPulse.objects.create(at=now)
+            return timedelta(0)
+        gap = now - row.at
+        ControlPulse.objects.filter(pk=row.pk).update(at=now)
+        if gap <= GAP:
+            return timedelta(0)
+        Agent.objects.exclude(lease_until=None).update(lease_until=F("lease_until") + gap, last_sync_at=now)
+        return gap
+
+
+def watch(site: Site, *, now: datetime) -> None:
+    """Move placements and hosts of a silent site along. The caller holds the site's lock."""
+    seen = Agent.objects.filter(site=site, revoked_at=None).aggregate(at=Max("last_sync_at"), lease=Max("lease_until"))
+    if seen["at"] is None:
+        return
+    live = Placement.objects.filter(site=site).exclude(state__in=Placement.FINAL)
+    if seen["lease"] < now:
+        gone = list(live.exclude(state="parked").values_list("pk", flat=True))
+        placements.finish(
+            gone, to="lost", now=now, actor="lease", reason="site_lost", columns={"release_requested_at": seen["at"]}
+        )
+    elif now - seen["at"] > SILENT:
+        ids = list(live.values_list("pk", flat=True))
+        transition_many(
+            Placement,
+            ids,
+            expected=("granted", "starting", "running", "draining"),
+            to="unreachable",
+            now=now,
+            actor="lease",
+            reason="site silent",
+        )
+    else:
+        _watch_hosts(site, now)
+
+
+def _watch_hosts(site: Site, now: datetime) -> None:
+    """Hosts without a beat take no new work; what becomes of their placements the agent says."""
+    stale = Host.objects.filter(site=site, state=Host.State.ACTIVE, beat_at__lt=now - HOST_SILENT)
+    back = Host.objects.filter(site=site, state=Host.State.LOST, beat_at__gte=now - HOST_SILENT)
+    lost = stale.update(state=Host.State.LOST, state_reason="no beat")
+    if back.update(state=Host.State.ACTIVE, state_reason="") or lost:
+        jobs.nudge_cell(site.cell_id)

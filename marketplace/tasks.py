@@ -1,0 +1,30 @@
+"""The market's own workers: the outbox, the clock, the feeds."""
+
+from typing import Any
+
+from celery import shared_task
+from django.utils import timezone
+
+from marketplace import outbox
+from marketplace.services import contracts, feeds, jobs
+
+
+@shared_task
+def drain_outbox(topic: str | None = None) -> int:
+    return outbox.drain(topic=topic)
+
+
+@shared_task
+def market_clock() -> None:
+    """What happens because time passes: quotes expire, contracts begin and end."""
+    contracts.clock(now=timezone.now())
+
+
+@shared_task
+def fetch_feeds() -> None:
+    feeds.fetch_all(now=timezone.now())
+
+
+@outbox.handler("marketplace.end_contract_jobs")
+def end_contract_jobs(payload: dict[str, Any]) -> None:
+    jobs.end_contract(payload["contract"], now=timezone.now())

@@ -1,0 +1,193 @@
+"""One site's power loop, every few seconds and on nudge: readings -> confirm, grant -> shed, dispatch -> record.
+
+Apply what readings have proved (under the site's lock), think without it, apply guarded commands. Raising is always the
+ledger's decision; this loop only asks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import numpy as np
+from django.db import transaction
+
+from marketplace.locks import Lock, acquire
+from marketplace.models import Miner, Placement, PowerGrant, ShedClaim, Site
+from marketplace.services import curtailments, feeds, leases, placements, power, site_minutes
+from marketplace.services.budgets import node_budgets
+from scheduler.core import dispatch
+from scheduler.core import power as core
+
+SLOW = timedelta(minutes=5)
+DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
+CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
+
+
+@dataclass(frozen=True)
+class Thought:
+    commands: list[power.Command]
+    slow: bool = False
+    reason: str = ""
+
+
+def run(site_id: int, *, now: datetime) -> dict[str, int]:
+    """One turn; returns counts of what was done, for logs and tests."""
+    done: dict[str, int] = {}
+    with transaction.atomic():
+        acquire((Lock.SITE, site_id))
+        site = Site.objects.get(pk=site_id)
+        leases.watch(site, now=now)
+        changed = curtailments.apply(site, now=now)
+        done |= power.settle_miners(site_id, now=now)
+        done["lowered_w"] = power.lower_hosts(site_id)
+        granted = power.grant_pending(site_id, now=now) if grants_allowed(site) else []
+        placements.grant(granted, now=now)
+        done["granted"] = len(granted)
+        if granted or changed or done.get("again"):
+            placements.touch_sites([site_id])
+    thought = think(site, now=now)
+    if thought.commands:
+        with transaction.atomic():
+            acquire((Lock.SITE, site_id))
+            done["commanded"] = power.command_miners(site_id, thought.commands, now=now)
+            if done["commanded"]:
+                placements.touch_sites([site_id])
+    if thought.slow:
+        Site.objects.filter(pk=site_id).update(dispatched_at=now)
+    site_minutes.record(site, now=now)
+    return done
+
+
+def grants_allowed(site: Site) -> bool:
+    from django.conf import settings
+
+    return site.mode == Site.Mode.AUTO and not settings.POWER_FREEZE
+
+
+def think(site: Site, *, now: datetime) -> Thought:
+    """What to command the miners; reads, decides, writes nothing."""
+    miners = list(
+        Miner.objects.filter(site=site, state=Miner.State.OK, manual=False)
+        .exclude(shed_claims__state="commanded")
+        .order_by("pk")
+    )
+    if site.mode in {Site.Mode.SHED, Site.Mode.OFF}:
+        return Thought([_sleep(m) for m in miners if m.desired_mode], reason="mode")
+    ledger = power.Ledger.of(site.pk)
+    need = _shortage(site, ledger, now)
+    if need.any():
+        return Thought(_shed(site, ledger, miners, need, now), reason="shortage")
+    if not grants_allowed(site) or _frozen(ledger, now):
+        return Thought([], reason="hold")
+    return _dispatch(site, ledger, miners, now)
+
+
+def _sleep(miner: Miner, *, claim: bool = False) -> power.Command:
+    return power.Command(miner.pk, 0, miner.desired_generation, claim)
+
+
+def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
+    """MW missing at each node: pending grants and meters over their soft cap, less what sleeping machines will soon give."""
+    budgets = node_budgets([site.pk])
+    need = np.array([max(0, -budgets[k].free_mw) for k in ledger.tree.keys], np.int64)  # type: ignore[index]
+    if not need.any() and not PowerGrant.objects.filter(site=site, state=PowerGrant.State.SHEDDING).exists():
+        need[:] = 0
+    for reaction in core.over_cap(ledger.tree, _meters(ledger, now), fresh_s=power.FRESH_S):
+        if reaction.action != "freeze":
+            at = ledger.tree.index[reaction.node]
+            need[at] = max(int(need[at]), reaction.shed_mw)
+    in_flight = ShedClaim.objects.filter(site=site, state=ShedClaim.State.COMMANDED).select_related("miner")
+    for claim in in_flight:
+        freed = max(0, claim.miner.reserved_w - claim.miner.mode_watts[0])
+        for n in ledger.tree.paths[ledger.tree.index[claim.miner.power_node_id]]:
+            need[n] = max(0, int(need[n]) - freed * int(ledger.tree.k[n, core.MINER]))
+    return need
+
+
+def _meters(ledger: power.Ledger, now: datetime) -> dict[object, tuple[int, int]]:
+    return {
+        pk: (n.measured_w, int((now - n.measured_at).total_seconds()))
+        for pk, n in ledger.nodes.items()
+        if n.metering == "meter" and n.measured_w is not None and n.measured_at is not None
+    }
+
+
+def _frozen(ledger: power.Ledger, now: datetime) -> bool:
+    """A metered node whose meter is silent: nothing rises at the site. A node that never reported is not metered yet: silent too."""
+    metered = [n for n in ledger.nodes.values() if n.metering == "meter"]
+    fresh = timedelta(seconds=power.FRESH_S)
+    return any(n.measured_at is None or now - n.measured_at > fresh for n in metered)
+
+
+def _shed(
+    site: Site, ledger: power.Ledger, miners: Sequence[Miner], need: core.Ints, now: datetime
+) -> list[power.Command]:
+    """Least money per watt first, under the nodes that need the watts, a few more than needed."""
+    awake = [m for m in miners if m.desired_mode > 0]
+    prices = feeds.prices(site, now=now)
+    table = core.Miners.of(
+        (
+            ledger.tree.index[m.power_node_id],
+            max(0, m.reserved_w - m.mode_watts[0]),
+            feeds.worth_uusd_h(prices, m.mode_ghs[m.desired_mode], m.mode_watts[m.desired_mode]),
+        )
+        for m in awake
+    )
+    shed = core.choose_shed(ledger.tree, table, need)
+    return [_sleep(awake[i], claim=True) for i in shed.picks]
+
+
+def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: datetime) -> Thought:
+    """Leftover watts to the machines that earn most with them; below break-even they sleep. Without fresh prices nothing changes."""
+    prices = feeds.prices(site, now=now)
+    if prices is None or not miners:
+        return Thought([], reason="no_prices")
+    ladders = sorted({tuple(zip(m.mode_watts, m.mode_ghs, strict=True)) for m in miners})
+    number = {ladder: i for i, ladder in enumerate(ladders)}
+    fleet = dispatch.Fleet.of(
+        [ledger.tree.index[m.power_node_id] for m in miners],
+        [number[tuple(zip(m.mode_watts, m.mode_ghs, strict=True))] for m in miners],
+        ladders,
+    )
+    current = np.array([m.desired_mode for m in miners], np.int16)
+    load = core.Load.of(ledger.tree, fleet.node, [core.MINER] * len(miners), [m.reserved_w for m in miners])
+    budget = ledger.free + core.reserved_mw(ledger.tree, load)
+    dwell = np.array([_dwell_left(m, now) for m in miners], np.int64)
+    slow = site.dispatched_at is None or now - site.dispatched_at >= SLOW
+    if slow:
+        made = dispatch.plan_dispatch(
+            ledger.tree, fleet, prices, current, budget_mw=budget, change_limit=CHANGE_LIMIT, dwell_left=dwell
+        )
+    else:
+        made = dispatch.plan_fast(ledger.tree, fleet, prices, current, budget_mw=budget, dwell_left=dwell)
+    values = dispatch.mode_values(fleet, prices)
+    changes = dispatch.ordered_changes(fleet, values, current, made.modes)
+    return Thought(_staged(ledger, miners, fleet, made.modes, changes), slow=slow)
+
+
+def _staged(
+    ledger: power.Ledger, miners: Sequence[Miner], fleet: dispatch.Fleet, modes: dispatch.Modes, changes: core.Ints
+) -> list[power.Command]:
+    """All lowerings now; raises in groups that never widen a node's margin, the first group this turn."""
+    targets = {int(i): int(modes[i]) for i in changes}
+    rise = {i: miners[i].mode_watts[m] - miners[i].reserved_w for i, m in targets.items()}
+    ups = [i for i in targets if rise[i] > 0]
+    table = core.Miners.of((int(fleet.node[i]), rise[i], 0) for i in ups)
+    groups = core.staggered_wake_groups(ledger.tree, table, range(len(ups)))
+    now_up = {ups[i] for i in groups[0]} if groups else set()
+    return [
+        power.Command(miners[i].pk, mode, miners[i].desired_generation)
+        for i, mode in targets.items()
+        if rise[i] <= 0 or i in now_up
+    ]
+
+
+def _dwell_left(miner: Miner, now: datetime) -> int:
+    if miner.changed_at is None:
+        return 0
+    return max(0, DWELL_S - int((now - miner.changed_at).total_seconds()))
+
+
+def live_at(site_id: int) -> int:
+    """Placements that stand at the site, for the operator's page."""
+    return Placement.objects.filter(site_id=site_id, state__in=Placement.AT_SITE).count()

@@ -1,0 +1,40 @@
+"""Thin: ids in, one domain call."""
+
+from typing import Any
+
+from celery import shared_task
+from django.utils import timezone
+
+from marketplace import outbox
+from marketplace.models import Site
+from marketplace.services import leases
+from marketplace.services.jobs import CYCLE, nudge_cell
+from scheduler import cycle, site_loop
+
+
+@outbox.handler(CYCLE)
+def run_cycle(payload: dict[str, Any]) -> None:
+    cycle.run(payload["cell"])
+
+
+@outbox.handler("scheduler.site_loop")
+def run_site_loop(payload: dict[str, Any]) -> None:
+    site_loop.run(payload["site"], now=timezone.now())
+
+
+@shared_task
+def tick_cells() -> None:
+    """The safety net under the nudges: every cell in which something waits."""
+    from django.db import transaction
+
+    with transaction.atomic():
+        for cell_id in cycle.waiting_cells(timezone.now()):
+            nudge_cell(cell_id)
+
+
+@shared_task
+def tick_sites() -> None:
+    """Each site's power loop, and our own beat by which leases are counted."""
+    leases.pulse(now=timezone.now())
+    for site_id in Site.objects.order_by("id").values_list("id", flat=True):
+        site_loop.run(site_id, now=timezone.now())

@@ -24,7 +24,6 @@ class LineKind(StrEnum):
     USAGE = "usage"
     COMMITMENT = "commitment"
     OVERAGE = "overage"
-    ADJUSTMENT = "adjustment"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,7 +36,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True, order=True)
 class UsageGroup:
-    """Integer milli-GPU-seconds of one contract at one price inside `span`; may be negative in an adjustment."""
+    """Integer milli-GPU-seconds of one contract at one price inside `span`; negative when it takes back what was billed."""
 
     contract: int
     meter: str

@@ -1,0 +1,364 @@
+"""What an account owes for a window: recorded usage grouped by PostgreSQL, rated by the pure core. Writes nothing.
+
+An account has one edge, `billed_through`. A draft bills from there to an instant, and everything older that came or changed
+late, as marked adjustments. Lines are what is due to date less what earlier lines carry, so that no record is billed twice
+or never, whenever it arrives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from django.db import connection
+from django.db.models import Min, Q
+
+from billing import usage
+from billing.core import metering, rating, share
+from billing.core.metering import Interval
+from billing.core.rating import LineKind
+from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
+from marketplace.models import Contract, Curtailment, PlacementEvent
+
+log = logging.getLogger(__name__)
+
+LATE_OVERLAP = timedelta(hours=1)  # longer than any transaction that writes usage
+HELD_KINDS = ("reserved", "flexible")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLine:
+    """A rated line before it is stored: amounts in minor units of the account's currency, seconds since 1970."""
+
+    line: rating.Line
+    contract: Contract
+    month_s: int
+    adjustment: bool
+    operator_minor: int
+    platform_minor: int
+
+    @property
+    def description(self) -> str:
+        gpu = self.contract.gpu_model.name if self.contract.gpu_model is not None else "GPU"
+        hours = f"{self.line.quantity / 3_600_000:,.3f}"
+        what = {LineKind.USAGE: "used", LineKind.COMMITMENT: "reserved", LineKind.OVERAGE: "beyond the reservation"}
+        kind = self.contract.kind.replace("_", "-")
+        late = f", adjustment of {metering.instant(self.month_s):%Y-%m}" if self.adjustment else ""
+        return f"{gpu} {kind}, {hours} GPU-hours {what[self.line.kind]}, {self.contract.public_id}{late}"
+
+
+@dataclass(slots=True)
+class Draft:
+    """What an account owes for `[start, end)`: preview and close return the same."""
+
+    account: BillingAccount
+    start: datetime
+    end: datetime
+    lines: list[DraftLine] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def total_minor(self) -> int:
+        return sum(row.line.amount for row in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Quantities of one (organization, month, contract, price version): before the window, and inside it."""
+
+    organization: int
+    month: Interval
+    contract: int
+    version: int
+    before: int
+    inside: int
+
+
+def starts(
+    accounts: Sequence[BillingAccount], through: datetime, *, pending: Sequence[usage.Row] = ()
+) -> dict[int, datetime]:
+    """Where each account's next window begins: its edge, or its first contract or usage."""
+    begins = {a.pk: a.billed_through for a in accounts if a.billed_through is not None}
+    fresh = {a.organization_id: a.pk for a in accounts if a.billed_through is None}
+    if fresh:
+        firsts: dict[int, list[datetime]] = defaultdict(list)
+        contracts = Contract.objects.filter(organization_id__in=fresh).values_list("organization_id").order_by()
+        for organization_id, start in contracts.annotate(first=Min("starts_at")):
+            firsts[organization_id].append(start)
+        used = UsageRecord.objects.filter(organization_id__in=fresh).values_list("organization_id").order_by()
+        for organization_id, second in used.annotate(first=Min("start_s")):
+            firsts[organization_id].append(metering.instant(second))
+        for row in pending:
+            firsts[row.organization_id].append(metering.instant(row.start_s))
+        for organization_id, pk in fresh.items():
+            first = min(firsts[organization_id], default=through)
+            begins[pk] = metering.instant(metering.floor_second(min(first, through)))
+    return begins
+
+
+def rate(
+    accounts: Sequence[BillingAccount],
+    begins: dict[int, datetime],
+    through: datetime,
+    *,
+    pending: Sequence[usage.Row] = (),
+) -> list[Draft]:
+    """A draft per account, in their order; one that cannot be rated carries its error.
+
+    `pending` are usage records that are not written yet (a preview's running seconds).
+    """
+    drafts = {a.organization_id: Draft(a, begins[a.pk], through) for a in accounts}
+    if not drafts:
+        return []
+    edge = metering.floor_second(through)
+    months = _months(list(drafts.values()), edge)
+    groups = _grouped(months, drafts, edge) + _pending(pending, months, drafts, edge)
+    contracts = _contracts(drafts, groups, edge)
+    billed = _billed(contracts.values(), months)
+    versions = _versions(contracts.values())
+    for draft in drafts.values():
+        try:
+            mine = [
+                contract for contract in contracts.values() if contract.organization_id == draft.account.organization_id
+            ]
+            _rate_account(draft, mine, months[draft.account.organization_id], groups, billed, versions)
+        except Exception as error:
+            log.exception("billing account %s cannot be rated", draft.account.pk)
+            draft.lines, draft.error = [], f"{type(error).__name__}: {error}"
+    return list(drafts.values())
+
+
+def _months(drafts: Sequence[Draft], edge: int) -> dict[int, list[Interval]]:
+    """The UTC months to look at per organization: those of the window, and earlier ones with late usage."""
+    first = {d.account.organization_id: metering.floor_second(d.start) for d in drafts}
+    late = Q()
+    for draft in drafts:
+        if draft.account.usage_cutoff is not None:
+            late |= Q(
+                organization_id=draft.account.organization_id,
+                received_at__gte=draft.account.usage_cutoff - LATE_OVERLAP,
+                start_s__lt=rating.month_of(metering.floor_second(draft.start)).start,
+            )
+    if late:
+        rows = UsageRecord.objects.filter(late).values_list("organization_id").order_by()
+        for organization_id, second in rows.annotate(first=Min("start_s")):
+            first[organization_id] = min(first[organization_id], second)
+    return {
+        organization_id: list(rating.month_windows(Interval(rating.month_of(start).start, edge)))
+        for organization_id, start in first.items()
+    }
+
+
+# What a record adds up to an instant t: all of it after its end, nothing before its start, and in between `rate` a
+# second until its quantity is used up (billing.core.metering.quantity_in). A revision adds its quantity less the previous.
+_UPTO = (
+    "CASE WHEN u.end_s <= {t} THEN u.quantity - u.previous WHEN u.start_s >= {t} THEN 0"
+    " ELSE LEAST(u.quantity, u.rate * ({t} - u.start_s)) - LEAST(u.previous, u.rate * ({t} - u.start_s)) END"
+)
+_GROUPED = f"""
+SELECT w.organization_id, w.month_s, w.month_end_s, u.contract_id, u.price_version_id,
+       SUM({_UPTO.format(t="w.from_s")}), SUM({_UPTO.format(t="w.through_s")})
+  FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
+       AS w(organization_id, month_s, month_end_s, from_s, through_s)
+  JOIN billing_usagerecord u ON u.organization_id = w.organization_id
+   AND u.start_s >= w.month_s AND u.start_s < w.through_s AND u.meter = {Meter.GPU.value}
+ GROUP BY 1, 2, 3, 4, 5
+"""  # noqa: S608 - constants only
+
+
+def _grouped(months: dict[int, list[Interval]], drafts: dict[int, Draft], edge: int) -> list[_Group]:
+    windows = [
+        (
+            organization_id,
+            month.start,
+            month.end,
+            min(month.end, max(month.start, metering.floor_second(drafts[organization_id].start))),
+            min(month.end, edge),
+        )
+        for organization_id, spans in months.items()
+        for month in spans
+    ]
+    with connection.cursor() as cursor:
+        cursor.execute(_GROUPED, [list(column) for column in zip(*windows, strict=True)])
+        return [
+            _Group(organization, Interval(start, end), contract, version, int(before), int(through) - int(before))
+            for organization, start, end, contract, version, before, through in cursor.fetchall()
+        ]
+
+
+def _pending(
+    rows: Iterable[usage.Row], months: dict[int, list[Interval]], drafts: dict[int, Draft], edge: int
+) -> list[_Group]:
+    """The same sums over records that are not written yet."""
+    found: list[_Group] = []
+    for row in rows:
+        span = Interval(row.start_s, row.end_s)
+        after, prior = (
+            metering.Reading(row.placement_id, "gpu", span, row.revision, row.rate, quantity)
+            for quantity in (row.quantity, row.previous)
+        )
+        for month in months[row.organization_id]:
+            start = metering.floor_second(drafts[row.organization_id].start)
+            mark = min(month.end, max(month.start, start))
+            parts = [
+                metering.quantity_in(after, window) - metering.quantity_in(prior, window)
+                for window in (Interval(month.start, mark), Interval(mark, min(month.end, edge)))
+            ]
+            if any(parts):
+                found.append(
+                    _Group(row.organization_id, month, row.contract_id, row.price_version_id, parts[0], parts[1])
+                )
+    return found
+
+
+def _contracts(drafts: dict[int, Draft], groups: Iterable[_Group], edge: int) -> dict[int, Contract]:
+    """Contracts with usage, and those that hold capacity whether used or not."""
+    held = Q(organization_id__in=drafts, kind__in=HELD_KINDS, starts_at__lt=metering.instant(edge)) & ~Q(
+        state__in=(Contract.State.PENDING_PAYMENT, Contract.State.CANCELLED)
+    )
+    rows = Contract.objects.filter(Q(pk__in={group.contract for group in groups}) | held)
+    return {contract.pk: contract for contract in rows.select_related("gpu_model", "site")}
+
+
+Billed = dict[tuple[int, int, str, int], int]
+
+
+def _billed(contracts: Iterable[Contract], months: dict[int, list[Interval]]) -> Billed:
+    """Quantities on the lines of earlier invoices by (contract, month, kind, price version)."""
+    pks = [contract.pk for contract in contracts]
+    starts = sorted({month.start for spans in months.values() for month in spans})
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT l.contract_id, l.month_s, l.kind, l.price_version_id, SUM(l.quantity) FROM billing_invoiceline l"
+            " JOIN billing_invoice i ON i.id = l.invoice_id WHERE l.contract_id = ANY(%s) AND l.month_s = ANY(%s)"
+            " AND i.state <> 'void' GROUP BY 1, 2, 3, 4",
+            [pks, starts],
+        )
+        return {(c, month, kind, version): int(quantity) for c, month, kind, version, quantity in cursor.fetchall()}
+
+
+def _versions(contracts: Iterable[Contract]) -> dict[int, list[PriceVersion]]:
+    """Price versions per contract, by kind and start; a held contract that was never used gets its first here."""
+    known: dict[int, list[PriceVersion]] = defaultdict(list)
+    rows = list(contracts)
+    for version in PriceVersion.objects.filter(contract__in=rows).order_by("kind", "valid_from_s"):
+        known[version.contract_id].append(version)
+    for contract in rows:
+        kinds = (PriceVersion.Kind.RATE, PriceVersion.Kind.OVERAGE) if contract.kind in HELD_KINDS else ()
+        for kind in kinds:
+            if not any(version.kind == kind for version in known[contract.pk]):
+                known[contract.pk] += usage.price_versions(contract, kind)
+    return known
+
+
+def _rate_account(
+    draft: Draft,
+    contracts: Sequence[Contract],
+    months: Sequence[Interval],
+    groups: Iterable[_Group],
+    billed: Billed,
+    versions: dict[int, list[PriceVersion]],
+) -> None:
+    currency = draft.account.currency
+    start, edge = metering.floor_second(draft.start), metering.floor_second(draft.end)
+    used: dict[tuple[int, int], list[_Group]] = defaultdict(list)
+    for group in groups:
+        used[group.contract, group.month.start].append(group)
+    for contract in sorted(contracts, key=lambda contract: contract.pk):
+        if contract.currency != currency:
+            raise ValueError(f"{contract.public_id} is priced in {contract.currency}, the account bills in {currency}")
+        prices = {v.pk: rating.Price(v.pk, v.millionths) for v in versions[contract.pk]}
+        for month in months:
+            span = Interval(max(month.start, start), min(month.end, edge))
+            late = span.end <= span.start
+            window = Interval(month.start, min(month.end, edge)) if late else span
+            here = used[contract.pk, month.start]
+            if contract.kind in HELD_KINDS:
+                lines = _held_lines(contract, window, here, billed, versions[contract.pk], currency)
+                _add(draft, contract, month, lines, adjustment=late)
+                continue
+            fresh, changed = [], []
+            for group in _merged(here):
+                key = (contract.pk, month.start, LineKind.USAGE.value, group.version)
+                price = prices[group.version]
+                delta = group.before - billed.get(key, 0)
+                changed.append(rating.UsageGroup(contract.pk, "gpu", price, Interval(month.start, window.end), delta))
+                fresh.append(rating.UsageGroup(contract.pk, "gpu", price, window, group.inside))
+            _add(draft, contract, month, rating.rate_usage(fresh, currency), adjustment=False)
+            _add(draft, contract, month, rating.rate_usage(changed, currency), adjustment=True)
+
+
+def _merged(groups: Iterable[_Group]) -> list[_Group]:
+    """One group per price version: recorded and pending sums together."""
+    sums: dict[int, _Group] = {}
+    for group in groups:
+        other = sums.get(group.version)
+        if other is not None:
+            merged = replace(group, before=group.before + other.before, inside=group.inside + other.inside)
+            sums[group.version] = merged
+        else:
+            sums[group.version] = group
+    return [sums[version] for version in sorted(sums)]
+
+
+def _held_lines(
+    contract: Contract,
+    window: Interval,
+    groups: Iterable[_Group],
+    billed: Billed,
+    versions: Sequence[PriceVersion],
+    currency: str,
+) -> tuple[rating.Line, ...]:
+    month = rating.month_of(window.start)
+    rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
+    overage = next(v for v in versions if v.kind == PriceVersion.Kind.OVERAGE)
+    ends = [moment for moment in (contract.ends_at, contract.ended_at) if moment is not None]
+    term = Interval(metering.floor_second(contract.starts_at), metering.floor_second(min(ends)) if ends else month.end)
+    commitment = rating.Commitment(
+        contract=contract.pk,
+        meter="gpu",
+        milli_gpus=contract.gpu_count * 1000,
+        term=Interval(term.start, max(term.start, term.end)),
+        price=rating.Price(rate.pk, rate.millionths),
+        overage=rating.Price(overage.pk, overage.millionths),
+        curtailed=curtailed(contract, month) if contract.kind == "flexible" else (),
+    )
+    return rating.rate_commitment(
+        commitment,
+        window,
+        currency,
+        used=sum(group.before + group.inside for group in groups),
+        billed_commitment=billed.get((contract.pk, month.start, LineKind.COMMITMENT.value, rate.pk), 0),
+        billed_overage=billed.get((contract.pk, month.start, LineKind.OVERAGE.value, overage.pk), 0),
+    )
+
+
+def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
+    """Seconds in which a curtailment of its site held the contract's jobs back: those calls that drained one of them."""
+    drained = PlacementEvent.objects.filter(
+        placement__contract=contract, to_state="draining", reason__istartswith="curtail"
+    ).values_list("at", flat=True)
+    moments = sorted(drained)
+    calls = Curtailment.objects.filter(
+        site_id=contract.site_id,
+        state__in=("active", "restoring", "completed"),
+        starts_at__lt=metering.instant(window.end),
+        ends_at__gt=metering.instant(window.start),
+    )
+    spans = [
+        metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at))
+        for call in calls
+        if any(call.created_at <= moment < call.ends_at for moment in moments)
+    ]
+    return metering.clip(spans, window)
+
+
+def _add(draft: Draft, contract: Contract, month: Interval, lines: Iterable[rating.Line], *, adjustment: bool) -> None:
+    for line in lines:
+        if not line.quantity:
+            continue
+        parts = share.split(line.amount, contract.fee_permille)
+        draft.lines.append(DraftLine(line, contract, month.start, adjustment, parts.operator, parts.platform))

@@ -1,0 +1,392 @@
+"""From the placement timeline to usage records, and usage that partners report.
+
+What is billed is the control plane's own timeline: from `running_at` (running confirmed) to `release_requested_at`,
+less silence that nothing proves, less time parked. Records of a running placement are closed at whole UTC hours, those
+of an ended one at once. When the timeline changes behind us, the record of that interval gets its next revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from django.db import connection, transaction
+from django.db.models import F, Q
+
+from billing.core import metering, rating
+from billing.core.metering import Interval
+from billing.models import Meter, PriceVersion, UsageQuarantine, UsageRecord
+from marketplace.locks import Lock, acquire
+from marketplace.models import Contract, Placement, PlacementEvent
+
+SOURCE = "timeline"
+BATCH = 500
+MAX_INGEST = 1000
+HOUR = 3600
+_LAST_BEAT = re.compile(r"last beat (\d{4}-\d\d-\d\dT[0-9:.]+(?:Z|[+-]\d\d:\d\d))")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One usage record to insert; see UsageRecord for the units."""
+
+    organization_id: int
+    contract_id: int
+    placement_id: int
+    price_version_id: int
+    meter: int
+    revision: int
+    start_s: int
+    end_s: int
+    rate: int
+    quantity: int
+    previous: int
+    source: str
+    event_id: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the payload: the same event id with another digest is a conflict."""
+        payload = (self.placement_id, self.meter, self.revision, self.start_s, self.end_s, self.rate, self.quantity)
+        return hashlib.sha256(repr(payload).encode()).hexdigest()
+
+
+def insert(rows: Sequence[Row]) -> set[str]:
+    """Insert records in one statement; returns the event ids that were new.
+
+    A row whose event id is known, or that overlaps another of its placement, meter and revision, is left out: the
+    caller sees which by what is missing.
+    """
+    if not rows:
+        return set()
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO billing_usagerecord (organization_id, contract_id, placement_id, price_version_id, meter,"
+            " revision, start_s, end_s, rate, quantity, previous, source, event_id, payload_digest)"
+            " SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::smallint[],"
+            " %s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[],"
+            " %s::text[], %s::text[]) ON CONFLICT DO NOTHING RETURNING event_id",
+            [
+                [row.organization_id for row in rows],
+                [row.contract_id for row in rows],
+                [row.placement_id for row in rows],
+                [row.price_version_id for row in rows],
+                [row.meter for row in rows],
+                [row.revision for row in rows],
+                [row.start_s for row in rows],
+                [row.end_s for row in rows],
+                [row.rate for row in rows],
+                [row.quantity for row in rows],
+                [row.previous for row in rows],
+                [row.source for row in rows],
+                [row.event_id for row in rows],
+                [row.digest for row in rows],
+            ],
+        )
+        return {event_id for (event_id,) in cursor.fetchall()}
+
+
+def price_versions(contract: Contract, kind: str = PriceVersion.Kind.RATE) -> list[PriceVersion]:
+    """The contract's versions of a price by `valid_from_s`; the frozen price of the contract is the first."""
+    found = list(PriceVersion.objects.filter(contract=contract, kind=kind).order_by("valid_from_s"))
+    if found:
+        return found
+    overage = contract.overage_price if contract.overage_price is not None else contract.price
+    millionths = contract.price if kind == PriceVersion.Kind.RATE else overage
+    first, _ = PriceVersion.objects.get_or_create(
+        contract=contract,
+        kind=kind,
+        valid_from_s=0,
+        defaults={"millionths": millionths, "created_at": contract.created_at},
+    )
+    return [first]
+
+
+def set_price(contract: Contract, millionths: int, *, at: datetime, now: datetime) -> PriceVersion:
+    """A new rate from the whole second of `at` on (spot: the clearing price of an interval). Idempotent per instant.
+
+    Takes effect for seconds that are not metered yet; the auction sets it before its interval begins.
+    """
+    price_versions(contract)
+    version, _ = PriceVersion.objects.get_or_create(
+        contract=contract,
+        kind=PriceVersion.Kind.RATE,
+        valid_from_s=metering.floor_second(at),
+        defaults={"millionths": millionths, "created_at": now},
+    )
+    return version
+
+
+def billable(placement: Placement, events: Iterable[PlacementEvent], *, until: datetime) -> tuple[Interval, ...]:
+    """The billable seconds of one placement up to `until`: the columns give the ends, the events the holes.
+
+    Silence is proven by the agent's return: it reports the same task running, or its exit with a code.
+    """
+    if placement.running_at is None:
+        return ()
+    timeline = [metering.Transition(placement.running_at, 0, "running")]
+    for event in events:
+        at = event.at
+        if event.to_state == "unreachable" and (seen := _LAST_BEAT.search(event.reason)):
+            at = min(at, datetime.fromisoformat(seen.group(1)))
+        if at < placement.running_at and event.to_state != "unreachable":
+            continue
+        exited = event.to_state in {"released", "failed"} and placement.exit_code is not None
+        proven = event.from_state == "unreachable" and (event.to_state == "running" or exited)
+        timeline.append(metering.Transition(max(at, placement.running_at), event.pk, event.to_state, proven))
+    ends = [moment for moment in (placement.release_requested_at, placement.finished_at) if moment is not None]
+    holes = [Interval(metering.floor_second(min(ends)), max(metering.floor_second(until), 1 << 40))] if ends else []
+    return metering.billable_intervals(timeline, holes, until=until)
+
+
+def due(organization_id: int | None = None) -> Q:
+    """Placements whose timeline is not wholly recorded: running ones, and ended ones not metered to their end."""
+    open_ended = Q(running_at__isnull=False) & (
+        Q(finished_at__isnull=True) | Q(metered_through__isnull=True) | ~Q(metered_through=F("finished_at"))
+    )
+    return open_ended & Q(organization_id=organization_id) if organization_id is not None else open_ended
+
+
+def meter_all(now: datetime) -> int:
+    """Close what is due for every organization; returns the records written. Ended placements at once, others hourly."""
+    return sum(meter(organization_id, through=None, now=now) for organization_id in _stale(now))
+
+
+def _stale(now: datetime) -> list[int]:
+    mark = _hour_mark(now)
+    stale = Q(finished_at__isnull=False) | Q(metered_through__isnull=True) | Q(metered_through__lt=mark)
+    rows = Placement.objects.filter(due() & stale).order_by().values_list("organization_id", flat=True).distinct()
+    return sorted(rows)
+
+
+def _hour_mark(now: datetime) -> datetime:
+    return metering.instant(metering.floor_second(now) // HOUR * HOUR)
+
+
+def meter(organization_id: int, *, through: datetime | None, now: datetime) -> int:
+    """Record the billable seconds of an organization; returns the number of records written.
+
+    Running placements are closed through `through` (a closing period), or through the last whole hour when it is None.
+    """
+    horizon = min(through, now) if through is not None else _hour_mark(now)
+    written = 0
+    last = 0
+    while True:
+        with transaction.atomic():
+            acquire((Lock.WALLET, organization_id))
+            rows = Placement.objects.filter(due(organization_id), pk__gt=last).select_related("contract")
+            batch = list(rows.order_by("pk")[:BATCH])
+            if not batch:
+                return written
+            written += _meter_batch(batch, horizon)
+            last = batch[-1].pk
+
+
+def pending(organization_id: int, *, until: datetime) -> list[Row]:
+    """The records that metering through `until` would write now; writes none. For previews and running costs."""
+    rows = Placement.objects.filter(due(organization_id)).select_related("contract").order_by("pk")
+    return _plan(list(rows), until)[0]
+
+
+def owing(organization_ids: Sequence[int]) -> list[int]:
+    """Those of the organizations that have placements to meter."""
+    rows = Placement.objects.filter(due(), organization_id__in=organization_ids).order_by()
+    return sorted(rows.values_list("organization_id", flat=True).distinct())
+
+
+def remeter(placement_ids: Sequence[int], *, now: datetime) -> int:
+    """Compare ended or running placements with their records again and write corrections; returns records written."""
+    written = 0
+    placements = Placement.objects.filter(pk__in=placement_ids).select_related("contract").order_by("organization_id")
+    for placement in placements:
+        with transaction.atomic():
+            acquire((Lock.WALLET, placement.organization_id))
+            written += _meter_batch([placement], _hour_mark(now))
+    return written
+
+
+def _meter_batch(batch: Sequence[Placement], horizon: datetime) -> int:
+    rows, marks = _plan(batch, horizon)
+    written = len(insert(rows))
+    for through, placement_ids in marks.items():
+        Placement.objects.filter(pk__in=placement_ids).update(metered_through=through)
+    return written
+
+
+def _plan(batch: Sequence[Placement], horizon: datetime) -> tuple[list[Row], dict[datetime, list[int]]]:
+    """Records to write for the placements through `horizon`, and the new `metered_through` of each."""
+    ids = [placement.pk for placement in batch]
+    events: dict[int, list[PlacementEvent]] = defaultdict(list)
+    for event in PlacementEvent.objects.filter(placement_id__in=ids).order_by("id"):
+        events[event.placement_id].append(event)
+    known: dict[int, dict[Interval, UsageRecord]] = defaultdict(dict)
+    records = UsageRecord.objects.filter(placement_id__in=ids, meter=Meter.GPU, source=SOURCE)
+    for record in records.order_by("placement_id", "start_s", "revision"):
+        known[record.placement_id][Interval(record.start_s, record.end_s)] = record
+    prices: dict[int, list[PriceVersion]] = {}
+    rows: list[Row] = []
+    marks: dict[datetime, list[int]] = defaultdict(list)
+    for placement in batch:
+        # Never backwards: a running placement metered beyond a past `horizon` keeps what it has.
+        until = placement.finished_at or max(horizon, placement.metered_through or horizon)
+        if placement.milli_gpus:
+            if placement.contract_id not in prices:
+                prices[placement.contract_id] = price_versions(placement.contract)
+            pieces = billable(placement, events[placement.pk], until=until)
+            rows += _new_rows(placement, pieces, known[placement.pk], prices[placement.contract_id])
+        if placement.metered_through != until:
+            marks[until].append(placement.pk)
+    return rows, marks
+
+
+def _new_rows(
+    placement: Placement,
+    pieces: tuple[Interval, ...],
+    known: dict[Interval, UsageRecord],
+    versions: Sequence[PriceVersion],
+) -> list[Row]:
+    """First records of what has none, and next revisions of what no longer agrees with the timeline."""
+    rate = placement.milli_gpus
+    rows: list[Row] = []
+
+    def row(span: Interval, *, quantity: int, before: UsageRecord | None, version: int) -> Row:
+        revision = 0 if before is None else before.revision + 1
+        return Row(
+            organization_id=placement.organization_id,
+            contract_id=placement.contract_id,
+            placement_id=placement.pk,
+            price_version_id=version,
+            meter=Meter.GPU,
+            revision=revision,
+            start_s=span.start,
+            end_s=span.end,
+            rate=rate,
+            quantity=quantity,
+            previous=0 if before is None else before.quantity,
+            source=SOURCE,
+            event_id=f"{placement.pk}-{Meter.GPU.value}-{span.start}-{revision}",
+        )
+
+    for span, record in known.items():
+        quantity = rate * sum(piece.seconds for piece in metering.clip(pieces, span))
+        if quantity != record.quantity:
+            rows.append(row(span, quantity=quantity, before=record, version=record.price_version_id))
+    fresh = metering.subtract(pieces, known)
+    changes = [version.valid_from_s for version in versions]
+    months = [window.end for piece in fresh for window in rating.month_windows(piece)]
+    for span in metering.cut(fresh, changes + months):
+        version = max((v for v in versions if v.valid_from_s <= span.start), key=lambda v: v.valid_from_s)
+        rows.append(row(span, quantity=rate * span.seconds, before=None, version=version.pk))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Usage that a partner's meter reports for one of its placements: a first record of a half-open interval.
+
+    `quantity` in the meter's unit; both ends are floored to whole seconds; the interval lies in one UTC month.
+    """
+
+    event_id: str
+    placement_id: int
+    meter: int
+    start: datetime
+    end: datetime
+    quantity: int
+
+
+def ingest(source: str, events: Sequence[Event], *, organization_id: int | None = None) -> list[str]:
+    """Store a batch of at most 1,000 events in one transaction; one result per event, in order.
+
+    `accepted`; `duplicate` (same id, same payload); `conflict` (same id, other payload: nothing is stored); or
+    `quarantined` (unknown placement, empty or month-crossing interval, overlap): kept with the reason, with an alert.
+    """
+    if len(events) > MAX_INGEST:
+        raise ValueError(f"a batch holds at most {MAX_INGEST} events, not {len(events)}")
+    if source == SOURCE:
+        raise ValueError(f"the source {SOURCE!r} is our own timeline's")
+    places = Placement.objects.filter(pk__in={event.placement_id for event in events}).select_related("contract")
+    if organization_id is not None:
+        places = places.filter(organization_id=organization_id)
+    placements = {placement.pk: placement for placement in places}
+    versions = {p.contract_id: price_versions(p.contract)[0].pk for p in placements.values()}
+    rows: dict[str, Row] = {}
+    results: dict[int, str] = {}
+    for index, event in enumerate(events):
+        span = metering.interval(event.start, event.end)
+        placement = placements.get(event.placement_id)
+        reason = _unacceptable(event, span, placement)
+        if reason or placement is None:
+            results[index] = reason
+        elif event.event_id in rows:
+            results[index] = ""  # judged below, against what was stored
+        else:
+            rows[event.event_id] = Row(
+                placement.organization_id, placement.contract_id, placement.pk, versions[placement.contract_id],
+                event.meter, 0, span.start, span.end, -(-event.quantity // span.seconds) or 1, event.quantity, 0,
+                source, event.event_id,
+            )  # fmt: skip
+    with transaction.atomic():
+        fresh = insert(list(rows.values()))
+        stored = dict(
+            UsageRecord.objects.filter(source=source, event_id__in=[k for k in rows if k not in fresh]).values_list(
+                "event_id", "payload_digest"
+            )
+        )
+        answers: list[str] = []
+        first: set[str] = set()
+        for index, event in enumerate(events):
+            row = rows.get(event.event_id)
+            if results.get(index) or row is None:
+                answers.append(_quarantine(source, event, results[index]))
+            elif event.event_id in first or event.event_id in stored:
+                digest = stored.get(event.event_id, row.digest)
+                answers.append("duplicate" if digest == _digest_of(row, event) else "conflict")
+            elif event.event_id in fresh:
+                first.add(event.event_id)
+                answers.append("accepted")
+            else:
+                answers.append(_quarantine(source, event, "overlaps another record of its placement and meter"))
+    return answers
+
+
+def _digest_of(row: Row, event: Event) -> str:
+    span = metering.interval(event.start, event.end)
+    rate = -(-event.quantity // span.seconds) or 1
+    payload = (event.placement_id, event.meter, row.revision, span.start, span.end, rate, event.quantity)
+    return hashlib.sha256(repr(payload).encode()).hexdigest()
+
+
+def _unacceptable(event: Event, span: Interval, placement: Placement | None) -> str:
+    if placement is None:
+        return "unknown placement"
+    if event.meter not in Meter.values:
+        return f"unknown meter {event.meter}"
+    if event.meter == Meter.GPU:
+        return "GPU time is metered by the control plane's own timeline"
+    if span.seconds <= 0 or event.quantity < 0:
+        return "the interval is empty or the quantity negative"
+    if rating.month_of(span.start).end < span.end:
+        return "the interval crosses the end of a UTC month"
+    return ""
+
+
+def _quarantine(source: str, event: Event, reason: str) -> str:
+    payload = {
+        "placement": event.placement_id,
+        "meter": event.meter,
+        "start": event.start.astimezone(UTC).isoformat(),
+        "end": event.end.astimezone(UTC).isoformat(),
+        "quantity": event.quantity,
+    }
+    UsageQuarantine.objects.get_or_create(
+        source=source,
+        event_id=event.event_id,
+        payload_digest=hashlib.sha256(repr(sorted(payload.items())).encode()).hexdigest(),
+        defaults={"payload": payload, "reason": reason},
+    )
+    return "quarantined"

@@ -17,8 +17,8 @@ def create_session(call: Call) -> Obj:
         raise invalid("The sandbox has no subscriptions.", param="mode")
     if "success_url" not in p and p.get("ui_mode", "hosted_page") == "hosted_page":
         raise bad_param("Missing required param: success_url.", param="success_url", code="parameter_missing")
-    if mode == "setup" and not ({"currency", "payment_method_types"} & set(p)):
-        raise invalid("`currency` or `payment_method_types` is required in setup mode.", param="currency")
+    if mode == "setup" and not ({"currency", "allowed_payment_method_types"} & set(p)):
+        raise invalid("`currency` or `allowed_payment_method_types` is required in setup mode.", param="currency")
     customer = live_customer(call, p["customer"])["id"] if "customer" in p else None
     id_ = new_id("cs_test", 58)
     session: Obj = {
@@ -38,7 +38,7 @@ def create_session(call: Call) -> Obj:
         "metadata": p.get("metadata", {}),
         "mode": mode,
         "payment_method_collection": "always",
-        "payment_method_types": p.get("payment_method_types", ["card"]),
+        "payment_method_types": p.get("allowed_payment_method_types", ["card"]),
         "payment_status": "no_payment_required" if mode == "setup" else "unpaid",
         "shipping_options": [],
         "status": "open",
@@ -155,9 +155,13 @@ def expire_session(call: Call) -> Obj:
 @route("GET", "/v1/checkout/sessions/{session}/line_items", "checkout.SessionLineItemListParams")
 def list_line_items(call: Call) -> Obj:
     session = call.load("checkout.session", call.ids["session"])
-    rows = [
+    return listing(line_items(session), f"/v1/checkout/sessions/{session['id']}/line_items")
+
+
+def line_items(session: Obj) -> list[Obj]:
+    return [
         {
-            "id": f"li_{session['id'][-14:]}{i}",
+            "id": f"li_{session['id'][-14:]}{index}",
             "object": "item",
             "amount_discount": 0,
             "amount_subtotal": row["amount"],
@@ -167,6 +171,5 @@ def list_line_items(call: Call) -> Obj:
             "description": row["name"],
             "quantity": 1,
         }
-        for i, row in enumerate(session.get("_items", []))
+        for index, row in enumerate(session.get("_items", []))
     ]
-    return listing(rows, f"/v1/checkout/sessions/{session['id']}/line_items")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sandbox.stripe import checkout
 from sandbox.stripe.app import Call, listing
 from sandbox.stripe.store import Obj
 
@@ -16,4 +17,8 @@ def included(call: Call, obj: Obj, name: str) -> Obj | None:
         return listing(rows, f"/v1/charges/{id_}/refunds")
     if kind == "customer" and name == "tax_ids":
         return listing(call.store.find("tax_id", account=call.account, customer=id_), f"/v1/customers/{id_}/tax_ids")
+    if kind == "tax.calculation" and name == "line_items":
+        return listing(obj["_lines"], f"/v1/tax/calculations/{id_}/line_items")
+    if kind == "checkout.session" and name == "line_items":
+        return listing(checkout.line_items(obj), f"/v1/checkout/sessions/{id_}/line_items")
     return None

@@ -102,6 +102,7 @@ def create_invoice(call: Call) -> Obj:
     ).lower()
     invoice = _blank(call, customer, currency, p)
     merge(invoice, p, _FIELDS)
+    check_number(call, invoice)
     if p.get("collection_method") == "send_invoice" and not invoice["due_date"]:
         invoice["due_date"] = call.now + p["days_until_due"] * 86_400
     if "default_payment_method" in p:
@@ -115,6 +116,15 @@ def create_invoice(call: Call) -> Obj:
     recount(call, invoice)
     call.emit("invoice.created", invoice)
     return invoice
+
+
+def check_number(call: Call, invoice: Obj) -> None:
+    """400 where another invoice already carries the number that the caller chose."""
+    if not invoice["number"]:
+        return
+    others = call.store.find("invoice", account=call.account, number=invoice["number"])
+    if any(other["id"] != invoice["id"] for other in others):
+        raise invalid(f"An invoice with the number {invoice['number']} already exists.", param="number")
 
 
 def _blank(call: Call, customer: Obj, currency: str, p: dict[str, Any]) -> Obj:
@@ -209,6 +219,7 @@ def update_invoice(call: Call) -> Obj:
     if invoice["status"] != "draft" and set(call.params) - free:
         raise invalid("Finalized invoices can't be updated in this way.", code="invoice_not_editable")
     merge(invoice, call.params, _FIELDS)
+    check_number(call, invoice)
     if "automatic_tax" in call.params:
         invoice["automatic_tax"]["enabled"] = call.params["automatic_tax"]["enabled"]
         recount(call, invoice)

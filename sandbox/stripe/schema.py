@@ -39,6 +39,7 @@ _MAX_METADATA = 50
 # Sent by Stripe only when asked for with `expand`, although the SDK types them as plain optional fields.
 INCLUDABLE = {
     "deleted",
+    "line_items",
     "payments",
     "confirmation_secret",
     "refunds",

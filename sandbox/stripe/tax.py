@@ -121,9 +121,8 @@ def create_calculation(call: Call) -> Obj:
         ],
         "tax_date": p.get("tax_date", call.now),
     }
-    call.save({**calculation, "_lines": lines})
-    if "line_items" in (call.params.get("expand") or []):
-        calculation["line_items"] = listing(lines, f"/v1/tax/calculations/{id_}/line_items")
+    calculation["_lines"] = lines
+    call.save(calculation)
     return calculation
 
 

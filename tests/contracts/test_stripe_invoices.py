@@ -1,0 +1,176 @@
+"""Invoices as the product mirrors them: built, compared, finalized, collected, corrected."""
+
+import uuid
+
+import pytest
+import stripe
+
+pytestmark = pytest.mark.serverless
+
+
+def test_mirror_road_from_draft_to_paid(client, customer, card, open_invoice):
+    card(customer)
+    invoice = open_invoice(customer, 12_345, 655, -1_000)
+    assert (invoice.status, invoice.total, invoice.amount_due) == ("open", 12_000, 12_000)
+    assert invoice.number
+    assert invoice.hosted_invoice_url
+    paid = client.v1.invoices.pay(invoice.id)
+    assert (paid.status, paid.amount_paid, paid.amount_remaining) == ("paid", 12_000, 0)
+    read = client.v1.invoices.retrieve(invoice.id, {"expand": ["payments"]})
+    payment = read.payments.data[0]
+    assert payment.status == "paid"
+    intent = client.v1.payment_intents.retrieve(
+        payment.payment.payment_intent, {"expand": ["latest_charge.balance_transaction"]}
+    )
+    assert (intent.status, intent.amount_received) == ("succeeded", 12_000)
+    transaction = intent.latest_charge.balance_transaction
+    assert transaction.net == transaction.amount - transaction.fee == 12_000 - transaction.fee
+
+
+def test_our_own_number_is_kept_and_unique(client, customer):
+    number = f"TR-{uuid.uuid4().hex[:10].upper()}"
+    first = client.v1.invoices.create({"customer": customer.id, "number": number, "auto_advance": False})
+    assert client.v1.invoices.finalize_invoice(first.id).number == number
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.create({"customer": customer.id, "number": number, "auto_advance": False})
+
+
+def test_quantity_times_unit_price_rounds_half_away_from_zero(client, customer):
+    draft = client.v1.invoices.create({"customer": customer.id, "currency": "usd", "auto_advance": False})
+    item = client.v1.invoice_items.create(
+        {"customer": customer.id, "invoice": draft.id, "currency": "usd", "quantity": 3, "unit_amount_decimal": "0.5"}
+    )
+    assert item.amount == 2
+    assert client.v1.invoices.retrieve(draft.id).total == 2
+
+
+def test_pending_items_stay_out_unless_included(client, customer):
+    client.v1.invoice_items.create({"customer": customer.id, "amount": 700, "currency": "usd"})
+    without = client.v1.invoices.create({"customer": customer.id, "pending_invoice_items_behavior": "exclude"})
+    assert without.total == 0
+    including = client.v1.invoices.create({"customer": customer.id, "pending_invoice_items_behavior": "include"})
+    assert including.total == 700
+
+
+def test_at_most_250_lines(client, customer):
+    draft = client.v1.invoices.create({"customer": customer.id, "currency": "usd", "auto_advance": False})
+    lines = [{"amount": 1, "description": str(i)} for i in range(250)]
+    for start in range(0, 250, 50):
+        client.v1.invoices.add_lines(draft.id, {"lines": lines[start : start + 50]})
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.add_lines(draft.id, {"lines": lines[:1]})
+    assert client.v1.invoices.retrieve(draft.id).total == 250
+    listed = list(client.v1.invoices.line_items.list(draft.id, {"limit": 100}).auto_paging_iter())
+    assert sum(line.amount for line in listed) == 250
+    assert len({line.id for line in listed}) == 250
+
+
+def test_a_finalized_invoice_is_not_edited(client, customer, open_invoice):
+    invoice = open_invoice(customer, 500)
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.add_lines(invoice.id, {"lines": [{"amount": 1}]})
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.delete(invoice.id)
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.finalize_invoice(invoice.id)
+
+
+def test_a_draft_can_be_deleted(client, customer):
+    draft = client.v1.invoices.create({"customer": customer.id, "auto_advance": False})
+    assert client.v1.invoices.delete(draft.id).deleted is True
+    with pytest.raises(stripe.InvalidRequestError) as gone:
+        client.v1.invoices.retrieve(draft.id)
+    assert (gone.value.http_status, gone.value.code) == (404, "resource_missing")
+
+
+def test_without_a_card_paying_is_refused(client, customer, open_invoice):
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.pay(open_invoice(customer, 500).id)
+
+
+def test_paying_twice_is_refused(client, customer, card, open_invoice):
+    card(customer)
+    invoice = open_invoice(customer, 500)
+    client.v1.invoices.pay(invoice.id)
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.pay(invoice.id)
+
+
+def test_a_declined_card_leaves_the_invoice_open(client, customer, card, open_invoice):
+    card(customer, "pm_card_chargeCustomerFail")
+    invoice = open_invoice(customer, 500)
+    with pytest.raises(stripe.CardError) as declined:
+        client.v1.invoices.pay(invoice.id)
+    assert declined.value.code == "card_declined"
+    read = client.v1.invoices.retrieve(invoice.id)
+    assert (read.status, read.attempt_count, read.amount_remaining) == ("open", 1, 500)
+    good = client.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
+    assert client.v1.invoices.pay(invoice.id, {"payment_method": good.id}).status == "paid"
+
+
+def test_3d_secure_on_an_invoice_asks_for_the_customer(client, customer, card, open_invoice):
+    card(customer, "pm_card_authenticationRequired")
+    invoice = open_invoice(customer, 500)
+    with pytest.raises(stripe.CardError) as asked:
+        client.v1.invoices.pay(invoice.id)
+    assert asked.value.code == "invoice_payment_intent_requires_action"
+    read = client.v1.invoices.retrieve(invoice.id, {"expand": ["payments.data.payment.payment_intent"]})
+    assert read.status == "open"
+    assert read.payments.data[0].payment.payment_intent.status == "requires_action"
+
+
+def test_void_is_final(client, customer, open_invoice):
+    invoice = open_invoice(customer, 500)
+    assert client.v1.invoices.void_invoice(invoice.id).status == "void"
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.pay(invoice.id)
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.invoices.void_invoice(invoice.id)
+
+
+def test_an_uncollectible_invoice_may_still_be_paid(client, customer, card, open_invoice):
+    invoice = open_invoice(customer, 500)
+    assert client.v1.invoices.mark_uncollectible(invoice.id).status == "uncollectible"
+    card(customer)
+    assert client.v1.invoices.pay(invoice.id).status == "paid"
+
+
+def test_paid_out_of_band(client, customer, open_invoice):
+    paid = client.v1.invoices.pay(open_invoice(customer, 500).id, {"paid_out_of_band": True})
+    assert paid.status == "paid"
+
+
+def test_a_zero_invoice_is_paid_when_it_is_finalized(client, customer, open_invoice):
+    assert open_invoice(customer, 500, -500).status == "paid"
+
+
+def test_credit_note_before_payment_lowers_what_is_due(client, customer, card, open_invoice):
+    card(customer)
+    invoice = open_invoice(customer, 900)
+    note = client.v1.credit_notes.create({"invoice": invoice.id, "amount": 300, "reason": "order_change"})
+    assert (note.type, note.pre_payment_amount) == ("pre_payment", 300)
+    assert client.v1.invoices.retrieve(invoice.id).amount_remaining == 600
+    assert client.v1.invoices.pay(invoice.id).amount_paid == 600
+
+
+def test_credit_note_after_payment_refunds(client, customer, card, open_invoice):
+    card(customer)
+    invoice = open_invoice(customer, 900)
+    client.v1.invoices.pay(invoice.id)
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.credit_notes.create({"invoice": invoice.id, "amount": 300})
+    note = client.v1.credit_notes.create(
+        {"invoice": invoice.id, "amount": 300, "refund_amount": 300, "memo": "SLA credit"}
+    )
+    assert (note.type, note.post_payment_amount) == ("post_payment", 300)
+    refund = client.v1.refunds.retrieve(note.refunds[0].refund)
+    assert refund.amount == 300
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.credit_notes.create({"invoice": invoice.id, "amount": 700, "refund_amount": 700})
+
+
+def test_invoices_are_listed_by_customer_and_status(client, customer, open_invoice):
+    first, second = open_invoice(customer, 100), open_invoice(customer, 200)
+    client.v1.invoices.void_invoice(first.id)
+    assert [i.id for i in client.v1.invoices.list({"customer": customer.id, "status": "open"}).data] == [second.id]
+    assert len(client.v1.invoices.list({"customer": customer.id}).data) == 2

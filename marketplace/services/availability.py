@@ -1,0 +1,276 @@
+"""Rows -> the capacity core: what of a listing's GPUs can be promised, where, from when to when.
+
+Search, calendar, quote and accept all ask here, and so come to the same answer. Three or four queries whatever is asked:
+hosts, broken GPUs, reservations, and jobs that run outside a reservation.
+
+What claims a GPU: a quote's live hold and a contract's reservation (`Reservation`, from `claims_at` to `ends_at`); a
+placement of an on-demand contract, or of a reserved one beyond its own GPUs, to the end of its contract or for ever;
+and a listing's closed hours. Spot claims nothing: it leaves when somebody firm comes.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from django.db.models import Q
+
+from marketplace.models import Gpu, Host, Kind, Listing, Placement, Reservation, ReservationBlock, Site
+from scheduler.core import capacity
+from scheduler.core.capacity import FOREVER, Admission, Claim, Hosts, Pool, Shape
+
+CHECKPOINT_GRACE_S = 60  # what runs there as spot may use this to write its checkpoint, after its notice
+SHED_LEAD_S = 60  # miners asleep and confirmed by readings, before the GPUs start
+HOLDING = (Kind.RESERVED, Kind.FLEXIBLE)  # kinds that hold capacity
+NOW_WINDOW = timedelta(hours=1)  # "free now" means: for all of the next hour
+HORIZON_S = 400 * 86_400
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What one block could be: `gpus` of `total` listed, exact at `as_of`. `heard_at`: the oldest last beat of the hosts counted."""
+
+    gpus: int
+    total: int
+    as_of: datetime
+    heard_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Market:
+    """Hosts of some listings and all claims on them; the core's "site" is the listing here, for a contract stays inside one."""
+
+    pool: Pool
+    beats: dict[int, datetime | None]  # oldest beat per listing
+    totals: dict[int, int]  # GPUs listed, working or not
+    chunks: dict[int, int]
+
+
+def seconds(at: datetime) -> int:
+    return int(at.timestamp())
+
+
+def instant(second: int) -> datetime:
+    return datetime.fromtimestamp(second, UTC)
+
+
+def lead_s(listing: Listing) -> int:
+    """How long before a start the GPUs must be clear: spot's notice + checkpoint grace + shed lead, in whole minutes (s)."""
+    lead = listing.eviction_notice_s + CHECKPOINT_GRACE_S + SHED_LEAD_S
+    return -(-lead // 60) * 60
+
+
+def claim_window(listing: Listing, starts_at: datetime, ends_at: datetime, now: datetime) -> tuple[int, int]:
+    """The seconds in which the capacity of [starts_at, ends_at) is taken: early by the lead, but not in the past."""
+    return capacity.claim_window(seconds(starts_at), seconds(ends_at), lead_s(listing), seconds(now))
+
+
+def load(listings: Sequence[Listing], now: datetime, *, without: Collection[int] = ()) -> Market:
+    """Hosts and claims of `listings`; `without`: ids of reservations that shall not count (the asker's own hold)."""
+    ids = [listing.pk for listing in listings]
+    hosts = list(
+        Host.objects.filter(listing_id__in=ids)
+        .exclude(state=Host.State.RETIRED)
+        .order_by("id")
+        .values_list("id", "listing_id", "gpu_count", "leaf", "spine", "state", "site__mode", "beat_at")
+    )
+    broken = _broken(ids)
+    rows: list[tuple[int, int, str, str, int]] = []
+    totals: dict[int, int] = dict.fromkeys(ids, 0)
+    smallest: dict[int, int] = {}
+    beats: dict[int, datetime | None] = dict.fromkeys(ids)
+    for pk, listing_id, count, leaf, spine, state, mode, beat in hosts:
+        up = state == Host.State.ACTIVE and mode != Site.Mode.OFF
+        rows.append((pk, max(0, count - len(broken.get(pk, ()))) if up else 0, leaf, spine, listing_id))
+        totals[listing_id] += count
+        smallest[listing_id] = min(smallest.get(listing_id, count), count)
+        if up and beat is not None:
+            beats[listing_id] = min(beats[listing_id] or beat, beat)
+    host_ids = [row[0] for row in rows]
+    claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *_closed(listings, rows)]
+    return Market(
+        pool=Pool.build(Hosts.of(rows), claims),
+        beats=beats,
+        totals=totals,
+        chunks={listing.pk: max(1, min(listing.min_gpus, smallest.get(listing.pk, 1))) for listing in listings},
+    )
+
+
+def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:
+    """GPU indices that do not work, per host."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for host, index in Gpu.objects.filter(host__listing_id__in=listing_ids, healthy=False).values_list(
+        "host_id", "index"
+    ):
+        found[host].add(index)
+    return found
+
+
+def live_reservations(now: datetime) -> Q:
+    """Of Reservation: those that claim capacity now or later."""
+    held = Q(state=Reservation.State.HELD, held_until__gt=now)
+    return (held | Q(state=Reservation.State.FIRM)) & Q(ends_at__gt=now)
+
+
+def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[int]) -> list[Claim]:
+    blocks: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
+    live = Reservation.objects.filter(live_reservations(now)).exclude(pk__in=list(without))
+    rows = (
+        ReservationBlock.objects.filter(host_id__in=host_ids, reservation__in=live)
+        .order_by("id")
+        .values_list("reservation_id", "reservation__claims_at", "reservation__ends_at", "host_id", "gpu_indices")
+    )
+    for pk, claims_at, ends_at, host, indices in rows:
+        blocks[pk, seconds(claims_at), seconds(ends_at)].append((host, len(indices)))
+    return [Claim(("reservation", pk), start, end, tuple(hold)) for (pk, start, end), hold in blocks.items()]
+
+
+def unreserved_gpus(host_ids: Collection[int], now: datetime) -> dict[int, dict[int, int]]:
+    """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out."""
+    live = (
+        Placement.objects.filter(host_id__in=host_ids)
+        .exclude(state__in=Placement.FINAL)
+        .exclude(contract__kind=Kind.SPOT)
+        .values_list("host_id", "gpu_indices", "contract_id", "contract__kind", "contract__ends_at")
+    )
+    rows = list(live)
+    holders = {contract for _, _, contract, kind, _ in rows if kind in HOLDING}
+    own: dict[tuple[int, int], set[int]] = {}
+    if holders:
+        blocks = ReservationBlock.objects.filter(
+            reservation__contract_id__in=holders,
+            reservation__state=Reservation.State.FIRM,
+            reservation__ends_at__gt=now,
+        ).values_list("reservation__contract_id", "host_id", "gpu_indices")
+        own = {(contract, host): set(indices) for contract, host, indices in blocks}
+    taken: dict[int, dict[int, int]] = defaultdict(dict)
+    for host, indices, contract, _, ends_at in rows:
+        # Past its contract's end a placement still drains, nobody knows how long.
+        end = seconds(ends_at) if ends_at is not None and ends_at > now else FOREVER
+        for index in set(indices) - own.get((contract, host), set()):
+            taken[host][index] = max(end, taken[host].get(index, 0))
+    return taken
+
+
+def _placements(host_ids: Sequence[int], now: datetime) -> Iterable[Claim]:
+    start = seconds(now)
+    for host, ends in unreserved_gpus(host_ids, now).items():
+        for end in sorted(set(ends.values())):
+            count = sum(1 for other in ends.values() if other == end)
+            yield Claim(("placements", host, end), start, end, ((host, count),))
+
+
+def _closed(listings: Sequence[Listing], rows: Sequence[tuple[int, int, str, str, int]]) -> Iterable[Claim]:
+    """Hours in which a listing is not on offer are claims on all of it."""
+    for listing in listings:
+        if listing.available_from is None and listing.available_until is None:
+            continue
+        hold = tuple((row[0], row[1]) for row in rows if row[4] == listing.pk and row[1])
+        if listing.available_from is not None and seconds(listing.available_from) > 0:
+            yield Claim(("closed", listing.pk, "before"), 0, seconds(listing.available_from), hold)
+        if listing.available_until is not None:
+            yield Claim(("closed", listing.pk, "after"), seconds(listing.available_until), FOREVER, hold)
+
+
+def stock(
+    listings: Sequence[Listing],
+    *,
+    now: datetime,
+    level: str = "site",
+    kind: str = Kind.ON_DEMAND,
+    starts_at: datetime | None = None,
+    ends_at: datetime | None = None,
+) -> dict[int, Stock]:
+    """{listing id: Stock}: the most GPUs one block inside one cell of `level` can have; without a window, in the next hour."""
+    market = load(listings, now)
+    start, end = _window(starts_at, ends_at, now)
+    groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+    for listing in listings:
+        window = claim_window(listing, start, end, now) if kind in HOLDING else (seconds(start), seconds(end))
+        groups[market.chunks[listing.pk], window].append(listing.pk)
+    most: dict[int, int] = {}
+    for (chunk, (t1, t2)), ids in groups.items():
+        each = capacity.largest_each(market.pool, Shape(chunk), level, t1, t2)
+        most.update((pk, each.get(pk, 0)) for pk in ids)
+    return {
+        listing.pk: Stock(most[listing.pk], market.totals[listing.pk], now, market.beats[listing.pk])
+        for listing in listings
+    }
+
+
+def _window(starts_at: datetime | None, ends_at: datetime | None, now: datetime) -> tuple[datetime, datetime]:
+    start = max(starts_at or now, now)
+    return start, ends_at if ends_at is not None and ends_at > start else start + NOW_WINDOW
+
+
+def largest(
+    listing: Listing,
+    *,
+    now: datetime,
+    level: str = "site",
+    kind: str = Kind.RESERVED,
+    starts_at: datetime | None = None,
+    ends_at: datetime | None = None,
+) -> int:
+    """Most GPUs of one block of `listing` in the window; exact, a multiple of its chunk."""
+    return stock([listing], now=now, level=level, kind=kind, starts_at=starts_at, ends_at=ends_at)[listing.pk].gpus
+
+
+def calendar(
+    listing: Listing, *, now: datetime, starts_at: datetime, ends_at: datetime, step_s: int, level: str = "site"
+) -> list[capacity.CalendarCell]:
+    """How many GPUs one block could have in each step of [starts_at, ends_at): free for all of the step. Ends and starts in s."""
+    market = load([listing], now)
+    shape = Shape(market.chunks[listing.pk])
+    return list(capacity.free_calendar(market.pool, shape, level, seconds(starts_at), seconds(ends_at), step_s))
+
+
+def admit(
+    listing: Listing,
+    *,
+    gpus: int,
+    level: str,
+    starts_at: datetime,
+    ends_at: datetime,
+    now: datetime,
+    without: Collection[int] = (),
+) -> Admission:
+    """The hold of `gpus` GPUs for [starts_at, ends_at) with its lead, or the reason and what would fit instead.
+
+    Alternatives come back as windows for the customer, the lead taken off. Raises CapacityError for a count that is no
+    multiple of the listing's chunk. Call it under the cell's lock where the answer is written down.
+    """
+    market = load([listing], now, without=without)
+    shape = Shape(market.chunks[listing.pk])
+    t1, t2 = claim_window(listing, starts_at, ends_at, now)
+    found = capacity.admit(market.pool, shape, level, gpus, t1, t2, not_before=t1, horizon_s=HORIZON_S)
+    if found.admitted or found.alternatives is None:
+        return found
+    # A later window needs its whole lead, also where this one, starting at once, does not.
+    lead, term = lead_s(listing), seconds(ends_at) - seconds(starts_at)
+    full = capacity.admit(market.pool, shape, level, gpus, t1, t1 + lead + term, horizon_s=HORIZON_S)
+    later = (
+        (t1, t1 + lead + term) if full.admitted else full.alternatives.later if full.alternatives is not None else None
+    )
+    if later is not None:
+        later = _on_the_minute(market.pool, shape, level, gpus, later, lead)
+    until = found.alternatives.until
+    if until is not None and until // 60 * 60 <= seconds(starts_at):
+        until = None
+    return replace(
+        found,
+        alternatives=replace(
+            found.alternatives, later=later, earlier=None, until=None if until is None else until // 60 * 60
+        ),
+    )
+
+
+def _on_the_minute(
+    pool: Pool, shape: Shape, level: str, gpus: int, window: tuple[int, int], lead: int
+) -> tuple[int, int] | None:
+    """The customer's window inside a claim's, moved to the next full minute, if it still fits there."""
+    start, end = window
+    shift = -start % 60
+    if shift and capacity.largest(pool, shape, level, start + shift, end + shift) < gpus:
+        return None
+    return start + shift + lead, end + shift

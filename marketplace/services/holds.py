@@ -1,0 +1,112 @@
+"""Reservations and the GPUs they name: the only writer of Reservation and ReservationBlock.
+
+The capacity core promises counts per host. Here each count becomes device indices. Every claim that has begun keeps
+its devices; those still to come are renumbered where that makes room, in order of their start, which always succeeds: all
+that has begun overlaps now, and an interval graph is coloured greedily from the left. Callers hold the cell's lock.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from marketplace.errors import MarketError
+from marketplace.models import Gpu, Host, Reservation, ReservationBlock
+from marketplace.services import availability
+from marketplace.services.availability import seconds
+
+
+@dataclass(frozen=True)
+class Taken:
+    """GPU `indices` of one host during [start, end) (s). `pinned`: work may run on them, so they stay what they are."""
+
+    key: int
+    start: int
+    end: int
+    indices: tuple[int, ...]
+    pinned: bool
+
+
+def number(
+    usable: Sequence[int], taken: Iterable[Taken], start: int, end: int, count: int
+) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]] | None:
+    """(indices for [start, end), {key: new indices} of claims that must move), or None where the host has no room.
+
+    Pure. Devices that are free as they stand are preferred; nothing moves then.
+    """
+    rivals = list(taken)
+    busy = {i for t in rivals if t.start < end and start < t.end for i in t.indices}
+    free = [i for i in usable if i not in busy]
+    if len(free) >= count:
+        return tuple(free[:count]), {}
+    placed = [t for t in rivals if t.pinned]
+    waiting = [t for t in rivals if not t.pinned]
+    own = Taken(0, start, end, (0,) * count, pinned=False)
+    moves: dict[int, tuple[int, ...]] = {}
+    chosen: tuple[int, ...] = ()
+    for claim in sorted([own, *waiting], key=lambda t: (t.start, t.key)):
+        busy = {i for t in placed if t.start < claim.end and claim.start < t.end for i in t.indices}
+        free = [i for i in usable if i not in busy]
+        if len(free) < len(claim.indices):
+            return None
+        # Its own devices first, so that few rows change.
+        kept = [i for i in claim.indices if i in free] if claim is not own else []
+        indices = tuple(sorted((kept + [i for i in free if i not in kept])[: len(claim.indices)]))
+        placed.append(Taken(claim.key, claim.start, claim.end, indices, pinned=True))
+        if claim is own:
+            chosen = indices
+        elif indices != tuple(sorted(claim.indices)):
+            moves[claim.key] = indices
+    return chosen, moves
+
+
+def write_blocks(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: datetime) -> list[ReservationBlock]:
+    """Give `reservation` the GPUs of `hold` ((host id, count), ...), replacing those it had. MarketError("no_capacity") if a host has
+    no such devices left.
+    """
+    wanted = dict(hold)
+    ReservationBlock.objects.filter(reservation=reservation).delete()
+    usable = _usable(wanted)
+    taken = _taken(wanted, now)
+    start, end = seconds(reservation.claims_at), seconds(reservation.ends_at)
+    made: list[ReservationBlock] = []
+    moved: list[ReservationBlock] = []
+    for host, count in sorted(wanted.items()):
+        rivals = taken.get(host, [])
+        found = number(usable.get(host, ()), [t for t, _ in rivals], start, end, count)
+        if found is None:
+            raise MarketError("no_capacity", f"Host {host} has no {count} GPUs left in that window.")
+        indices, moves = found
+        made.append(ReservationBlock(reservation=reservation, host_id=host, gpu_indices=list(indices)))
+        for claim, block in rivals:
+            if block is not None and claim.key in moves:
+                block.gpu_indices = list(moves[claim.key])
+                moved.append(block)
+    ReservationBlock.objects.bulk_update(moved, ["gpu_indices"])
+    return ReservationBlock.objects.bulk_create(made)
+
+
+def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:
+    ids = list(host_ids)
+    broken: dict[int, set[int]] = defaultdict(set)
+    for host, index in Gpu.objects.filter(host_id__in=ids, healthy=False).values_list("host_id", "index"):
+        broken[host].add(index)
+    counts = Host.objects.filter(pk__in=ids).values_list("pk", "gpu_count")
+    return {pk: [i for i in range(count) if i not in broken[pk]] for pk, count in counts}
+
+
+def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken, ReservationBlock | None]]]:
+    """What holds devices of these hosts: blocks of live reservations, and running work outside them."""
+    ids, at = list(host_ids), seconds(now)
+    found: dict[int, list[tuple[Taken, ReservationBlock | None]]] = defaultdict(list)
+    blocks = ReservationBlock.objects.filter(
+        host_id__in=ids, reservation__in=Reservation.objects.filter(availability.live_reservations(now))
+    ).select_related("reservation")
+    for block in blocks:
+        of = block.reservation
+        start, end = seconds(of.claims_at), seconds(of.ends_at)
+        claim = Taken(block.pk, start, end, tuple(block.gpu_indices), pinned=start <= at)
+        found[block.host_id].append((claim, block))
+    for host, ends in availability.unreserved_gpus(ids, now).items():
+        found[host] += [(Taken(-1 - i, at, end, (i,), pinned=True), None) for i, end in ends.items()]
+    return found

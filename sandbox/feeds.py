@@ -1,0 +1,216 @@
+"""Market feeds on loopback: `python -m sandbox.feeds --port P [--seed S]`.
+
+The shapes of mempool.space (strings where theirs are strings) and an energy price:
+
+    GET /api/v1/mining/hashrate/3d        {"hashrates", "difficulty", "currentHashrate", "currentDifficulty"}
+    GET /api/v1/mining/reward-stats/144   {"startBlock", "endBlock", "totalReward", "totalFee", "totalTx"}  (strings of sat)
+    GET /api/v1/difficulty-adjustment
+    GET /api/v1/prices                    {"time", "USD", "EUR", ...}
+    GET /energy/prices?location=NAME      {"location", "currency", "unit", "source", "intervals": [day-ahead hours], "real_time"}
+    POST /control/fault                   {"fault": "" | "zero" | "stale" | "down"}
+
+Values are a pure function of seed and time, so that two runs at one instant agree. `zero` answers a hashrate of 0 (as
+theirs does while its node is down), `stale` answers what was true when it was set, `down` answers 503.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from sandbox.site.httpd import Httpd, Request
+
+FAULTS = ("", "zero", "stale", "down")
+BLOCK_S = 600
+# A plausible state of the network (research/power.md, section 4), from which seeded walks start.
+EPOCH = 1_767_225_600  # 2026-01-01T00:00:00Z
+HEIGHT = 930_300
+DIFFICULTY = 148.26e12
+BTC_USD = 91_132.0
+SUBSIDY = 5_000_000_000
+LOCATIONS = {"HB_WEST": 34.0, "HB_NORTH": 41.0, "LZ_HOUSTON": 45.0}
+
+
+def wave(seed: int, name: str, at: float, period_s: float) -> float:
+    """A smooth, seeded value in about -1..1: three sines of unlike periods."""
+    rng = Random(f"{seed}:{name}")
+    parts = [(period_s * k, rng.uniform(0, 2 * math.pi)) for k in (1.0, 0.37, 2.71)]
+    return sum(math.sin(2 * math.pi * at / p + phase) for p, phase in parts) / 3
+
+
+class Market:
+    def __init__(self, seed: int = 1) -> None:
+        self.seed = seed
+
+    def height(self, at: float) -> int:
+        return HEIGHT + int((at - EPOCH) // BLOCK_S)
+
+    def difficulty(self, at: float) -> float:
+        period = self.height(at) // 2016
+        return DIFFICULTY * (1 + 0.04 * wave(self.seed, "difficulty", period * 2016 * BLOCK_S, 200 * 86_400))
+
+    def price(self, at: float) -> int:
+        return round(
+            BTC_USD
+            * (1 + 0.06 * wave(self.seed, "btc", at, 12 * 86_400) + 0.004 * wave(self.seed, "btc-min", at, 1800))
+        )
+
+    def hashrate(self, at: float) -> float:
+        """Hashes a second that solve the difficulty every ten minutes, give or take luck."""
+        return self.difficulty(at) * 2**32 / BLOCK_S * (1 + 0.03 * wave(self.seed, "luck", at, 86_400))
+
+    def hashrates(self, at: float) -> dict[str, Any]:
+        day = int(at // 86_400) * 86_400
+        days = [day - 86_400 * k for k in (2, 1, 0)]
+        difficulty = self.difficulty(at)
+        return {
+            "hashrates": [{"timestamp": d, "avgHashrate": round(self.hashrate(d))} for d in days],
+            "difficulty": [
+                {"time": days[0], "height": self.height(days[0]), "difficulty": difficulty, "adjustment": 1.0}
+            ],
+            "currentHashrate": round(self.hashrate(at)),
+            "currentDifficulty": difficulty,
+        }
+
+    def rewards(self, at: float, blocks: int) -> dict[str, Any]:
+        end = self.height(at)
+        subsidy = SUBSIDY >> (end // 210_000)
+        fee = round(blocks * subsidy * 0.006 * (1 + 0.5 * wave(self.seed, "fees", at, 43_200)))
+        return {
+            "startBlock": end - blocks + 1,
+            "endBlock": end,
+            "totalReward": str(blocks * subsidy + fee),
+            "totalFee": str(fee),
+            "totalTx": str(blocks * 3100),
+        }
+
+    def adjustment(self, at: float) -> dict[str, Any]:
+        height = self.height(at)
+        done = height % 2016
+        remaining = 2016 - done
+        return {
+            "progressPercent": done / 20.16,
+            "difficultyChange": 100 * (self.difficulty(at + remaining * BLOCK_S) / self.difficulty(at) - 1),
+            "estimatedRetargetDate": int((at + remaining * BLOCK_S) * 1000),
+            "remainingBlocks": remaining,
+            "remainingTime": remaining * BLOCK_S * 1000,
+            "previousRetarget": 0.0,
+            "nextRetargetHeight": height + remaining,
+            "timeAvg": BLOCK_S * 1000,
+            "adjustedTimeAvg": BLOCK_S * 1000,
+            "timeOffset": 0,
+            "expectedBlocks": float(done),
+        }
+
+    def prices(self, at: float) -> dict[str, Any]:
+        usd = self.price(at)
+        return {
+            "time": int(at),
+            "USD": usd,
+            "EUR": round(usd * 0.86),
+            "GBP": round(usd * 0.75),
+            "CAD": round(usd * 1.38),
+        }
+
+    def energy(self, at: float, location: str) -> dict[str, Any]:
+        """Prices in milli-units of the currency per MWh (integers). Raises KeyError for an unknown location."""
+        base = LOCATIONS[location]
+
+        def day_ahead(hour: float) -> int:
+            of_day = (hour % 86_400) / 3600
+            evening = 1.1 * math.exp(-(((of_day - 1.0) % 24 - 0.0) ** 2) / 6)  # 19 h in Texas is 01 h UTC
+            solar = -0.55 * math.exp(-((of_day - 19.0) ** 2) / 10)
+            swing = 0.25 * wave(self.seed, location, hour, 5 * 86_400)
+            return round(1000 * base * (1 + evening + solar + swing))
+
+        start = int(at // 3600) * 3600
+        hours = [start + 3600 * k for k in range(24)]
+        five = int(at // 300) * 300
+        spike = 4.0 if wave(self.seed, f"{location}-spike", five, 7 * 86_400) > 0.93 else 1.0
+        now = day_ahead(start) * spike * (1 + 0.15 * wave(self.seed, f"{location}-rt", five, 5400))
+        return {
+            "location": location,
+            "currency": "USD",
+            "unit": "milli_per_mwh",
+            "source": "tailrace-sandbox",
+            "published_at": start,
+            "intervals": [{"start": h, "end": h + 3600, "price": day_ahead(h)} for h in hours],
+            "real_time": {"start": five, "end": five + 300, "price": round(now)},
+        }
+
+
+class Feeds:
+    def __init__(self, seed: int = 1, port: int = 0, clock: Callable[[], float] = time.time) -> None:
+        self.market, self.clock = Market(seed), clock
+        self.fault, self.fault_at = "", 0.0
+        self.httpd = Httpd(self.handle, port)
+
+    def set_fault(self, fault: str) -> None:
+        """Raises ValueError for an unknown fault."""
+        if fault not in FAULTS:
+            raise ValueError(f"unknown fault {fault!r}; known: {', '.join(f for f in FAULTS if f)}")
+        self.fault, self.fault_at = fault, self.clock()
+
+    async def handle(self, request: Request) -> tuple[int, Any]:
+        if request.path == "/control/fault" and request.method == "POST":
+            self.set_fault(str(request.json()["fault"]))
+            return 200, {}
+        if self.fault == "down":
+            return 503, {"error": {"code": "unavailable", "message": "the feed is down"}}
+        at = self.fault_at if self.fault == "stale" else self.clock()
+        market = self.market
+        match [p for p in request.path.split("/") if p]:
+            case ["api", "v1", "mining", "hashrate", "3d"]:
+                value = market.hashrates(at)
+                if self.fault == "zero":
+                    value |= {"currentHashrate": 0, "currentDifficulty": 0}
+                return 200, value
+            case ["api", "v1", "mining", "reward-stats", count]:
+                value = market.rewards(at, max(1, min(int(count), 2016)))
+                return 200, value | ({"totalReward": "0", "totalFee": "0"} if self.fault == "zero" else {})
+            case ["api", "v1", "difficulty-adjustment"]:
+                return 200, market.adjustment(at)
+            case ["api", "v1", "prices"]:
+                value = market.prices(at)
+                return 200, value | ({"USD": 0, "EUR": 0} if self.fault == "zero" else {})
+            case ["energy", "prices"]:
+                return 200, market.energy(at, request.query.get("location", "HB_WEST"))
+        return 404, {"error": {"code": "not_found", "message": request.path}}
+
+
+async def serve(feeds: Feeds) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await feeds.httpd.start()
+    print(f"feeds: {feeds.httpd.url}", flush=True)
+    await stop.wait()
+    await feeds.httpd.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox.feeds", description="hashprice inputs and energy prices on loopback"
+    )
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(Feeds(args.seed, args.port)))
+    except OSError as error:
+        print(f"feeds: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

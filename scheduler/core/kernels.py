@@ -10,6 +10,10 @@ asked for. Watts bind many hosts at once, so they are tested on the arg-max only
 it
 changes or until something gives watts back (`META_EPOCH`). Hosts in equal states share one score when a row is filled.
 Ties go to the first host: the planner permutes hosts by its seed.
+
+`_nrt=False`: these kernels allocate nothing, and without numba's reference counting of every array that they look
+into they
+run four times faster (decisions benchmark). `forceinline`: a call would copy every field of State, Tables and Cache.
 """
 
 from __future__ import annotations
@@ -147,9 +151,9 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[int, int]:
         return NO, 0
     n = rows[h, NGPU]
     shared = need == 1 and milli < 1000
-    if need > 0 and not shared and (q[Q_VRAM] > 0 or q[Q_NVLINK] == 2):
-        if choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
-            return NO, 0
+    picky = need > 0 and not shared and (q[Q_VRAM] > 0 or q[Q_NVLINK] == 2)
+    if picky and choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
+        return NO, 0
     y = max(rows[h, MODEL], 0)
     rank = cpu_rank(t.cpus, cpu)
     used, whole = np.int64(0), np.int64(0)

@@ -11,22 +11,24 @@ waits has cost its organization one turn, not capacity.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import groupby
 
 import numpy as np
 
-from scheduler.core import explain, gang, kernels
+from scheduler.core import backfill, explain, fit, gang, kernels
 from scheduler.core.fit import request_error
-from scheduler.core.pack import Packer, bits, classes_of
+from scheduler.core.pack import Packer, Run, bits, classes_of
+from scheduler.core.preempt import Preemptor
 from scheduler.core.score import Shape, shapes_of, tables_for
 from scheduler.core.types import (
     Decision,
     Fleet,
-    Level,
+    Kind,
     Placement,
     Plan,
     Policy,
+    Preemption,
     Reason,
     Request,
     Running,
@@ -63,18 +65,27 @@ class _Planner:
         self.fleet, self.requests, self.running, self.policy, self.now = fleet, requests, running, policy, now_s
         owners = frozenset(np.unique(fleet.owner[fleet.owner > 0]).tolist())
         vectors, self.of = classes_of(requests, owners)
+        # The same classes once more, for work that ends before a held host is needed.
+        free = vectors.copy()
+        free[:, fit.Q_HOLD] = 0
+        self.class_count = len(vectors)
         order = np.random.default_rng(seed).permutation(len(fleet)).astype(np.int64) if seed else None
         shapes = [Shape(*row) for row in policy.shapes] if policy.shapes is not None else shapes_of(requests)
         tables = tables_for(fleet, shapes, policy.packer)
         steps = sum(r.replicas for r in requests) + 2 * len(running) + 64
-        self.packer = Packer(fleet, vectors, tables, order=order, steps=min(steps, 1 << 20))
+        classes = np.concatenate([vectors, free])
+        self.packer = Packer(fleet, classes, tables, order=order, steps=min(steps, 1 << 20))
+        rank = np.argsort(order) if order is not None else None
+        self.preemptor = Preemptor(self.packer.state, running, lambda h: int(rank[h]) if rank is not None else h)
+        self.holds: list[backfill.Hold] = []
+        self.holds_left = policy.backfill_depth if any(r.ends_at > now_s for r in running) else 0
         self.quota: dict[int, int] = {}
         for r in requests:
             if r.quota_id and r.quota_milli >= 0:
                 self.quota[r.quota_id] = min(r.quota_milli, self.quota.get(r.quota_id, r.quota_milli))
         self.out = Plan()
-        self.failed: set[tuple[object, ...]] = set()
-        self.explained: dict[tuple[object, ...], Decision] = {}
+        self.hopeless: set[Hashable] = set()  # what did not fit, and no victims would help: true until somebody leaves
+        self.explained: dict[Hashable, Decision] = {}
 
     def run(self) -> Plan:
         late = self._pass(fair_order(self.fleet, self.requests, self.policy.usage_scale))
@@ -82,16 +93,16 @@ class _Planner:
         if late:
             late = self._pass(late)
         for i in late:
-            self.out.decisions.append(
-                _refused(self.requests[i], Reason.OVER_QUOTA, "a larger quota, or an end of other jobs")
-            )
+            change = "a larger quota, or an end of other jobs"
+            self.out.decisions.append(_refused(self.requests[i], Reason.OVER_QUOTA, change))
         meta = self.packer.cache.meta
         self.out.counters = {
             "jobs": len(self.requests),
             "placed_jobs": sum(d.placed for d in self.out.decisions),
             "placements": len(self.out.placements),
             "preemptions": len(self.out.preemptions),
-            "classes": len(self.packer.classes),
+            "holds": len(self.holds),
+            "classes": self.class_count,
             "rescored": int(meta[kernels.META_RESCORED]),
             "filled": int(meta[kernels.META_FILLED]),
         }
@@ -106,11 +117,9 @@ class _Planner:
             refusal = self._refusal(r)
             if refusal is not None:
                 self.out.decisions.append(refusal)
-                continue
-            if not self._charge(r):
+            elif not self._charge(r):
                 late.append(i)
-                continue
-            if r.replicas > 1 or r.topology.pack > Level.NVLINK:
+            elif r.replicas > 1:
                 self._singles(singles)
                 singles = []
                 self._gang(i)
@@ -139,56 +148,129 @@ class _Planner:
             return False
         return True
 
+    def _class(self, i: int) -> int:
+        """The class of a request, in its form without holds when it ends before the first held start."""
+        r = self.requests[i]
+        if self.holds and r.duration_s and self.now + r.duration_s <= min(h.start for h in self.holds):
+            return int(self.of[i]) + self.class_count
+        return int(self.of[i])
+
     def _singles(self, jobs: list[int]) -> None:
-        if not jobs:
-            return
-        run = self.packer.place(self.of[np.array(jobs, np.int64)])
-        hosts, masks, deltas = run.host.tolist(), run.mask.tolist(), run.delta.tolist()
-        for at, i in enumerate(jobs):
-            r = self.requests[i]
-            if hosts[at] < 0:
-                self._wait(i)
-                continue
-            self.out.placements.append(
-                Placement(r.job, 0, self.packer.host_of(hosts[at]), bits(masks[at]), r.gpu_milli, deltas[at])
-            )
-            self.out.decisions.append(Decision(r.job, True, Reason.OK))
+        """Places jobs of one replica, in order; stops at each that did not fit and may preempt or get a hold."""
+        start = 0
+        while start < len(jobs):
+            rest = jobs[start:]
+            more = [self.holds_left > 0 or self._preempts(self.requests[i]) for i in rest]
+            run = Run(np.array([self._class(i) for i in rest], np.int32), np.array(more, np.uint8))
+            at, held = 0, False
+            while at < len(rest) and not held:
+                end = self.packer.resume(run, at)
+                rows = zip(
+                    run.host[at:end].tolist(), run.mask[at:end].tolist(), run.delta[at:end].tolist(), strict=True
+                )
+                for i, (row, mask, delta) in zip(rest[at:end], rows, strict=True):
+                    if row >= 0:
+                        self._place(self.requests[i], 0, row, mask, delta)
+                        self.out.decisions.append(Decision(self.requests[i].job, True, Reason.OK))
+                    else:
+                        held = self._other_ways(i)
+                at = end
+            start += at  # a new hold changes the classes of those that follow
+
+    def _place(self, r: Request, replica: int, row: int, mask: int, delta: int) -> None:
+        place = Placement(r.job, replica, self.packer.host_of(row), bits(mask), r.gpu_milli, delta)
+        self.out.placements.append(place)
 
     def _gang(self, i: int) -> None:
-        r, q = self.requests[i], self.packer.classes[self.of[i]]
-        key = (int(self.of[i]), r.replicas, r.topology)
-        placed = None if key in self.failed else gang.place_gang(self.packer.state, q, r.replicas, r.topology)
-        if placed is None:
-            self.failed.add(key)
-            self._wait(i)
-            return
-        self._placed(i, placed)
+        r, q = self.requests[i], self.packer.classes[self._class(i)]
+        if self._key(i) not in self.hopeless:
+            placed = gang.place_gang(self.packer.state, q, r.replicas, r.topology)
+            if placed is not None:
+                self._placed(i, placed)
+                return
+        self._other_ways(i)
 
     def _placed(self, i: int, where: gang.Gang) -> None:
         r = self.requests[i]
         for row in dict.fromkeys(where.host.tolist()):
             self.packer.touched(row)
-        rows = zip(where.host.tolist(), where.mask.tolist(), where.delta.tolist(), strict=True)
-        for replica, (row, mask, delta) in enumerate(rows):
-            self.out.placements.append(
-                Placement(r.job, replica, self.packer.host_of(row), bits(mask), r.gpu_milli, delta)
-            )
+        for replica, (row, mask, delta) in enumerate(zip(*(column.tolist() for column in where), strict=True)):
+            self._place(r, replica, row, mask, delta)
         self.out.decisions.append(Decision(r.job, True, Reason.OK))
 
-    def _wait(self, i: int) -> None:
+    def _preempts(self, r: Request) -> bool:
+        return self.policy.preemption and r.may_preempt and bool(self.running)
+
+    def _key(self, i: int) -> Hashable:
         r = self.requests[i]
+        who = (r.kind == Kind.SPOT, r.org, r.priority) if self._preempts(r) else None
+        return self._class(i), r.replicas, r.topology, who
+
+    def _other_ways(self, i: int) -> bool:
+        """For a job that fits nowhere: preempt, else get a start time, else wait. True when a hold was made."""
+        r = self.requests[i]
+        if self._key(i) not in self.hopeless:
+            if self._preempts(r) and self._preempt(i):
+                return False
+            self.hopeless.add(self._key(i))
+            if self.holds_left > 0:
+                state, gone = self.packer.state, self.preemptor.gone
+                hold = backfill.earliest(
+                    *(state, self.running, self.preemptor.held, gone, self.packer.classes[self._class(i)]),
+                    *(r.replicas, r.topology, self.now),
+                )
+                if hold is not None:
+                    self._wait(i, hold.start)
+                    backfill.apply(state, hold)
+                    self.holds.append(hold)
+                    self.holds_left -= 1
+                    self.packer.watts_returned()
+                    return True
+        self._wait(i)
+        return False
+
+    def _preempt(self, i: int) -> bool:
+        r, state = self.requests[i], self.packer.state
+        k = self._class(i)
+        q = self.packer.classes[k]
+
+        def fits() -> bool:
+            trial = gang.place_gang(state, q, r.replicas, r.topology)
+            if trial is not None:
+                gang.release_kernel(q, state, trial.host, trial.mask, r.replicas)
+            return trial is not None
+
+        victims = self.preemptor.for_replica(r, q) if r.replicas == 1 else None
+        if victims is None and (r.replicas > 1 or explain.look(state, q).hosts[Reason.NO_WATTS]):
+            victims = self.preemptor.for_all(r, fits)
+        if victims is None:
+            return False
+        for row in self.preemptor.evict(victims):
+            self.packer.touched(row)
+        self.packer.watts_returned()
+        placed = gang.place_gang(state, q, r.replicas, r.topology)
+        assert placed is not None, f"job {r.job}: victims were found, but it does not fit without them"
+        self._placed(i, placed)
+        for v in victims:
+            victim = self.running[v]
+            self.out.preemptions.append(Preemption(victim.placement, victim.job, victim.host, r.job))
+        self.hopeless.clear()
+        self.explained.clear()
+        return True
+
+    def _wait(self, i: int, start: int = 0) -> None:
+        r, k = self.requests[i], self._class(i)
         if r.quota_id in self.quota:
             self.quota[r.quota_id] += r.replicas * r.gpus * r.gpu_milli
-        key = (int(self.of[i]), r.replicas, r.topology)
+        key = (k, r.replicas, r.topology)
         known = self.explained.get(key)
         if known is None:
             if not self.policy.explain or len(self.explained) >= self.policy.explain_limit:
-                self.out.decisions.append(
-                    Decision(r.job, False, Reason.GANG_INCOMPLETE if r.replicas > 1 else Reason.NO_GPU)
-                )
+                reason = Reason.GANG_INCOMPLETE if r.replicas > 1 else Reason.NO_GPU if r.gpus else Reason.NO_CPU
+                self.out.decisions.append(Decision(r.job, False, reason, earliest_start=start))
                 return
-            known = self.explained[key] = explain.explain(self.packer.state, self.packer.classes[self.of[i]], r)
-        self.out.decisions.append(Decision(r.job, *known[1:]))
+            known = self.explained[key] = explain.explain(self.packer.state, self.packer.classes[k], r)
+        self.out.decisions.append(Decision(r.job, *known[1:-1], start))
 
 
 def _refused(r: Request, reason: Reason, change: str) -> Decision:

@@ -37,7 +37,6 @@ async def enrol(url: str, token: str, state: Path, config_path: Path) -> int:
         return 4
     finally:
         await control.close()
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     identity = {key: answer[key] for key in ("agent", "key", "site", "site_name", "stream_url") if key in answer}
     write_private(state / "identity.json", identity | {"url": url, "config": str(config_path)})
     where = answer.get("site_name") or answer.get("site")
@@ -45,12 +44,12 @@ async def enrol(url: str, token: str, state: Path, config_path: Path) -> int:
     return 0
 
 
-async def run(state: Path) -> int:
+async def run(state: Path, config_path: Path | None) -> int:
     identity = read(str(state / "identity.json"))
     if not identity:
         print(f"{state} holds no enrolled agent: run `python -m agent enrol` first", file=sys.stderr)
         return 2
-    config = load(Path(identity["config"]))
+    config = load(config_path or Path(identity["config"]))
     store = Store(state)
     task = asyncio.current_task()
     assert task is not None
@@ -78,6 +77,7 @@ def main() -> int:
     one.add_argument("--config", type=Path, required=True)
     two = commands.add_parser("run", help="run the enrolled agent")
     two.add_argument("--state", type=Path, required=True)
+    two.add_argument("--config", type=Path, help="instead of the file named when it enrolled")
     args = parser.parse_args()
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -85,8 +85,9 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if args.command == "enrol":
+            args.state.mkdir(parents=True, exist_ok=True, mode=0o700)
             return asyncio.run(enrol(args.url, args.token, args.state, args.config.resolve()))
-        return asyncio.run(run(args.state))
+        return asyncio.run(run(args.state, args.config))
     except ConfigError as error:
         print(f"configuration: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _url(value: Any, where: str) -> None:
         raise ConfigError(f"{where} must be an http:// or https:// address, not {value!r}")
 
 
-def _keys(row: Any, keys: dict[str, type], where: str) -> None:
+def _keys(row: Any, keys: Mapping[str, type], where: str) -> None:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}' must be an object")
     for key, kind in keys.items():

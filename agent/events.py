@@ -25,10 +25,11 @@ class Events:
 
     def add(self, kind: str, subject: str, **data: Any) -> None:
         """Beyond SPOOL events the oldest is dropped: a site that nobody hears for days must not fill its disk."""
-        event = {"id": str(uuid.uuid4()), "at": to_wire(time.time()), "kind": kind, "subject": subject, "data": data}
+        key = str(uuid.uuid4())
+        event = {"id": key, "at": to_wire(time.time()), "kind": kind, "subject": subject, "data": data}
         log.info("%s %s %s", kind, subject, data or "")
-        self.waiting[event["id"]] = event
-        self.store.put("event", event["id"], event)
+        self.waiting[key] = event
+        self.store.put("event", key, event)
         if len(self.waiting) > SPOOL:
             self.acknowledge([next(iter(self.waiting))])
         self.on_news()

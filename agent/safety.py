@@ -83,7 +83,7 @@ class Tree:
         for name in self.nodes:
             chain: list[str] = []
             at: str | None = name
-            while at in self.nodes and at not in chain:
+            while at is not None and at in self.nodes and at not in chain:
                 chain.append(at)
                 at = self.nodes[at].parent
             self.chains[name] = tuple(chain)

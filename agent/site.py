@@ -48,7 +48,7 @@ class Site:
         self.runtime = self._runtime()
         fact = store.get("fact", "control") or {}
         self.generation = int(fact.get("generation", 0))
-        self.safety_generation = int(fact.get("safety_generation", 0))
+        self.safety_generation = int(fact.get("safety_generation", -1))
         self.safety: dict[str, Any] = fact.get("safety") or {"nodes": [], "shed_order": []}
         self.mode = str(fact.get("mode", "hold"))
         self.tree = Tree(self.safety["nodes"])

@@ -69,7 +69,7 @@ class Log:
     def __init__(self, path: str, limit: int) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.notice = f"\n[tailrace: the log ends here, its limit of {limit} bytes is reached]\n".encode()
-        self.room = max(0, limit - len(self.notice))
+        self.room = max(0, limit - 1 - len(self.notice))  # the whole stays under control's own limit
         self.ended = False
 
     def add(self, data: bytes) -> None:

@@ -6,7 +6,8 @@ The shapes of mempool.space (strings where theirs are strings) and an energy pri
     GET /api/v1/mining/reward-stats/144   {"startBlock", "endBlock", "totalReward", "totalFee", "totalTx"}  (strings of sat)
     GET /api/v1/difficulty-adjustment
     GET /api/v1/prices                    {"time", "USD", "EUR", ...}
-    GET /energy/prices?location=NAME      {"location", "currency", "unit", "source", "intervals": [day-ahead hours], "real_time"}
+    GET /api/blocks/tip/height            a number
+    GET /energy                           {"source", "prices": [{"zone", "start", "end", "market", "usd_per_mwh"}]}
     POST /control/fault                   {"fault": "" | "zero" | "stale" | "down"}
 
 Values are a pure function of seed and time, so that two runs at one instant agree. `zero` answers a hashrate of 0 (as
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
@@ -36,7 +38,8 @@ HEIGHT = 930_300
 DIFFICULTY = 148.26e12
 BTC_USD = 91_132.0
 SUBSIDY = 5_000_000_000
-LOCATIONS = {"HB_WEST": 34.0, "HB_NORTH": 41.0, "LZ_HOUSTON": 45.0}
+# Base price by zone; the nameless zone is the system price, for a site whose zone the feed does not carry.
+ZONES = {"": 39.0, "HB_WEST": 34.0, "HB_NORTH": 41.0, "LZ_HOUSTON": 45.0}
 
 
 def wave(seed: int, name: str, at: float, period_s: float) -> float:
@@ -120,31 +123,32 @@ class Market:
             "CAD": round(usd * 1.38),
         }
 
-    def energy(self, at: float, location: str) -> dict[str, Any]:
-        """Prices in milli-units of the currency per MWh (integers). Raises KeyError for an unknown location."""
-        base = LOCATIONS[location]
+    def day_ahead(self, hour: float, zone: str) -> float:
+        """USD per MWh of the hour: an evening peak, a solar valley and a swing over days. Raises KeyError for an unknown zone."""
+        of_day = (hour % 86_400) / 3600
+        evening = 1.1 * math.exp(-((((of_day + 11) % 24) - 12) ** 2) / 6)  # 19 h in Texas is 01 h UTC
+        solar = -0.55 * math.exp(-((of_day - 19.0) ** 2) / 10)
+        swing = 0.25 * wave(self.seed, zone, hour, 5 * 86_400)
+        return ZONES[zone] * (1 + evening + solar + swing)
 
-        def day_ahead(hour: float) -> int:
-            of_day = (hour % 86_400) / 3600
-            evening = 1.1 * math.exp(-(((of_day - 1.0) % 24 - 0.0) ** 2) / 6)  # 19 h in Texas is 01 h UTC
-            solar = -0.55 * math.exp(-((of_day - 19.0) ** 2) / 10)
-            swing = 0.25 * wave(self.seed, location, hour, 5 * 86_400)
-            return round(1000 * base * (1 + evening + solar + swing))
+    def real_time(self, five: float, zone: str) -> float:
+        """USD per MWh of a five-minute interval: around the day-ahead price, with rare spikes."""
+        spike = 4.0 if wave(self.seed, f"{zone}-spike", five, 7 * 86_400) > 0.93 else 1.0
+        return (
+            self.day_ahead(five // 3600 * 3600, zone) * spike * (1 + 0.15 * wave(self.seed, f"{zone}-rt", five, 5400))
+        )
 
-        start = int(at // 3600) * 3600
-        hours = [start + 3600 * k for k in range(24)]
-        five = int(at // 300) * 300
-        spike = 4.0 if wave(self.seed, f"{location}-spike", five, 7 * 86_400) > 0.93 else 1.0
-        now = day_ahead(start) * spike * (1 + 0.15 * wave(self.seed, f"{location}-rt", five, 5400))
-        return {
-            "location": location,
-            "currency": "USD",
-            "unit": "milli_per_mwh",
-            "source": "tailrace-sandbox",
-            "published_at": start,
-            "intervals": [{"start": h, "end": h + 3600, "price": day_ahead(h)} for h in hours],
-            "real_time": {"start": five, "end": five + 300, "price": round(now)},
-        }
+    def energy(self, at: float, *, zero: bool = False) -> dict[str, Any]:
+        """24 day-ahead hours from the current one, and the current five-minute interval, for every zone."""
+        hour, five = at // 3600 * 3600, at // 300 * 300
+        rows = []
+        for zone in ZONES:
+            hours = [(hour + 3600 * k, 3600, "day_ahead", self.day_ahead(hour + 3600 * k, zone)) for k in range(24)]
+            for start, length, market, price in (*hours, (five, 300, "real_time", self.real_time(five, zone))):
+                begin, end = (datetime.fromtimestamp(t, UTC).isoformat() for t in (start, start + length))
+                value = 0.0 if zero else round(price, 2)
+                rows.append({"zone": zone, "start": begin, "end": end, "market": market, "usd_per_mwh": value})
+        return {"source": "tailrace-sandbox", "prices": rows}
 
 
 class Feeds:
@@ -181,8 +185,10 @@ class Feeds:
             case ["api", "v1", "prices"]:
                 value = market.prices(at)
                 return 200, value | ({"USD": 0, "EUR": 0} if self.fault == "zero" else {})
-            case ["energy", "prices"]:
-                return 200, market.energy(at, request.query.get("location", "HB_WEST"))
+            case ["api", "blocks", "tip", "height"]:
+                return 200, market.height(at)
+            case ["energy"]:
+                return 200, market.energy(at, zero=self.fault == "zero")
         return 404, {"error": {"code": "not_found", "message": request.path}}
 
 

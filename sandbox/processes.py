@@ -228,8 +228,10 @@ def site_rows(at: Ports, site: SiteFiles, number: int) -> list[Process]:
         Process(
             f"agent-{site.name}",
             _python("agent", "run", "--config", site.config, "--state", site.state),
-            prepare=_python("agent", "enrol", "--url", at.url("web"), "--token", token, "--state", site.state),
-            prepared=site.state / "state.db",
+            prepare=_python(
+                "agent", "enrol", "--url", at.url("web"), "--token", token, "--state", site.state, "--config", site.config
+            ),
+            prepared=site.state / "identity.json",
         ),
     ]
 

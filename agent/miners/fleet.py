@@ -249,7 +249,7 @@ class Fleet:
         miner.failures += 1
         log.debug("%s", error)
         if miner.failures == 3:
-            self.events.add("miner_not_answering", miner.name, kind=error.kind, text=str(error))
+            self.events.add("miner_not_answering", miner.name, problem=error.kind, text=str(error))
         # A machine that must go down is asked again soon; another one waits its turn, longer while it keeps failing.
         urgent = miner.settle_until > time.monotonic() and miner.failures < 10
         miner.due = time.monotonic() + (2 * FAST_S if urgent else self.poll_s * min(4, miner.failures))

@@ -115,7 +115,7 @@ class Hosts:
     def watts(self) -> np.ndarray:
         return self.base_w + np.bincount(self.host_of, self.gpu_w, len(self.rows))
 
-    def limits(self, host: int) -> list[int]:
+    def limits(self, host: int | np.integer[Any]) -> list[int]:
         return [round(w) for w in self.limit[self.first[host] : self.first[host + 1]]]
 
     def set_limits(self, host: int, limits: list[int]) -> list[int]:
@@ -131,7 +131,7 @@ class Hosts:
         self.limit[span] = np.clip(np.array(limits, dtype=float), self.gpu_min[span], self.gpu_max[span])
         return self.limits(host)
 
-    def power_state(self, host: int) -> str:
+    def power_state(self, host: int | np.integer[Any]) -> str:
         if not self.powered[host] or self.boot_left[host] > 0:
             return "off"
         span = slice(self.first[host], self.first[host + 1])

@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from agent.times import from_wire, to_wire
 from sandbox.site.httpd import Drop, Httpd
 from sandbox.site.server import SiteServer
 from sandbox.site.spec import demo_site, host, miner, node
-
-from agent.times import from_wire, to_wire
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_LIMIT = 5 * 1024 * 1024

@@ -56,9 +56,11 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
 
 def _run(cell: Cell, now: datetime) -> Cycle:
     t0 = perf_counter_ns()
+    outermost = not connection.in_atomic_block
     with transaction.atomic():
-        with connection.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        if outermost:  # one picture of the cell, whatever commits meanwhile
+            with connection.cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         taken = snapshot.take(cell, now=now)
     t1 = perf_counter_ns()
     made = plan(

@@ -89,13 +89,13 @@ def observe(agent: Agent, report: dict[str, Any], *, now: datetime) -> bool:
 
 
 def _take_inventory(agent: Agent, inventory: dict[str, Any], now: datetime) -> None:
-    from marketplace.services import sites
+    from marketplace.services import inventory as inventories
 
     actor = Actor(kind="agent", site_id=agent.site_id, label=f"agent {agent.name}")
     if inventory.get("hosts"):
-        sites.upsert_hosts(agent.site, inventory["hosts"], now=now, actor=actor)
+        inventories.upsert_hosts(agent.site, inventory["hosts"], now=now, actor=actor)
     if inventory.get("miners"):
-        sites.upsert_miners(agent.site, inventory["miners"], now=now, actor=actor)
+        inventories.upsert_miners(agent.site, inventory["miners"], now=now, actor=actor)
 
 
 def _readings(agent: Agent, report: dict[str, Any], now: datetime) -> None:

@@ -1,0 +1,228 @@
+"""Jobs: submit (one or a batch), list, show, explain, events, logs, cancel."""
+
+from typing import Any
+
+from django.http import Http404
+from django.urls import path
+from django.utils import timezone
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from marketplace import ids
+from marketplace.api.base import PublicId, Resource, Shape
+from marketplace.api.errors import translate
+from marketplace.errors import MarketError
+from marketplace.models import Contract, Job, Placement
+from marketplace.services import job_views, jobs
+
+MAX_BATCH = 100
+
+
+class JobShape(Shape):
+    contract = PublicId("ctr")
+    name = serializers.CharField(max_length=120, required=False, default="")
+    image = serializers.CharField(max_length=300, required=False, default="", allow_blank=True)
+    command = serializers.ListField(child=serializers.CharField(max_length=100_000), min_length=1, max_length=256)
+    env = serializers.DictField(
+        child=serializers.CharField(max_length=32_768, allow_blank=True), required=False, default=dict
+    )
+    secrets = serializers.DictField(
+        child=serializers.CharField(max_length=32_768), required=False, default=dict, write_only=True
+    )
+    replicas = serializers.IntegerField(min_value=1, max_value=4096, required=False, default=1)
+    gpus = serializers.IntegerField(min_value=0, max_value=16, required=False, default=1, help_text="per replica")
+    gpu_milli = serializers.IntegerField(
+        min_value=1, max_value=1000, required=False, default=1000, help_text="of each GPU; below 1000 a share of one"
+    )
+    vram_mib = serializers.IntegerField(
+        min_value=0, required=False, default=0, help_text="per GPU; 0: the device's, by share"
+    )
+    vcpu_milli = serializers.IntegerField(min_value=0, max_value=10_000_000, required=False, default=1000)
+    ram_mib = serializers.IntegerField(min_value=0, max_value=100_000_000, required=False, default=1024)
+    nvme_gib = serializers.IntegerField(min_value=0, required=False, default=0)
+    gpu_models = serializers.ListField(child=serializers.CharField(max_length=40), required=False, default=list)
+    topology = serializers.ChoiceField(Job.Topology.choices, required=False, default="pack")
+    topology_required = serializers.BooleanField(required=False, default=False)
+    priority = serializers.IntegerField(min_value=-100, max_value=100, required=False, default=0)
+    on_replica_loss = serializers.ChoiceField(Job.OnReplicaLoss.choices, required=False, default="restart_gang")
+    max_restarts = serializers.IntegerField(min_value=0, max_value=100, required=False, default=3)
+    checkpoint_grace_s = serializers.IntegerField(min_value=0, max_value=3600, required=False, default=30)
+    max_seconds = serializers.IntegerField(min_value=1, required=False, allow_null=True, default=None)
+    reference = serializers.CharField(max_length=80, required=False, default="", allow_blank=True)
+    metadata = serializers.DictField(required=False, default=dict)
+
+    def validate(self, data: dict[str, Any]) -> dict[str, Any]:
+        if data["gpu_milli"] < 1000 and data["gpus"] != 1:
+            raise serializers.ValidationError(
+                {"gpu_milli": "a share is of one GPU: set gpus to 1, or gpu_milli to 1000"}
+            )
+        return data
+
+
+class BatchShape(Shape):
+    jobs = serializers.ListField(child=serializers.DictField(), min_length=1, max_length=MAX_BATCH)
+
+
+class JobResource(Resource):
+    model_queryset = Job.objects.select_related("contract")
+    prefix = "job"
+    order = "-id"
+    filters = {"state": "state", "contract": "contract", "reference": "reference"}
+
+    def represent(self, row: Job) -> dict[str, Any]:
+        return job_views.shown(row)
+
+    def contract(self, pk: int) -> Contract:
+        """A contract that the actor's own organization holds."""
+        found = Contract.objects.owned_by(self.actor.organization_id).select_related("listing").filter(pk=pk).first()
+        if found is None:
+            raise MarketError("not_found", "contract: there is none of that id.", {"/contract": "unknown"})
+        return found
+
+
+class Jobs(JobResource):
+    actions = {"GET": "jobs:read", "POST": "jobs:write"}
+
+    @extend_schema(
+        tags=["jobs"], operation_id="jobs_list", responses={200: dict},
+        parameters=[OpenApiParameter(n, str) for n in ("state", "contract", "reference", "limit", "cursor")],
+    )  # fmt: skip
+    def get(self, request: Request) -> Response:
+        return self.listing(request)
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_submit", request=JobShape, responses={201: dict})
+    def post(self, request: Request) -> Response:  # noqa: ARG002
+        spec = self.read(JobShape)
+        contract = self.contract(spec.pop("contract"))
+
+        def effect() -> Response:
+            return Response(self.represent(jobs.submit(self.actor, contract, spec, now=timezone.now())), status=201)
+
+        return self.write(effect)
+
+
+class JobBatch(JobResource):
+    actions = {"POST": "jobs:write"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_submit_batch", request=BatchShape, responses={200: dict})
+    def post(self, request: Request) -> Response:  # noqa: ARG002
+        """Up to 100 jobs; each item answers for itself, in order. A refused item does not hold up the others."""
+        wanted = self.read(BatchShape)["jobs"]
+        now = timezone.now()
+
+        def effect() -> Response:
+            return Response({"data": self._submit(wanted, now)})
+
+        return self.write(effect)
+
+    def _submit(self, wanted: list[dict[str, Any]], now: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = [{} for _ in wanted]
+        good: list[tuple[int, Contract, dict[str, Any]]] = []
+        contracts: dict[int, Contract] = {}
+        for i, body in enumerate(wanted):
+            shape = JobShape(data=body)
+            try:
+                shape.is_valid(raise_exception=True)
+                spec = dict(shape.validated_data)
+                pk = spec.pop("contract")
+                contracts[pk] = contracts.get(pk) or self.contract(pk)
+                good.append((i, contracts[pk], spec))
+            except (MarketError, serializers.ValidationError) as error:
+                answers[i] = {"error": _short(error)}
+        try:
+            made = jobs.submit_many(self.actor, [(c, s) for _, c, s in good], now=now)
+            for (i, _, _), job in zip(good, made, strict=True):
+                answers[i] = {"job": self.represent(job)}
+        except MarketError:  # one of them is refused: find out which, one by one
+            for i, contract, spec in good:
+                try:
+                    answers[i] = {"job": self.represent(jobs.submit(self.actor, contract, spec, now=now))}
+                except MarketError as error:
+                    answers[i] = {"error": _short(error)}
+        return answers
+
+
+def _short(error: Exception) -> dict[str, Any]:
+    known = translate(error)
+    assert known is not None
+    return {"code": known.code, "title": known.kind.title, "detail": known.detail, "retry": known.kind.retry}
+
+
+class JobDetail(JobResource):
+    actions = {"GET": "jobs:read"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_show", responses={200: dict})
+    def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
+        row = self.row(job)
+        return Response({**self.represent(row), "placements": job_views.placements(row)})
+
+
+class JobCancel(JobResource):
+    actions = {"POST": "jobs:write"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_cancel", request=None, responses={200: dict})
+    def post(self, request: Request, job: str) -> Response:  # noqa: ARG002
+        row = self.row(job)
+        return self.write(lambda: Response(self.represent(jobs.cancel(self.actor, row, now=timezone.now()))))
+
+
+class JobExplain(JobResource):
+    actions = {"GET": "jobs:read"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_explain", responses={200: dict})
+    def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
+        """Why the job waits, or where it runs: hosts left after each stage of the fit rule, what binds, what would help."""
+        return Response(job_views.explain(self.row(job)))
+
+
+class JobEvents(JobResource):
+    actions = {"GET": "jobs:read"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_events", responses={200: dict})
+    def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
+        return Response({"data": job_views.events(self.row(job)), "has_more": False, "cursor": None})
+
+
+class JobLogs(JobResource):
+    actions = {"GET": "jobs:read"}
+
+    @extend_schema(
+        tags=["jobs"], operation_id="jobs_logs", responses={200: dict},
+        parameters=[OpenApiParameter("placement", str), OpenApiParameter("stream", str), OpenApiParameter("offset", int)],
+    )  # fmt: skip
+    def get(self, request: Request, job: str) -> Response:
+        """Output of one replica from a byte offset; without `placement`, of rank 0 of the newest attempt."""
+        row = self.row(job)
+        query = request.query_params
+        offset = query.get("offset", "0")
+        if not offset.isdigit():
+            raise MarketError(
+                "invalid_request", f"offset is {offset}; it must be a number of bytes.", {"/offset": "not a number"}
+            )
+        placement = _placement(row, query.get("placement"))
+        if query.get("stream", "stdout") not in {"stdout", "stderr"}:
+            raise MarketError("invalid_request", "stream is stdout or stderr.", {"/stream": "stdout or stderr"})
+        return Response(job_views.logs(placement, query.get("stream", "stdout"), int(offset)))
+
+
+def _placement(job: Job, public_id: str | None) -> Placement | None:
+    rows = Placement.objects.filter(job=job).order_by("-attempt", "rank")
+    if public_id is None:
+        return rows.first()
+    found = rows.filter(pk=ids.decode("plc", public_id) or 0).first()
+    if found is None:
+        raise Http404
+    return found
+
+
+urlpatterns = [
+    path("jobs", Jobs.as_view(), name="jobs"),
+    path("jobs/batch", JobBatch.as_view(), name="job-batch"),
+    path("jobs/<str:job>", JobDetail.as_view(), name="job"),
+    path("jobs/<str:job>/cancel", JobCancel.as_view(), name="job-cancel"),
+    path("jobs/<str:job>/explain", JobExplain.as_view(), name="job-explain"),
+    path("jobs/<str:job>/events", JobEvents.as_view(), name="job-events"),
+    path("jobs/<str:job>/logs", JobLogs.as_view(), name="job-logs"),
+]

@@ -33,6 +33,7 @@ from marketplace.models import (
     Miner,
     Organization,
     Placement,
+    PowerGrant,
     PowerNode,
     Quote,
     Site,
@@ -207,7 +208,6 @@ def host(
         "gpu_min_w": 200,
         "gpu_max_w": model.tdp_w,
         "cap_control": True,
-        "updated_seq": next(_number),
         **fields,
     }
     idle = columns["parked_w"] if columns["cap_control"] else columns["base_w"] + gpus * columns["gpu_max_w"]
@@ -371,10 +371,15 @@ def job(contract: Contract, *, state: str = "queued", **fields: Any) -> Job:
     return made
 
 
+_UNGRANTED = ("intended", "shedding")
+
+
 def placement(
     job: Job, host: Host, gpu_indices: Sequence[int] | None = None, *, state: str = "intended", **fields: Any
 ) -> Placement:
-    """A replica on a host: takes the host's free columns and reserves its watts, as a committed plan does."""
+    """A replica on a host, as a committed plan leaves it: free columns taken, watts booked once granted (not while `intended`,
+    `shedding`), with its grant.
+    """
     host.refresh_from_db()
     final = state in Placement.FINAL
     indices = list(range(job.gpus) if gpu_indices is None else gpu_indices)
@@ -398,11 +403,14 @@ def placement(
         host.ram_free -= columns["ram_mib"]
         host.nvme_free -= columns["nvme_gib"]
         host.cpu_only_active += not indices
-        before, host.reserved_w = host.reserved_w, reserved_w(host)
-        delta = host.reserved_w - before
-        host.updated_seq = next(_number)
+        delta = reserved_w(host) - host.reserved_w
+        if state not in _UNGRANTED:
+            host.reserved_w += delta
+            reserve(host.power_node, delta, "gpu")
+            if host.cap_control:
+                host.power_state = host.desired_power_state = "capped"
+                host.desired_limits_w = [host.gpu_max_w if f < 1000 else host.gpu_min_w for f in host.gpu_free]
         host.save()
-        reserve(host.power_node, delta, "gpu")
     made = Placement.objects.create(
         job=job,
         contract=job.contract,
@@ -412,9 +420,20 @@ def placement(
         cell=host.cell,
         gpu_indices=indices,
         state=state,
-        **{"watts_delta": max(delta, 0), **columns},
+        **{"watts_delta": max(delta, 0), "granted_at": None if state in _UNGRANTED else NOW, **columns},
     )
     _created(Placement, made)
+    granted = state not in _UNGRANTED
+    PowerGrant.objects.create(
+        placement=made,
+        host=host,
+        site=host.site,
+        delta_w=max(delta, 0),
+        state="released" if final else "granted" if granted else "shedding",
+        created_at=made.created_at,
+        granted_at=made.created_at if granted else None,
+        released_at=made.created_at if final else None,
+    )
     return made
 
 

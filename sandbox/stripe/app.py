@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox.stripe import schema
+from sandbox.stripe import answers, schema
 from sandbox.stripe.errors import ApiError, missing
 from sandbox.stripe.store import Obj, Store, new_id
 
@@ -133,7 +133,7 @@ def fingerprint(method: str, path: str, params: dict[str, Any]) -> str:
 def answer(call: Call, found: Route, raw: dict[str, Any]) -> tuple[int, Obj]:
     """Run one checked request inside the caller's transaction; errors come back as (status, body).
 
-    Raises `schema.ContractError` when the fake itself would break the SDK's types.
+    Raises `answers.ContractError` when the fake itself would break the SDK's types.
     """
     try:
         call.params = schema.check_request(found.params, raw)
@@ -156,12 +156,12 @@ def render(call: Call, obj: Obj, expand: list[str]) -> Obj:
     for path in expand:
         _expand(call, obj, path.split("."), path)
     if obj.get("object") in ("list", "search_result"):
-        return {**obj, "data": [schema.complete(item) for item in obj["data"]]}
+        return {**obj, "data": [answers.complete(item) for item in obj["data"]]}
     if "object" not in obj:  # a v2 list
-        return {**obj, "data": [schema.complete(item) for item in obj["data"]]}
+        return {**obj, "data": [answers.complete(item) for item in obj["data"]]}
     if obj.get("deleted") is True:
         return {"id": obj["id"], "object": obj["object"], "deleted": True}
-    return schema.complete(obj)
+    return answers.complete(obj)
 
 
 def _expand(call: Call, node: Any, parts: list[str], path: str) -> None:
@@ -173,7 +173,7 @@ def _expand(call: Call, node: Any, parts: list[str], path: str) -> None:
     from sandbox.stripe import includes
 
     value = includes.included(call, node, name) or node.get(name)
-    if value is None and name not in schema.resource_fields(schema.resource_class(node["object"])):
+    if value is None and name not in answers.resource_fields(answers.resource_class(node["object"])):
         raise ApiError(400, f"This property cannot be expanded ({path}).", param="expand", remember=False)
     if isinstance(value, str):
         loaded = call.store.get(value, account=call.account)

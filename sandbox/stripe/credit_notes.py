@@ -105,18 +105,22 @@ def _before_payment(call: Call, note: Obj, invoice: Obj) -> None:
     invoice["pre_payment_credit_notes_amount"] += note["total"]
     invoice["amount_due"] -= note["total"]
     invoice["amount_remaining"] -= note["total"]
-    payment = payment_of(call, invoice["id"])
-    if payment:
-        intent = call.load("payment_intent", payment["payment"]["payment_intent"], param="payment_intent")
-        if invoice["amount_due"] > 0:
-            call.save({**intent, "amount": invoice["amount_due"]})
-            call.save({**payment, "amount_requested": invoice["amount_due"]})
+    _ask_for(call, invoice)
     if invoice["amount_remaining"] == 0:
         invoice["status"] = "paid"
         invoice["status_transitions"]["paid_at"] = call.now
     call.save(invoice)
     if invoice["status"] == "paid":
         call.emit("invoice.paid", invoice)
+
+
+def _ask_for(call: Call, invoice: Obj) -> None:
+    """The intent of an open invoice asks for what is due now."""
+    payment = payment_of(call, invoice["id"])
+    if payment and invoice["amount_due"] > 0:
+        intent = call.load("payment_intent", payment["payment"]["payment_intent"], param="payment_intent")
+        call.save({**intent, "amount": invoice["amount_due"]})
+        call.save({**payment, "amount_requested": invoice["amount_due"]})
 
 
 def _after_payment(call: Call, p: dict[str, Any], note: Obj, invoice: Obj) -> None:
@@ -179,6 +183,7 @@ def void_credit_note(call: Call) -> Obj:
     for name, sign in (("amount_due", 1), ("amount_remaining", 1), ("pre_payment_credit_notes_amount", -1)):
         invoice[name] += sign * note["total"]
     call.save(invoice)
+    _ask_for(call, invoice)
     note.update(status="void", voided_at=call.now)
     call.save(note)
     call.emit("credit_note.voided", note)

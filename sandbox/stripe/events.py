@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sandbox.stripe import API_VERSION, schema
+from sandbox.stripe import API_VERSION, answers
 from sandbox.stripe.app import Call, merge, route
 from sandbox.stripe.errors import bad_param
 from sandbox.stripe.store import Obj, Store, new_id
@@ -18,7 +18,7 @@ def record(call: Call, type_: str, obj: Obj, *, account: str | None = None, prev
         "object": "event",
         "api_version": API_VERSION,
         "created": call.now,
-        "data": {"object": schema.complete(obj)},
+        "data": {"object": answers.complete(obj)},
         "livemode": False,
         "pending_webhooks": 0,
         "request": {"id": call.request_id or None, "idempotency_key": call.idempotency_key},

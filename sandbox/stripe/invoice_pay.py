@@ -30,12 +30,6 @@ def _finalize(call: Call, invoice: Obj) -> Obj:
     if not invoice["number"]:
         invoice["number"] = f"{customer['invoice_prefix']}-{customer['next_invoice_sequence']:04d}"
         customer["next_invoice_sequence"] += 1
-    elif [
-        i
-        for i in call.store.find("invoice", account=call.account, number=invoice["number"])
-        if i["id"] != invoice["id"]
-    ]:
-        raise invalid(f"An invoice with the number {invoice['number']} already exists.", param="number")
     customer["currency"] = customer["currency"] or invoice["currency"]
     call.save(customer)
     invoice.update(
@@ -128,14 +122,14 @@ def _method(call: Call, invoice: Obj, given: str | None) -> Obj:
         return method
     if invoice.get("default_payment_method"):
         return call.load("payment_method", invoice["default_payment_method"], param="default_payment_method")
-    method = customers.default_method(call, customer)
-    if method is None:
+    default = customers.default_method(call, customer)
+    if default is None:
         raise invalid(
             "There is no `default_payment_method` set on this Customer or Invoice. Please attach a payment method and "
             "set it as default, or pass one.",
             code="resource_missing",
         )
-    return method
+    return default
 
 
 def collect(call: Call, invoice: Obj, method: Obj, *, off_session: bool, authenticated: bool = False) -> Obj:

@@ -112,7 +112,7 @@ def confirm(
 
 def _failed(call: Call, intent: Obj, method: Obj, problem: Obj, charge: str | None) -> Exception:
     """Write the failure onto the intent; the 402 to raise, carrying intent and method as Stripe's does."""
-    details = {k: problem[k] for k in ("code", "decline_code", "doc_url", "message", "type") if k in problem}
+    details: Obj = {k: problem[k] for k in ("code", "decline_code", "doc_url", "message", "type") if k in problem}
     if charge:
         details["charge"] = charge
     details["payment_method"] = setup_intents.payload(method)
@@ -214,7 +214,9 @@ def capture_payment_intent(call: Call) -> Obj:
     intent = call.load("payment_intent", call.ids["intent"])
     if intent["status"] != "requires_capture":
         raise _state(intent, "capture")
-    amount = call.params.get("amount_to_capture", intent["amount_capturable"])
+    amount: int = (
+        call.params["amount_to_capture"] if "amount_to_capture" in call.params else intent["amount_capturable"]
+    )
     if not 0 < amount <= intent["amount_capturable"]:
         raise invalid(
             "The amount_to_capture is greater than what is capturable.",

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from sandbox.stripe import API_VERSION, app, control, pages, schema
+from sandbox.stripe import API_VERSION, answers, app, control, pages
 from sandbox.stripe.app import Call
 from sandbox.stripe.errors import ApiError
 from sandbox.stripe.faults import Faults, broken, too_many
@@ -85,7 +85,8 @@ class RequestHandler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            self.server.deliverer.nudge()
+            if method != "GET":
+                self.server.deliverer.nudge()
 
     # --- the API
     def _api(self, method: str, path: str, query: str, body: str) -> None:
@@ -156,7 +157,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             call = Call(store, ids, {}, store.now(), self.server.base_url, self._account(store), request_id, key)
             try:
                 status, answer = app.answer(call, found, raw)
-            except schema.ContractError as exc:
+            except answers.ContractError as exc:
                 log.exception("the sandbox broke the SDK's contract")
                 raise ApiError(500, f"sandbox contract: {exc}", type_="api_error", remember=False) from exc
             except ApiError:

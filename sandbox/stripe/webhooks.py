@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from sandbox.stripe import schema
+from sandbox.stripe import answers
 from sandbox.stripe.store import Obj, Store
 
 DEFAULTS: dict[str, Any] = {
@@ -101,6 +101,8 @@ class Deliverer:
 
     def _admit(self, switches: dict[str, Any]) -> None:
         """Apply loss, duplication, delay and reordering once to each new delivery."""
+        if not self._store.execute("SELECT 1 FROM deliveries WHERE state = 'pending' LIMIT 1"):
+            return
         with self._store.transaction():
             rows = self._store.execute(
                 "SELECT id, event, endpoint, next_at FROM deliveries WHERE state = 'pending' ORDER BY id"
@@ -138,7 +140,7 @@ class Deliverer:
             self._wake.set()
 
     def _send(self, event: Obj, endpoint: Obj) -> tuple[int | None, str]:
-        payload = json.dumps(schema.complete(event))
+        payload = json.dumps(answers.complete(event))
         headers = {
             "Content-Type": "application/json; charset=utf-8",
             "User-Agent": "Stripe/1.0 (+https://stripe.com/docs/webhooks) tailrace-sandbox",

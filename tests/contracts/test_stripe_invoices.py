@@ -174,3 +174,19 @@ def test_invoices_are_listed_by_customer_and_status(client, customer, open_invoi
     client.v1.invoices.void_invoice(first.id)
     assert [i.id for i in client.v1.invoices.list({"customer": customer.id, "status": "open"}).data] == [second.id]
     assert len(client.v1.invoices.list({"customer": customer.id}).data) == 2
+
+
+def test_automatic_tax_is_added_by_line(sandbox):
+    """Our rates are for show, so real Stripe is not asked; the arithmetic between the fields is Stripe's."""
+    client = sandbox.client()
+    customer = client.v1.customers.create({"address": {"country": "US", "state": "TX"}})
+    draft = client.v1.invoices.create({"customer": customer.id, "currency": "usd", "automatic_tax": {"enabled": True}})
+    invoice = client.v1.invoices.add_lines(draft.id, {"lines": [{"amount": 1_000}, {"amount": 333}]})
+    assert (invoice.subtotal, invoice.total) == (1_333, 1_333 + 63 + 21)  # 6.25 % of each line, half away from zero
+    assert invoice.automatic_tax.status == "complete"
+    assert sum(t.amount for t in invoice.total_taxes) == 84
+    assert client.v1.invoices.finalize_invoice(draft.id).amount_due == 1_417
+    exempt = client.v1.customers.create({"address": {"country": "DE"}, "tax_exempt": "reverse"})
+    draft = client.v1.invoices.create({"customer": exempt.id, "currency": "eur", "automatic_tax": {"enabled": True}})
+    invoice = client.v1.invoices.add_lines(draft.id, {"lines": [{"amount": 1_000}]})
+    assert (invoice.total, invoice.total_taxes[0].taxability_reason) == (1_000, "reverse_charge")

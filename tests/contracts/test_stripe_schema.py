@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import stripe
 
-from sandbox.stripe import resources, schema
+from sandbox.stripe import answers, resources, schema
 from sandbox.stripe.app import ROUTES
 from sandbox.stripe.errors import ApiError
 from sandbox.stripe.forms import decode
@@ -78,9 +78,9 @@ GOOD = {
 
 
 def test_an_answer_gets_its_nullable_fields():
-    out = schema.complete(GOOD)
+    out = answers.complete(GOOD)
     assert out["balance_transaction"] is None
-    assert set(out) == set(schema.resource_fields(stripe.TransferReversal)) - schema.INCLUDABLE
+    assert set(out) == set(answers.resource_fields(stripe.TransferReversal)) - answers.INCLUDABLE
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_an_answer_gets_its_nullable_fields():
     [{"amount": 5.0}, {"amount": "5"}, {"amount": True}, {"amount": None}, {"colour": "red"}, {"object": "nonsense"}],
 )
 def test_a_wrong_answer_is_caught(change):
-    with pytest.raises(schema.ContractError):
-        schema.complete(GOOD | change)
+    with pytest.raises(answers.ContractError):
+        answers.complete(GOOD | change)
 
 
 def test_an_answer_without_a_required_field_is_caught():
-    with pytest.raises(schema.ContractError, match="currency: missing"):
-        schema.complete({k: v for k, v in GOOD.items() if k != "currency"})
+    with pytest.raises(answers.ContractError, match="currency: missing"):
+        answers.complete({k: v for k, v in GOOD.items() if k != "currency"})
 
 
 def test_an_enum_is_checked_in_answers():
     intent = {
         "id": "seti_1", "object": "setup_intent", "created": 1, "livemode": False, "payment_method_types": ["card"], "usage": "off_session",
     }  # fmt: skip
-    assert schema.complete(intent | {"status": "succeeded"})["customer"] is None
-    with pytest.raises(schema.ContractError, match="flying"):
-        schema.complete(intent | {"status": "flying"})
+    assert answers.complete(intent | {"status": "succeeded"})["customer"] is None
+    with pytest.raises(answers.ContractError, match="flying"):
+        answers.complete(intent | {"status": "flying"})

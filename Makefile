@@ -36,7 +36,7 @@ smoke: setup ## the main job, headless, through public interfaces only; a report
 	@$(PY) -m sandbox.smoke $(ARGS)
 
 bench: setup ## every claim of the README beside its peer, into benchmarks/results/
-	@$(PY) -m benchmarks all $(ARGS)
+	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS)
 
 lint: setup ## ruff, types, import contracts, migrations, OpenAPI drift, templates
 	@.ci/lint

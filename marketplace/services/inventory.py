@@ -38,7 +38,8 @@ class Changes:
     def counts(self) -> dict[str, int]:
         return {name: len(names) for name, names in vars(self).items()}
 
-    def __bool__(self) -> bool:
+    @property
+    def any(self) -> bool:
         return bool(self.created or self.updated or self.drained)
 
 
@@ -178,7 +179,7 @@ def _begin(
 
 
 def _finish(site: Site, noun: str, changes: Changes, *, now: datetime, actor: Actor) -> None:
-    if not changes:
+    if not changes.any:
         return
     after = {**changes.counts, "drained": changes.drained[:100]}
     audit.record(

@@ -1,0 +1,1 @@
+"""The demo market: what `make run` finds there (`seed`), and who uses it while one watches (`traffic`)."""

@@ -12,8 +12,6 @@ from sandbox.stripe import events, resources
 from sandbox.stripe.server import Server
 from sandbox.stripe.store import Store
 
-_COMMAND_LINE_ENDPOINT = "we_commandline"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sandbox.stripe", description=__doc__)
@@ -29,10 +27,10 @@ def main() -> None:
     resources.load()
     store = Store(args.state)
     with store.transaction():
-        store.delete(_COMMAND_LINE_ENDPOINT)
+        store.delete(events.COMMAND_LINE_ENDPOINT)
         if args.webhook:
             events.create_endpoint(
-                store, args.webhook, "", ["*"], id=_COMMAND_LINE_ENDPOINT, _secrets=args.webhook_secret
+                store, args.webhook, "", ["*"], id=events.COMMAND_LINE_ENDPOINT, _secrets=args.webhook_secret
             )
     server = Server((args.host, args.port), store)
     server.deliverer.start()

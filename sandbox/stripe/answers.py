@@ -23,8 +23,10 @@ Checker = Callable[[Any], Any]
 
 # Sent by Stripe only when asked for with `expand`, although the SDK types them as plain optional fields.
 INCLUDABLE = frozenset(
-    ("cash_balance", "confirmation_secret", "deleted", "line_items", "payments")
-    + ("refunds", "sources", "subscriptions", "tax_ids", "total_count")
+    [
+        *("cash_balance", "confirmation_secret", "deleted", "line_items", "payments"),
+        *("refunds", "sources", "subscriptions", "tax_ids", "total_count"),
+    ]
 )
 
 

@@ -48,7 +48,7 @@ def _dispatch(server: Server, method: str, name: str, data: dict[str, Any]) -> d
             store.set_setting("clock_offset", store.clock_offset)
         return {"now": store.now()}
     if name == "reset" and method == "POST":
-        store.reset()
+        store.reset(keep=events.COMMAND_LINE_ENDPOINT)
         return {"ok": True}
     if name == "objects" or name.startswith("objects/"):
         kind = name.partition("/")[2]

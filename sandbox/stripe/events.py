@@ -10,6 +10,9 @@ from sandbox.stripe.errors import bad_param
 from sandbox.stripe.store import Obj, Store, new_id
 
 
+COMMAND_LINE_ENDPOINT = "we_commandline"
+
+
 def record(call: Call, type_: str, obj: Obj, *, account: str | None = None, previous: Obj | None = None) -> Obj:
     """A snapshot event, written in the request's transaction; deliveries are queued with it, never without it."""
     about = account if account is not None else call.account

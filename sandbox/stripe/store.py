@@ -166,11 +166,6 @@ class Store:
                 (name, json.dumps(value)),
             )
 
-    def next_number(self, name: str) -> int:
-        value = int(self.setting(name, 0)) + 1
-        self.set_setting(name, value)
-        return value
-
     def remembered(self, scope: str, key: str) -> tuple[str, int, str, str] | None:
         sql = "SELECT fingerprint, status, body, request_id FROM idempotency WHERE scope = ? AND key = ?"
         return self._db.execute(sql, (scope, key)).fetchone()  # type: ignore[no-any-return]
@@ -186,8 +181,9 @@ class Store:
         with self.lock:
             return self._db.execute(sql, args).fetchall()
 
-    def reset(self) -> None:
-        """Forget every object, key and delivery; settings (faults, clock) stay."""
+    def reset(self, *, keep: str) -> None:
+        """Forget every object (but `keep`), key and delivery; settings (faults, clock) stay."""
         with self.transaction():
-            for table in ("objects", "idempotency", "deliveries"):
+            self._db.execute("DELETE FROM objects WHERE id != ?", (keep,))
+            for table in ("idempotency", "deliveries"):
                 self._db.execute(f"DELETE FROM {table}")

@@ -133,3 +133,14 @@ def test_paid_invoice_tells_the_whole_story(hooked, receiver):
     seen = set()
     while not wanted <= seen:
         seen.add(json.loads(receiver.take(1)[0][0])["type"])
+
+
+def test_reset_forgets_objects_but_not_the_command_lines_endpoint(hooked, receiver):
+    client = hooked.client()
+    gone = client.v1.customers.create({"name": "Gone"})
+    receiver.take(1)
+    hooked.control("reset", {})
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.customers.retrieve(gone.id)
+    client.v1.customers.create({"name": "Here"})
+    assert names(receiver.take(1)) == ["Here"]

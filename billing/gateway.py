@@ -167,6 +167,25 @@ def _ask(endpoint: str, call: Callable[[], T]) -> T:
         raise Unavailable(f"{endpoint}: {error}") from error
 
 
+def _keyed(endpoint: str, key: str, call: Callable[[str], T]) -> T:
+    """`_ask` with an idempotency key. Stripe replays a stored 500 under its key for a day, so a 500 burns the key: the
+    next attempt uses another, after its caller has looked whether the first had its effect (`burnt`).
+    """
+    times = burnt(key)
+    try:
+        return _ask(endpoint, lambda: call(f"{key}-{times}" if times else key))
+    except Unavailable as error:
+        if isinstance(error.__cause__, stripe.APIError) and (error.__cause__.http_status or 0) >= 500:
+            row, _ = StripeCall.objects.get_or_create(key=key, defaults={"operation": endpoint})
+            StripeCall.objects.filter(pk=row.pk, burnt=times).update(burnt=times + 1, error=str(error)[:200])
+        raise
+
+
+def burnt(key: str) -> int:
+    """How often a call with this key ended in a 500: whether it took effect is not known."""
+    return StripeCall.objects.filter(key=key).values_list("burnt", flat=True).first() or 0
+
+
 def _id(value: Any) -> str:
     """An id, whether the field came expanded or not."""
     if value is None or isinstance(value, str):
@@ -197,9 +216,7 @@ def once(key: str, operation: str, organization_id: int | None, call: Callable[[
 
 
 def create_customer(*, name: str, email: str, reference: str, key: str) -> str:
-    made = _ask(
-        "customers.create",
-        lambda: _stripe().v1.customers.create(
+    made = _keyed("customers.create", key, lambda key: _stripe().v1.customers.create(
             {"name": name, "email": email, "metadata": {"account": reference}} if email
             else {"name": name, "metadata": {"account": reference}},
             {"idempotency_key": key},
@@ -210,9 +227,10 @@ def create_customer(*, name: str, email: str, reference: str, key: str) -> str:
 
 def start_setup(*, customer: str, currency: str, success_url: str, cancel_url: str, key: str) -> str:
     """The URL of Stripe's page that keeps a card for later, off-session payments."""
-    made = _ask(
+    made = _keyed(
         "checkout.sessions.create",
-        lambda: _stripe().v1.checkout.sessions.create(
+        key,
+        lambda key: _stripe().v1.checkout.sessions.create(
             {
                 "mode": "setup",
                 "customer": customer,
@@ -228,9 +246,10 @@ def start_setup(*, customer: str, currency: str, success_url: str, cancel_url: s
 
 
 def portal(*, customer: str, return_url: str, key: str) -> str:
-    made = _ask(
+    made = _keyed(
         "billing_portal.sessions.create",
-        lambda: _stripe().v1.billing_portal.sessions.create(
+        key,
+        lambda key: _stripe().v1.billing_portal.sessions.create(
             {"customer": customer, "return_url": return_url}, {"idempotency_key": key}
         ),
     )
@@ -258,9 +277,10 @@ def default_card(customer: str) -> str:
 
 
 def set_default_card(customer: str, payment_method: str, *, key: str) -> None:
-    _ask(
+    _keyed(
         "customers.update",
-        lambda: _stripe().v1.customers.update(
+        key,
+        lambda key: _stripe().v1.customers.update(
             customer, {"invoice_settings": {"default_payment_method": payment_method}}, {"idempotency_key": key}
         ),
     )
@@ -303,9 +323,10 @@ def _our_id(metadata: Any) -> str:
 def create_invoice(*, customer: str, currency: str, number: str, our_id: str, key: str) -> RemoteInvoice:
     """A draft with none of the customer's pending items; Stripe does not advance it by itself."""
     return _invoice(
-        _ask(
+        _keyed(
             "invoices.create",
-            lambda: _stripe().v1.invoices.create(
+            key,
+            lambda key: _stripe().v1.invoices.create(
                 {
                     "customer": customer,
                     "currency": currency.lower(),
@@ -332,9 +353,10 @@ def add_lines(invoice: str, lines: Sequence[tuple[str, int]], *, key: str) -> Re
     if len(lines) > MAX_LINES:
         raise ValueError(f"a Stripe invoice holds at most {MAX_LINES} lines, not {len(lines)}")
     return _invoice(
-        _ask(
+        _keyed(
             "invoices.add_lines",
-            lambda: _stripe().v1.invoices.add_lines(
+            key,
+            lambda key: _stripe().v1.invoices.add_lines(
                 invoice,
                 {"lines": [{"description": text[:500], "amount": amount} for text, amount in lines]},
                 {"idempotency_key": key},
@@ -352,20 +374,21 @@ def delete_draft(invoice: str) -> None:
 
 
 def finalize_invoice(invoice: str, *, key: str) -> RemoteInvoice:
-    return _invoice(
-        _ask(
-            "invoices.finalize",
-            lambda: _stripe().v1.invoices.finalize_invoice(invoice, {"auto_advance": False}, {"idempotency_key": key}),
-        )
+    got = _keyed(
+        "invoices.finalize",
+        key,
+        lambda key: _stripe().v1.invoices.finalize_invoice(invoice, {"auto_advance": False}, {"idempotency_key": key}),
     )
+    return _invoice(got)
 
 
 def pay_invoice(invoice: str, *, payment_method: str, key: str) -> RemoteInvoice:
     """Charge the card off-session. Raises Declined."""
     return _invoice(
-        _ask(
+        _keyed(
             "invoices.pay",
-            lambda: _stripe().v1.invoices.pay(
+            key,
+            lambda key: _stripe().v1.invoices.pay(
                 invoice, {"payment_method": payment_method, "off_session": True}, {"idempotency_key": key}
             ),
         )
@@ -397,9 +420,10 @@ def invoices_since(since: datetime) -> Iterator[RemoteInvoice]:
 
 def create_recipient(*, name: str, email: str, country: str, reference: str, key: str) -> str:
     """An Accounts v2 recipient: the platform collects, answers for losses, and transfers."""
-    made = _ask(
+    made = _keyed(
         "v2.core.accounts.create",
-        lambda: _stripe().v2.core.accounts.create(
+        key,
+        lambda key: _stripe().v2.core.accounts.create(
             {
                 "display_name": name,
                 "contact_email": email,
@@ -418,9 +442,10 @@ def create_recipient(*, name: str, email: str, country: str, reference: str, key
 
 
 def onboarding_link(account: str, *, refresh_url: str, return_url: str, key: str) -> str:
-    made = _ask(
+    made = _keyed(
         "v2.core.account_links.create",
-        lambda: _stripe().v2.core.account_links.create(
+        key,
+        lambda key: _stripe().v2.core.account_links.create(
             {
                 "account": account,
                 "use_case": {
@@ -451,9 +476,10 @@ def transfers_enabled(account: str) -> bool:
 
 
 def transfer(*, account: str, amount: int, currency: str, reference: str, key: str) -> str:
-    made = _ask(
+    made = _keyed(
         "transfers.create",
-        lambda: _stripe().v1.transfers.create(
+        key,
+        lambda key: _stripe().v1.transfers.create(
             {
                 "amount": amount,
                 "currency": currency.lower(),

@@ -12,6 +12,7 @@ from datetime import datetime
 
 from django.conf import settings
 from django.db import connection, transaction
+from django.db.models.functions import Now
 
 from billing import drafts, ledger, usage
 from billing.core import metering
@@ -90,7 +91,8 @@ def close_many(accounts: Sequence[BillingAccount], through: datetime, kind: str,
         good = [draft for draft in rated if not _park_if_odd(draft, now)]
         invoices = _store(good, kind, now)
         BillingAccount.objects.filter(pk__in=[draft.account.pk for draft in good]).update(
-            billed_through=through, usage_cutoff=now
+            billed_through=through,
+            usage_cutoff=Now(),  # the database's clock, as usage's `received_at`
         )
         _finalize(invoices, now)
     return len(invoices)

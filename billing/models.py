@@ -451,7 +451,10 @@ class LedgerBalance(models.Model):
 
 
 class StripeCall(models.Model):
-    """The idempotency key of a call, committed before the call is made, and its answer. What has none is repaired."""
+    """The idempotency key of a call, committed before the call is made, and its answer. What has none is repaired.
+
+    Keys of invoices and payouts follow from their rows and stand here only when one was burnt.
+    """
 
     key = models.CharField(max_length=120, unique=True)
     operation = models.CharField(max_length=40)
@@ -460,6 +463,9 @@ class StripeCall(models.Model):
     answered_at = models.DateTimeField(null=True)
     answer = models.CharField(max_length=500, blank=True, help_text="id or URL")
     error = models.CharField(max_length=200, blank=True)
+    burnt = models.PositiveSmallIntegerField(
+        default=0, help_text="500s answered under the key, which Stripe would replay"
+    )
 
     def __str__(self) -> str:
         return self.key

@@ -390,3 +390,12 @@ def _quarantine(source: str, event: Event, reason: str) -> str:
         defaults={"payload": payload, "reason": reason},
     )
     return "quarantined"
+
+
+def drift(organization_id: int, *, until: datetime) -> int:
+    """Milli-GPU-seconds by which the records of ended placements and their timelines disagree: 0 unless metering is due."""
+    rows = Placement.objects.filter(
+        organization_id=organization_id, running_at__isnull=False, finished_at__lte=until
+    ).select_related("contract")
+    planned, _ = _plan(list(rows.order_by("pk")), until)
+    return sum(abs(row.quantity - row.previous) for row in planned)

@@ -1,0 +1,98 @@
+"""Thin tasks and outbox handlers: ids in, one domain call. All idempotent; beat's names stand in the settings."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import Any
+
+from celery import shared_task
+from django.conf import settings
+from django.core.mail import send_mail
+from django.utils import timezone
+
+from billing import invoices, payments, payouts, usage, webhooks
+from billing import reconcile as reconciling
+from billing.core.money import format_minor
+from billing.models import BillingAccount, Invoice
+from marketplace.models import Membership
+from marketplace.outbox import handler
+
+log = logging.getLogger(__name__)
+
+CLOSE_BATCH = 500
+
+
+@shared_task(name="billing.tasks.meter")
+def meter() -> int:
+    """Close usage intervals that are due."""
+    return usage.meter_all(timezone.now())
+
+
+@shared_task(name="billing.tasks.sweep")
+def sweep() -> dict[str, int]:
+    return reconciling.sweep(timezone.now())
+
+
+@shared_task(name="billing.tasks.reconcile")
+def reconcile() -> dict[str, int]:
+    return reconciling.reconcile(timezone.now())
+
+
+@shared_task(name="billing.tasks.close_month", time_limit=900, soft_time_limit=880)
+def close_month(through: str) -> int:
+    """Close the period of every open account through the ISO instant `through`; repeating it doubles nothing."""
+    return close_all(datetime.fromisoformat(through), now=timezone.now())
+
+
+def close_all(through: datetime, *, now: datetime) -> int:
+    """Close accounts in batches of CLOSE_BATCH, each its own transaction; returns the invoices made."""
+    made, last = 0, 0
+    while True:
+        accounts = BillingAccount.objects.filter(state=BillingAccount.State.OPEN, pk__gt=last)
+        batch = list(accounts.select_related("organization").order_by("pk")[:CLOSE_BATCH])
+        if not batch:
+            return made
+        made += invoices.close_many(batch, through, Invoice.Kind.PERIOD, now=now)
+        last = batch[-1].pk
+
+
+@handler(invoices.MIRROR)
+def mirror_invoice(payload: dict[str, Any]) -> None:
+    payments.mirror(payload["invoice"], now=timezone.now())
+
+
+@handler(payments.SETTLE)
+def settle_payouts(payload: dict[str, Any]) -> None:
+    payouts.settle(payload["operator"], now=timezone.now())
+
+
+@handler(payouts.SEND)
+def send_payout(payload: dict[str, Any]) -> None:
+    payouts.send(payload["payout"], now=timezone.now())
+
+
+@handler(webhooks.HANDLE)
+def handle_event(payload: dict[str, Any]) -> None:
+    webhooks.handle(payload["event"], now=timezone.now())
+
+
+@handler("billing.notify")
+def notify(payload: dict[str, Any]) -> None:
+    """A reminder of an unpaid invoice to the organization's owners and billing people."""
+    invoice = Invoice.objects.select_related("organization").get(pk=payload["invoice"])
+    if invoice.state != Invoice.State.OPEN:
+        return
+    people = Membership.objects.filter(organization=invoice.organization, role__in=("owner", "billing"))
+    addresses = sorted(people.values_list("user__email", flat=True).distinct())
+    if not addresses:
+        return
+    amount = format_minor(invoice.due_minor, invoice.currency)
+    where = invoice.pay_url or f"{settings.PUBLIC_URL}/"
+    send_mail(
+        f"Invoice {invoice.display_number} of {amount} is unpaid",
+        f"Invoice {invoice.display_number} of {amount} could not be collected: {invoice.last_error or 'no payment yet'}.\n"
+        f"Pay it here: {where}\n",
+        settings.DEFAULT_FROM_EMAIL,
+        addresses,
+    )

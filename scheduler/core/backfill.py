@@ -88,4 +88,4 @@ def _freed(state: State, running: Sequence[Running], held: Held, known: list[int
 def apply(state: State, hold: Hold) -> None:
     """Marks the rows and keeps the watts."""
     state.rows[hold.rows, fit.HELD] = 1
-    state.budget -= hold.keep
+    np.subtract(state.budget, hold.keep, out=state.budget)

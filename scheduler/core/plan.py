@@ -222,6 +222,8 @@ class _Planner:
                 if hold is not None:
                     self._wait(i, hold.start)
                     backfill.apply(state, hold)
+                    for row in hold.rows.tolist():
+                        self.packer.touched(row)
                     self.holds.append(hold)
                     self.holds_left -= 1
                     self.packer.watts_returned()

@@ -63,11 +63,11 @@ def may_evict(request: Request, victim: Running) -> bool:
     return victim.org == request.org and victim.priority < request.priority
 
 
-def order_key(victim: Running) -> tuple[int, int, int, int, int, int]:
-    """Victims in the order in which they leave."""
+def order_key(victim: Running, lost: int) -> tuple[int, int, int, int, int, int]:
+    """Victims in the order in which they leave; `lost`: the work that its whole gang would lose, seconds."""
     spot = victim.kind == Kind.SPOT
     size = len(victim.gpus) * (victim.gpu_milli if victim.gpus else WHOLE)
-    return (not spot, victim.bid if spot else victim.priority, victim.work_lost_s, -size, victim.job, victim.placement)
+    return (not spot, victim.bid if spot else victim.priority, lost, -size, victim.job, victim.placement)
 
 
 @njit(cache=True, _nrt=False)
@@ -146,10 +146,10 @@ class Preemptor:
         for i, r in enumerate(running):
             self.of_job.setdefault(r.job, []).append(i)
         self.lost = np.array([sum(running[j].work_lost_s for j in self.of_job[r.job]) for r in running], np.int64)
-        self.order = sorted(range(len(running)), key=lambda i: order_key(running[i]))
-        tiers = {key: n for n, key in enumerate(sorted({order_key(r)[:2] for r in running}))}
+        self.order = sorted(range(len(running)), key=lambda i: order_key(running[i], int(self.lost[i])))
+        tiers = {key: n for n, key in enumerate(sorted({order_key(r, 0)[:2] for r in running}))}
         self.known: dict[Hashable, list[int]] = {}
-        self.tier = np.array([tiers[order_key(r)[:2]] for r in running], np.int64)
+        self.tier = np.array([tiers[order_key(r, 0)[:2]] for r in running], np.int64)
 
     def candidates(self, request: Request) -> list[int]:
         """Victims in the order in which they leave. A gang is a candidate only when all of it may go."""

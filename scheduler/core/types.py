@@ -187,8 +187,8 @@ class Running:
 
 
 class Placement(NamedTuple):
-    """A replica on a host. `watts_delta`: what the host's reservation grows by (W), given the placements before it in
-    the plan.
+    """A replica on a host. `watts_delta`: what the host's reservation grows by (W), given the placements and
+    preemptions before it in the plan.
     """
 
     job: int

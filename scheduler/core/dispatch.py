@@ -146,7 +146,7 @@ def _slack_w(tree: PowerTree, fleet: Fleet, budget_mw: Ints, positions: Ints) ->
 
     sum(W) * k <= budget, in integers, is sum(W) <= budget // k: the kernels need no overheads.
     """
-    used = Load.of(tree, fleet.node, np.full(fleet.node.shape, MINER), fleet.watts[positions]).watts[:, MINER]
+    used = Load.of(tree, fleet.node, MINER, fleet.watts[positions]).watts[:, MINER]
     slack: Ints = budget_mw // tree.k[:, MINER] - used
     return slack
 
@@ -190,9 +190,9 @@ def _locks(
 ) -> tuple[Mask, Ints, tuple[object, ...]]:
     """Who keeps its mode this time, the slack above that and sleep for the rest, the nodes that stay over. A cap overrides a dwell."""
     locked = np.zeros(fleet.node.shape, np.bool_) if dwell_left is None else np.asarray(dwell_left) > 0
-    fleet.at(current)
+    held, asleep = fleet.at(current), fleet.off[fleet.ladder].astype(np.int64)
     while True:
-        slack = _slack_w(tree, fleet, budget_mw, fleet.at(np.where(locked, current, np.int16(0))))
+        slack = _slack_w(tree, fleet, budget_mw, np.where(locked, held, asleep))
         if not (slack < 0).any() or not locked.any():
             break
         freed = np.zeros(len(tree.keys), np.bool_)

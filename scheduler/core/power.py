@@ -204,8 +204,10 @@ class Load:
     @staticmethod
     def of(tree: PowerTree, nodes: npt.ArrayLike, kinds: npt.ArrayLike, watts: npt.ArrayLike) -> "Load":
         """Devices as columns: position of the node each hangs off, HOST or MINER, reserved watts."""
-        sums = np.zeros((len(tree.keys), 2), np.int64)
-        np.add.at(sums, (np.asarray(nodes, np.int64), np.asarray(kinds, np.int64)), np.asarray(watts, np.int64))
+        slot = 2 * np.asarray(nodes, np.int64) + np.asarray(kinds, np.int64)
+        # bincount sums in doubles: exact for integers below 2^53 W.
+        flat = np.bincount(slot, weights=np.asarray(watts, np.float64), minlength=2 * len(tree.keys))
+        sums = flat.astype(np.int64).reshape(-1, 2)
         for n in range(len(tree.keys) - 1, -1, -1):
             if tree.parent[n] >= 0:
                 sums[tree.parent[n]] += sums[n]
@@ -374,7 +376,8 @@ def confirmed_drop(
     fresh_s: int = 60,
     meter: MeterDrop | None = None,
 ) -> str:
-    """Empty when a sleep is confirmed, else the reason in the words of the curtailment report. An acknowledgement is not a
+    """Empty when a sleep is confirmed, else the reason in the words of the curtailment report. An acknowledgement is
+    not a
     watt.
 
     Confirmed: the two newest readings, both taken after the command (`since`) and not older than `fresh_s`, are at most

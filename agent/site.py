@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import Any
@@ -61,6 +60,7 @@ class Site:
         until = read(str(self.lease_file)).get("until")
         self.until: float | None = float(until) if until else None
         self.kept_mode = ""
+        self.kick = asyncio.Event()  # there is something new for the hosts
 
     def _runtime(self) -> Runtime:
         if self.config.runtime == "virtual":
@@ -172,7 +172,12 @@ class Site:
                 await self.hosts.step()
             except Exception:
                 log.exception("site loop")
-            await asyncio.sleep(self.config.poll_s)
+            try:
+                async with asyncio.timeout(self.config.poll_s):
+                    await self.kick.wait()
+                self.kick.clear()
+            except TimeoutError:
+                pass
 
     async def _look(self) -> None:
         try:
@@ -275,6 +280,7 @@ class Site:
         return self.until
 
     async def apply(self, answer: dict[str, Any], received_at: float) -> None:
+        """Puts an answer of a sync to work, unless a later one was applied already."""
         generation = int(answer["generation"])
         if generation < self.generation:
             return
@@ -310,5 +316,4 @@ class Site:
                 "mode": self.mode,
             }
             self.store.put("fact", "control", fact)
-        with contextlib.suppress(HostError):
-            await self.hosts.step()
+        self.kick.set()

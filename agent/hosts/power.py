@@ -7,6 +7,7 @@ above what was applied (a driver reload) are lowered again; limits found below a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from agent.store import Store
 from agent.times import to_wire
 
 log = logging.getLogger("agent.hosts")
+CONCURRENCY = 8
 
 
 @dataclass
@@ -80,6 +82,7 @@ class HostPower:
         self.beat_s, self.may_raise, self.draining = beat_s, may_raise, draining
         self.hosts = {str(row["name"]): Host(row) for row in rows}
         self.dirty: set[str] = set()
+        self.gate = asyncio.Semaphore(CONCURRENCY)
         self.told_beats: dict[str, float] = {}
         for name, kept in store.all("host").items():
             if host := self.hosts.get(name):
@@ -186,18 +189,22 @@ class HostPower:
     # --- make it so
 
     async def step(self) -> None:
-        """Works on every host whose wish or reading changed. Cheap when there is none."""
-        for name in list(self.dirty):
-            host = self.hosts[name]
-            self.dirty.discard(name)
-            if host.reading is None or not host.reading.alive or host.lost:
-                continue
+        """Works on every host whose wish or reading changed, a few at a time. Cheap when there is none."""
+        names, self.dirty = self.dirty, set()
+        if names:
+            await asyncio.gather(*(self._work(self.hosts[name]) for name in names))
+
+    async def _work(self, host: Host) -> None:
+        if host.reading is None or not host.reading.alive or host.lost:
+            return
+        async with self.gate:
             try:
-                if not await self._towards(host):
-                    self.dirty.add(name)
+                done = await self._towards(host)
             except HostError as error:
-                log.warning("host %s: %s", name, error)
-                self.dirty.add(name)
+                log.warning("host %s: %s", host.name, error)
+                done = False
+        if not done:
+            self.dirty.add(host.name)
 
     async def _towards(self, host: Host) -> bool:
         """One step towards the goal; True when there is nothing left to do now."""
@@ -227,7 +234,8 @@ class HostPower:
     async def _limits(self, host: Host) -> bool:
         goal = host.goal()
         busy = self.draining(host.name)
-        now = list((await self.driver.read(host.name)).limits_w)
+        assert host.reading is not None
+        now = list(host.reading.limits_w)
         floor, top = int(host.row["gpu_min_w"]), int(host.row["gpu_max_w"])
         goal = [min(max(w, floor), top) for w in goal]
         lower = [

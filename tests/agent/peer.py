@@ -202,6 +202,18 @@ async def until(predicate, what="", limit_s=30.0):
     raise AssertionError(f"never came true: {what or predicate}")
 
 
+async def until_awaited(call, holds, what="", limit_s=30.0):
+    """As `until`, for a value that must be awaited: polls `call()` until `holds(value)`."""
+    end = time.monotonic() + limit_s
+    value = None
+    while time.monotonic() < end:
+        value = await call()
+        if holds(value):
+            return value
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"never came true: {what}; last {value}")
+
+
 def small_site(*, hosts=2, miners=3, cap_w=100_000):
     """One PDU under one site; 10x speed makes ramps short."""
     h100 = (60, 1100, 4600, 200, 700)
@@ -284,4 +296,4 @@ class World:
         )
 
 
-__all__ = ["AgentProcess", "ControlPeer", "World", "demo_site", "small_site", "until"]
+__all__ = ["AgentProcess", "ControlPeer", "World", "demo_site", "small_site", "until", "until_awaited"]

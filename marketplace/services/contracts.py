@@ -2,17 +2,12 @@
 
 States. `pending_payment` (only where settings.RESERVED_UPFRONT) -> `active` -> `ending` (over; jobs drain) -> `ended`, or `terminated`
 where it ended before its agreed end. An active contract's window decides whether it may be used, not its state.
-
-Early termination, as the terms of every contract say:
-  on_demand, spot     at once: waiting jobs are cancelled, running ones drain with their checkpoint grace and are billed until then.
-  reserved, flexible  a quarter of the time that is left stays due, at least 24 hours, never past the agreed end. The contract can
-                      be used until then; `ends_at` says when that is, and the capacity after it is free at once.
+Early termination: services.terms.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -34,15 +29,13 @@ from marketplace.models import (
     Reservation,
     ReservationBlock,
 )
-from marketplace.services import audit, holds, quotes
-from marketplace.services.availability import HOLDING, seconds
+from marketplace.services import audit, holds, quotes, terms
+from marketplace.services.availability import HOLDING
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
 
 ACCEPTED = "billing.contract_accepted"
 END_JOBS = "marketplace.end_contract_jobs"
-STAYS_DUE = 4  # a reserved contract that is left early owes one part in this many of the time left
-STAYS_DUE_AT_LEAST = timedelta(hours=24)
 PAYMENT_WITHIN = timedelta(hours=1)
 BATCH = 500
 
@@ -201,54 +194,12 @@ def _create(quote: Quote, listing: Listing, organization: Organization, now: dat
         flexible_hours_per_month=listing.flexible_hours_per_month if quote.kind == Kind.FLEXIBLE else 0,
         flexible_notice_s=listing.flexible_notice_s,
         listing_version=listing.version,
-        terms=order_form(quote, listing, starts_at),
+        terms=terms.order_form(quote, listing, starts_at),
         state=Contract.State.PENDING_PAYMENT if upfront else Contract.State.ACTIVE,
         reference=quote.reference,
         metadata=quote.metadata,
         created_at=now,
     )
-
-
-def order_form(quote: Quote, listing: Listing, starts_at: datetime) -> dict[str, Any]:
-    """What was agreed, whole: never changed afterwards, also not by an early termination."""
-    total = None
-    if quote.ends_at is not None and quote.total_minor is not None:
-        total = quotes.total_minor(quote.gpu_count, starts_at, quote.ends_at, quote.price, quote.currency)
-    return {
-        "quote": quote.public_id,
-        "listing": listing.public_id,
-        "listing_version": listing.version,
-        "title": listing.title,
-        "operator": listing.organization.name,
-        "site": listing.site.name,
-        "region": listing.site.region,
-        "country": listing.site.country,
-        "gpu_model": listing.gpu_model.name if listing.gpu_model else None,
-        "interconnect": listing.interconnect,
-        "fabric_gbps": listing.fabric_gbps,
-        "runtime": listing.runtime,
-        "kind": quote.kind,
-        "gpu_count": quote.gpu_count,
-        "level": quote.level,
-        "starts_at": starts_at.isoformat(),
-        "ends_at": quote.ends_at.isoformat() if quote.ends_at else None,
-        "price": quote.price,
-        "overage_price": quote.overage_price,
-        "limit_price": quote.limit_price,
-        "currency": quote.currency,
-        "fee_permille": quote.fee_permille,
-        "total_minor": total,
-        "eviction_notice_s": listing.eviction_notice_s,
-        "flexible_hours_per_month": listing.flexible_hours_per_month if quote.kind == Kind.FLEXIBLE else 0,
-        "flexible_notice_s": listing.flexible_notice_s,
-        "early_termination": {"rule": "at_once"}
-        if quote.kind not in HOLDING
-        else {
-            "rule": "part_of_the_time_left",
-            "part": f"1/{STAYS_DUE}",
-            "at_least_hours": STAYS_DUE_AT_LEAST // timedelta(hours=1),
-        },
-    }
 
 
 def confirm_payment(contract_id: int, *, now: datetime) -> None:
@@ -268,17 +219,6 @@ def actions(contract: Contract, actor: Actor) -> list[str]:
     return ["terminate"] if contract.state == Contract.State.PENDING_PAYMENT else ["submit_job", "terminate"]
 
 
-def termination(contract: Contract, now: datetime) -> datetime:
-    """When the contract would be over if it were terminated now, by the rule at the top of this module."""
-    if contract.kind not in HOLDING or contract.ends_at is None:
-        return now
-    begin = max(contract.starts_at, now)
-    due = max((contract.ends_at - begin) / STAYS_DUE, STAYS_DUE_AT_LEAST)
-    at = begin + due
-    at += timedelta(seconds=-seconds(at) % 60, microseconds=-at.microsecond)
-    return min(at.replace(microsecond=0), contract.ends_at)
-
-
 def terminate(
     actor: Actor, contract: Contract, *, now: datetime, reason: str = "terminated by the customer"
 ) -> Contract:
@@ -288,14 +228,14 @@ def terminate(
     now = now.replace(microsecond=0)
     with transaction.atomic():
         acquire((Lock.CELL, contract.cell_id), (Lock.ORG, contract.organization_id))
-        fresh = Contract.objects.select_for_update(no_key=True).get(pk=contract.pk)
+        fresh: Contract = Contract.objects.select_for_update(no_key=True).get(pk=contract.pk)
         before = {"state": fresh.state, "ends_at": fresh.ends_at.isoformat() if fresh.ends_at else None}
         if fresh.state == Contract.State.PENDING_PAYMENT:
             _cancel([fresh.pk], now=now, actor=actor.label, reason=reason)
         elif fresh.state != Contract.State.ACTIVE:
             raise MarketError("illegal_transition", f"The contract is {fresh.state}.")
         elif fresh.kind in HOLDING:
-            _shorten(fresh, termination(fresh, now), now=now, actor=actor, reason=reason)
+            _shorten(fresh, terms.termination(fresh, now), now=now, actor=actor, reason=reason)
         else:
             if fresh.starts_at < now:
                 Contract.objects.filter(pk=fresh.pk).update(ends_at=now)
@@ -313,7 +253,7 @@ def _shorten(contract: Contract, ends_at: datetime, *, now: datetime, actor: Act
     if contract.ends_at is not None and ends_at >= contract.ends_at:
         raise MarketError(
             "illegal_transition",
-            f"It ends at {contract.ends_at:%F %T}Z anyway: at least {STAYS_DUE_AT_LEAST // timedelta(hours=1)} hours stay due.",
+            f"It ends at {contract.ends_at:%F %T}Z anyway: at least {terms.STAYS_DUE_AT_LEAST // timedelta(hours=1)} hours stay due.",
         )
     Contract.objects.filter(pk=contract.pk).update(ends_at=ends_at)
     Reservation.objects.filter(contract=contract).update(ends_at=ends_at)
@@ -357,7 +297,7 @@ def settle(contract_ids: Iterable[int], *, now: datetime) -> int:
         rows = Contract.objects.filter(pk__in=[pk for pk in ids if pk not in busy], state="ending").only(
             "ends_at", "terms"
         )
-        early = {row.pk for row in rows if ended_early(row)}
+        early = {row.pk for row in rows if terms.ended_early(row)}
         full = {row.pk for row in rows} - early
         done = transition_many(
             Contract, full, expected=("ending",), to="ended", now=now, actor="system", reason="nothing runs any more"
@@ -372,14 +312,6 @@ def settle(contract_ids: Iterable[int], *, now: datetime) -> int:
             reason="nothing runs any more",
         )
     return len(done) + len(gone)
-
-
-def ended_early(contract: Contract) -> bool:
-    """Is its end another than was agreed?"""
-    if "ends_at" not in contract.terms:
-        return False
-    agreed = contract.terms["ends_at"]
-    return bool((contract.ends_at.isoformat() if contract.ends_at else None) != agreed)
 
 
 def _cancel(contract_ids: Iterable[int], *, now: datetime, actor: str, reason: str) -> list[int]:

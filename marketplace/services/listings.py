@@ -13,7 +13,19 @@ from django.db.models import F
 
 from billing.core import money
 from marketplace.errors import MarketError
-from marketplace.models import Agent, FeedValue, Host, Kind, Listing, Miner, Reservation, ReservationBlock, Site
+from marketplace.models import (
+    Agent,
+    FeedValue,
+    GpuModel,
+    Host,
+    Kind,
+    Listing,
+    Miner,
+    Organization,
+    Reservation,
+    ReservationBlock,
+    Site,
+)
 from marketplace.services import audit, availability
 from marketplace.services.transitions import legal_actions
 from marketplace.tenancy import Actor
@@ -325,3 +337,26 @@ def price_of(listing: Listing, kind: str, *, now: datetime) -> int:
             {"offered": offered},
         )  # fmt: skip
     return max(price, floor_of(listing, now=now)) if kind == Kind.SPOT else price
+
+
+# --- what an operator's request names
+def own_hosts(actor: Actor, wanted: Collection[int]) -> list[int]:
+    """Ids of hosts at the actor's own sites; MarketError("invalid_request") where one is not."""
+    mine = sorted(Host.objects.owned_by(actor.organization_id).filter(pk__in=wanted).values_list("pk", flat=True))
+    if len(mine) != len(set(wanted)):
+        raise MarketError("invalid_request", "hosts: there is none of that id.", {"/hosts": "unknown"})
+    return mine
+
+
+def gpu_model_id(name: str) -> int:
+    found = GpuModel.objects.filter(name=name).values_list("pk", flat=True).first()
+    if found is None:
+        raise MarketError("invalid_request", f"gpu_model: {name} is not known.", {"/gpu_model": "unknown"})
+    return found
+
+
+def partner_ids(wanted: Collection[int]) -> list[int]:
+    known = sorted(Organization.objects.filter(pk__in=wanted).values_list("pk", flat=True))
+    if len(known) != len(set(wanted)):
+        raise MarketError("invalid_request", "partners: there is none of that id.", {"/partners": "unknown"})
+    return known

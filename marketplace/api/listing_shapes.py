@@ -1,0 +1,126 @@
+"""What goes into and comes out of the routes of listings."""
+
+from rest_framework import serializers
+
+from marketplace.api import shapes
+from marketplace.api.base import PublicId, Shape
+from marketplace.models import Kind, Listing
+from marketplace.services import search
+from scheduler.core.capacity import LEVELS
+
+
+class SearchShape(Shape):
+    """The query of a search. A list is written with commas."""
+
+    gpu_model = serializers.CharField(required=False, help_text="names, separated by commas")
+    vram_min_mib = serializers.IntegerField(required=False, min_value=0)
+    region = serializers.CharField(required=False)
+    country = serializers.CharField(required=False, help_text="ISO 3166 codes")
+    interconnect = serializers.CharField(required=False)
+    fabric_gbps_min = serializers.IntegerField(required=False, min_value=0)
+    carbon_max_g = serializers.IntegerField(required=False, min_value=0, help_text="g CO2 per kWh")
+    runtime = serializers.CharField(required=False)
+    kind = serializers.ChoiceField(Kind.choices, required=False)
+    price_max = serializers.IntegerField(
+        required=False, min_value=0, max_value=1 << 60, help_text="millionths per GPU-hour"
+    )
+    start = serializers.DateTimeField(required=False)
+    end = serializers.DateTimeField(required=False)
+    count = serializers.IntegerField(required=False, min_value=1, max_value=1_000_000, help_text="GPUs in one block")
+    level = serializers.ChoiceField(
+        LEVELS, required=False, default="site", help_text="all of the block in one such cell"
+    )
+    sort = serializers.ChoiceField(search.SORTS, required=False, default="price")
+    limit = serializers.IntegerField(required=False, min_value=1, max_value=100, default=20)
+    cursor = serializers.CharField(required=False)
+    facets = serializers.BooleanField(required=False, default=False)
+
+
+class MineShape(Shape):
+    mine = serializers.BooleanField()
+    state = serializers.ChoiceField(Listing.State.choices, required=False)
+    limit = serializers.CharField(required=False)
+    cursor = serializers.CharField(required=False)
+
+
+class CalendarQuery(Shape):
+    start = serializers.DateTimeField(required=False)
+    end = serializers.DateTimeField(required=False)
+    step_hours = serializers.IntegerField(required=False, min_value=1, max_value=24 * 31, default=24)
+    level = serializers.ChoiceField(LEVELS, required=False, default="site")
+
+
+class TermsShape(Shape):
+    """What an operator may change. Prices: millionths of the major unit per GPU-hour; null: not offered."""
+
+    title = serializers.CharField(max_length=120)
+    description = serializers.CharField(max_length=10_000, required=False, allow_blank=True)
+    gpu_model = serializers.CharField(
+        max_length=40, required=False, allow_null=True, help_text="by name; null: a mixed pool"
+    )
+    visibility = serializers.ChoiceField(Listing.Visibility.choices, required=False)
+    partners = serializers.ListField(child=PublicId("org"), max_length=1000, required=False)
+    hosts = serializers.ListField(child=PublicId("hst"), max_length=20_000, required=False)
+    currency = serializers.CharField(min_length=3, max_length=3, required=False)
+    on_demand_price = serializers.IntegerField(min_value=1, max_value=1 << 50, required=False, allow_null=True)
+    reserved_price = serializers.IntegerField(min_value=1, max_value=1 << 50, required=False, allow_null=True)
+    flexible_price = serializers.IntegerField(min_value=1, max_value=1 << 50, required=False, allow_null=True)
+    spot_floor = serializers.IntegerField(min_value=1, max_value=1 << 50, required=False, allow_null=True)
+    min_gpus = serializers.IntegerField(min_value=1, max_value=1_000_000, required=False)
+    min_term_hours = serializers.IntegerField(min_value=1, max_value=26_304, required=False)
+    max_term_days = serializers.IntegerField(min_value=1, max_value=1096, required=False)
+    eviction_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
+    flexible_hours_per_month = serializers.IntegerField(min_value=0, max_value=720, required=False)
+    flexible_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
+    available_from = serializers.DateTimeField(required=False, allow_null=True)
+    available_until = serializers.DateTimeField(required=False, allow_null=True)
+    interconnect = serializers.CharField(max_length=40, required=False, allow_blank=True)
+    fabric_gbps = serializers.IntegerField(min_value=0, max_value=1_000_000, required=False)
+
+
+class DraftShape(TermsShape):
+    site = PublicId("sit")
+
+
+class StockShape(serializers.Serializer):
+    gpus = serializers.IntegerField(help_text="most that one block can have, exact at as_of")
+    listed = serializers.IntegerField()
+    level = serializers.ChoiceField(LEVELS)
+    as_of = serializers.DateTimeField()
+    heard_at = serializers.DateTimeField(allow_null=True, help_text="the oldest last beat of the hosts counted")
+
+
+class ListingShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    created_at = serializers.DateTimeField()
+    title = serializers.CharField()
+    description = serializers.CharField()
+    state = serializers.ChoiceField(Listing.State.choices)
+    visibility = serializers.ChoiceField(Listing.Visibility.choices)
+    version = serializers.IntegerField()
+    published_at = serializers.DateTimeField(allow_null=True)
+    operator = serializers.DictField()
+    site = serializers.DictField()
+    gpu_model = serializers.DictField(allow_null=True)
+    interconnect = serializers.CharField()
+    fabric_gbps = serializers.IntegerField()
+    runtime = serializers.CharField()
+    prices = serializers.DictField(child=shapes.PriceShape())
+    terms = serializers.DictField()
+    stock = StockShape(required=False)
+    actions = serializers.ListField(child=serializers.CharField())
+
+
+class SearchPage(shapes.page_of("Listing", ListingShape)):  # type: ignore[misc]
+    as_of = serializers.DateTimeField()
+    facets = serializers.DictField(required=False)
+    nothing = serializers.DictField(required=False, help_text="only with no offer: which filter removed the last ones")
+
+
+class CalendarShape(serializers.Serializer):
+    object = serializers.CharField()
+    listing = serializers.CharField()
+    level = serializers.ChoiceField(LEVELS)
+    as_of = serializers.DateTimeField()
+    data = serializers.ListField(child=serializers.DictField())  # type: ignore[assignment]

@@ -1,0 +1,172 @@
+"""Quotes: a firm price with held capacity, itemised, and the body that accepts it."""
+
+from typing import Any
+
+from django.urls import path
+from django.utils import timezone
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework import serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from marketplace.api import shapes
+from marketplace.api.base import PublicId, Resource, Shape
+from marketplace.models import Kind, Quote
+from marketplace.services import quotes
+from marketplace.services.availability import HOLDING
+from scheduler.core.capacity import LEVELS
+
+
+class QuoteRequest(Shape):
+    listing = PublicId("lst")
+    kind = serializers.ChoiceField(Kind.choices)
+    gpu_count = serializers.IntegerField(min_value=1, max_value=1_000_000, help_text="what is held, or the ceiling")
+    level = serializers.ChoiceField(
+        LEVELS, required=False, default="site", help_text="all GPUs inside one host, leaf, spine or site"
+    )
+    starts_at = serializers.DateTimeField(
+        required=False, allow_null=True, default=None, help_text="to the minute; left out: at once"
+    )
+    ends_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
+    limit_price = serializers.IntegerField(
+        required=False,
+        allow_null=True,
+        default=None,
+        min_value=1,
+        max_value=1 << 50,
+        help_text="spot: millionths per GPU-hour",
+    )
+    reference = serializers.CharField(max_length=80, required=False, default="", allow_blank=True)
+    metadata = serializers.DictField(required=False, default=dict)
+
+
+class QuoteShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    created_at = serializers.DateTimeField()
+    listing = serializers.CharField()
+    state = serializers.ChoiceField(Quote.State.choices)
+    kind = serializers.ChoiceField(Kind.choices)
+    gpu_count = serializers.IntegerField()
+    level = serializers.ChoiceField(LEVELS)
+    starts_at = serializers.DateTimeField()
+    ends_at = serializers.DateTimeField(allow_null=True)
+    price = shapes.PriceShape()
+    overage_price = shapes.PriceShape(allow_null=True)
+    limit_price = shapes.PriceShape(allow_null=True)
+    total = shapes.MoneyShape(allow_null=True, help_text="of the commitment; null: billed by use")
+    items = serializers.DictField()
+    held_until = serializers.DateTimeField(allow_null=True)
+    firm_until = serializers.DateTimeField()
+    holds_capacity = serializers.BooleanField()
+    accept = shapes.AcceptShape(allow_null=True)
+    contract = serializers.CharField(allow_null=True)
+    reference = serializers.CharField()
+    metadata = serializers.DictField()
+    actions = serializers.ListField(child=serializers.CharField())
+
+
+class QuoteResource(Resource):
+    model_queryset = Quote.objects.select_related("listing", "contract")
+    prefix = "quo"
+    filters = {"state": "state", "listing": "listing", "kind": "kind", "reference": "reference"}
+
+    def represent(self, row: Quote) -> dict[str, Any]:
+        now = timezone.now()
+        state = quotes.state_of(row, now)
+        contract = getattr(row, "contract", None)
+        items = quotes.itemise(row)
+        open_ = state == Quote.State.OPEN
+        return {
+            "id": row.public_id,
+            "object": "quote",
+            "created_at": row.created_at,
+            "listing": row.listing.public_id,
+            "state": state,
+            "kind": row.kind,
+            "gpu_count": row.gpu_count,
+            "level": row.level,
+            "starts_at": row.starts_at,
+            "ends_at": row.ends_at,
+            "price": shapes.price(row.price, row.currency),
+            "overage_price": shapes.price(row.overage_price, row.currency),
+            "limit_price": shapes.price(row.limit_price, row.currency),
+            "total": shapes.amount(row.total_minor, row.currency),
+            "items": {
+                "basis": items["basis"],
+                "gpu_seconds": items["gpu_seconds"],
+                "total": shapes.amount(items["total_minor"], row.currency),
+                "to_the_operator": shapes.amount(items["operator_minor"], row.currency),
+                "platform_fee": shapes.amount(items["platform_fee_minor"], row.currency),
+            },
+            "held_until": row.held_until,
+            "firm_until": row.firm_until,
+            "holds_capacity": bool(open_ and row.kind in HOLDING and row.held_until and row.held_until > now),
+            "accept": quotes.accept_body(row) if open_ else None,
+            "contract": None if contract is None else contract.public_id,
+            "reference": row.reference,
+            "metadata": row.metadata,
+            "actions": ["accept", "release"] if open_ else [],
+        }
+
+
+class Quotes(QuoteResource):
+    actions = {"GET": "quotes:read", "POST": "quotes:write"}
+
+    @extend_schema(
+        tags=["quotes"], operation_id="quotes_list", responses={200: shapes.page_of("Quote", QuoteShape)},
+        parameters=[OpenApiParameter(n, str) for n in ("state", "listing", "kind", "reference", "limit", "cursor")],
+    )  # fmt: skip
+    def get(self, request: Request) -> Response:
+        return self.listing(request)
+
+    @extend_schema(tags=["quotes"], operation_id="quotes_create", request=QuoteRequest, responses={201: QuoteShape})
+    def post(self, request: Request) -> Response:  # noqa: ARG002
+        """A firm price; `reserved` and `flexible` hold their capacity for two minutes. Refused: the reason, and what would fit."""
+        body = self.read(QuoteRequest)
+        wanted = quotes.Request(
+            **{k: body[k] for k in ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")}
+        )
+
+        def effect() -> Response:
+            made = quotes.quote(
+                self.actor,
+                body["listing"],
+                wanted,
+                reference=body["reference"],
+                metadata=body["metadata"],
+                now=timezone.now(),
+            )
+            return Response(self.represent(self.queryset().get(pk=made.pk)), status=201)
+
+        return self.write(effect)
+
+
+class QuoteDetail(QuoteResource):
+    actions = {"GET": "quotes:read"}
+
+    @extend_schema(tags=["quotes"], operation_id="quotes_show", responses={200: QuoteShape})
+    def get(self, request: Request, quote: str) -> Response:  # noqa: ARG002
+        return Response(self.represent(self.row(quote)))
+
+
+class QuoteRelease(QuoteResource):
+    actions = {"POST": "quotes:write"}
+
+    @extend_schema(tags=["quotes"], operation_id="quotes_release", request=None, responses={200: QuoteShape})
+    def post(self, request: Request, quote: str) -> Response:  # noqa: ARG002
+        """Give it back before it lapses; what it held is free at once."""
+        row = self.row(quote)
+
+        def effect() -> Response:
+            quotes.release(self.actor, row.pk, now=timezone.now())
+            return Response(self.represent(self.row(quote)))
+
+        return self.write(effect)
+
+
+urlpatterns = [
+    path("quotes", Quotes.as_view(), name="quotes"),
+    path("quotes/<str:quote>", QuoteDetail.as_view(), name="quote"),
+    path("quotes/<str:quote>/release", QuoteRelease.as_view(), name="quote-release"),
+]

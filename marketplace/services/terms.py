@@ -1,0 +1,78 @@
+"""What a contract says: its order form, which never changes, and the rule by which it may end early.
+
+Early termination, as the terms of every contract say:
+  on_demand, spot     at once: waiting jobs are cancelled, running ones drain with their checkpoint grace and are billed until then.
+  reserved, flexible  a quarter of the time that is left stays due, at least 24 hours, never past the agreed end. The contract can
+                      be used until then; `ends_at` says when that is, and the capacity after it is free at once.
+"""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from marketplace.models import Contract, Kind, Listing, Quote
+from marketplace.services import quotes
+from marketplace.services.availability import HOLDING, seconds
+
+STAYS_DUE = 4  # a reserved contract that is left early owes one part in this many of the time left
+STAYS_DUE_AT_LEAST = timedelta(hours=24)
+
+
+def order_form(quote: Quote, listing: Listing, starts_at: datetime) -> dict[str, Any]:
+    """What was agreed, whole: never changed afterwards, also not by an early termination."""
+    total = None
+    if quote.ends_at is not None and quote.total_minor is not None:
+        total = quotes.total_minor(quote.gpu_count, starts_at, quote.ends_at, quote.price, quote.currency)
+    return {
+        "quote": quote.public_id,
+        "listing": listing.public_id,
+        "listing_version": listing.version,
+        "title": listing.title,
+        "operator": listing.organization.name,
+        "site": listing.site.name,
+        "region": listing.site.region,
+        "country": listing.site.country,
+        "gpu_model": listing.gpu_model.name if listing.gpu_model else None,
+        "interconnect": listing.interconnect,
+        "fabric_gbps": listing.fabric_gbps,
+        "runtime": listing.runtime,
+        "kind": quote.kind,
+        "gpu_count": quote.gpu_count,
+        "level": quote.level,
+        "starts_at": starts_at.isoformat(),
+        "ends_at": quote.ends_at.isoformat() if quote.ends_at else None,
+        "price": quote.price,
+        "overage_price": quote.overage_price,
+        "limit_price": quote.limit_price,
+        "currency": quote.currency,
+        "fee_permille": quote.fee_permille,
+        "total_minor": total,
+        "eviction_notice_s": listing.eviction_notice_s,
+        "flexible_hours_per_month": listing.flexible_hours_per_month if quote.kind == Kind.FLEXIBLE else 0,
+        "flexible_notice_s": listing.flexible_notice_s,
+        "early_termination": {"rule": "at_once"}
+        if quote.kind not in HOLDING
+        else {
+            "rule": "part_of_the_time_left",
+            "part": f"1/{STAYS_DUE}",
+            "at_least_hours": STAYS_DUE_AT_LEAST // timedelta(hours=1),
+        },
+    }
+
+
+def termination(contract: Contract, now: datetime) -> datetime:
+    """When the contract would be over if it were terminated now, by the rule at the top of this module."""
+    if contract.kind not in HOLDING or contract.ends_at is None:
+        return now
+    begin = max(contract.starts_at, now)
+    due = max((contract.ends_at - begin) / STAYS_DUE, STAYS_DUE_AT_LEAST)
+    at = begin + due
+    at += timedelta(seconds=-seconds(at) % 60, microseconds=-at.microsecond)
+    return min(at.replace(microsecond=0), contract.ends_at)
+
+
+def ended_early(contract: Contract) -> bool:
+    """Is its end another than was agreed?"""
+    if "ends_at" not in contract.terms:
+        return False
+    agreed = contract.terms["ends_at"]
+    return bool((contract.ends_at.isoformat() if contract.ends_at else None) != agreed)

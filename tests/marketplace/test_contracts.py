@@ -1,0 +1,315 @@
+"""Contracts: accepted once, on frozen terms; ended by the clock or by their own rule."""
+
+from datetime import timedelta
+
+import pytest
+
+from marketplace.errors import MarketError
+from marketplace.models import AuditEvent, BillingStanding, Contract, Job, OutboxMessage, Quote, Reservation
+from marketplace.services import availability, contracts, jobs, quotes, terms
+from tests import factories
+from tests.factories import NOW
+
+pytestmark = pytest.mark.django_db
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+START, END = NOW + 2 * DAY, NOW + 9 * DAY
+
+
+@pytest.fixture
+def listing():
+    site = factories.site()
+    return factories.listing(site, hosts=[factories.host(site)])
+
+
+@pytest.fixture
+def customer():
+    return factories.organization()
+
+
+def ask(customer, listing, kind="reserved", gpus=8, *, now=NOW, start=START, end=END, **fields):
+    wanted = quotes.Request(kind, gpus, starts_at=start, ends_at=end, **fields)
+    return quotes.quote(factories.actor(customer), listing.pk, wanted, now=now)
+
+
+def rate(customer, listing, kind="on_demand", gpus=8, **fields):
+    return ask(customer, listing, kind, gpus, start=None, end=None, **fields)
+
+
+def accept(customer, quote, now=NOW):
+    return contracts.accept(factories.actor(customer), quote.pk, now=now)
+
+
+def refused(code, call, *args, **kwargs):
+    with pytest.raises(MarketError) as error:
+        call(*args, **kwargs)
+    assert error.value.code == code, error.value
+    return error.value
+
+
+def topics():
+    return sorted(OutboxMessage.objects.values_list("topic", "payload__contract"))
+
+
+def history(contract):
+    return list(contract.events.values_list("from_state", "to_state"))
+
+
+def test_a_reserved_contract_is_active_at_once_with_its_capacity_firm(listing, customer):
+    quote = ask(customer, listing)
+    contract = accept(customer, quote, NOW + timedelta(seconds=60))
+    held = contract.reservation
+    assert (contract.state, contract.gpu_count, contract.starts_at, contract.ends_at) == ("active", 8, START, END)
+    assert (held.state, held.held_until, held.quote) == ("firm", None, quote)
+    assert START - held.claims_at == timedelta(seconds=240)
+    assert held.blocks.get().gpu_indices == list(range(8))
+    assert (contract.price, contract.overage_price, contract.fee_permille) == (2_000_000, 2_500_000, 150)
+    assert contract.terms["total_minor"] == quote.total_minor == 8 * 168 * 200
+    assert contract.terms["early_termination"]["part"] == "1/4"
+    assert (contract.operator, contract.cell, contract.site) == (listing.organization, listing.site.cell, listing.site)
+    quote.refresh_from_db()
+    assert quote.state == "accepted"
+    assert history(contract) == [("", "active")]
+    assert topics() == [(contracts.ACCEPTED, contract.pk)]
+    assert AuditEvent.objects.get(verb="contract.accepted").subject == contract.public_id
+    assert contracts.clock(NOW + DAY) == contracts.Ticked()
+    assert availability.largest(listing, now=NOW + DAY, starts_at=START, ends_at=END) == 0
+
+
+def test_a_rate_is_a_ceiling_without_a_hold(listing, customer):
+    contract = accept(customer, rate(customer, listing), NOW + timedelta(minutes=10))
+    assert (contract.state, contract.ends_at, contract.starts_at) == ("active", None, NOW + timedelta(minutes=10))
+    assert not Reservation.objects.exists()
+    spot = accept(customer, rate(customer, listing, "spot", limit_price=1_200_000))
+    assert (spot.price, spot.limit_price) == (900_000, 1_200_000)
+    assert jobs.submit(factories.actor(customer), contract, {"command": ["x"]}, now=NOW + HOUR).state == "queued"
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (None, "card_required"),
+        ("no_card", "card_required"),
+        ("past_due", "billing_suspended"),
+        ("suspended", "billing_suspended"),
+    ],
+)
+def test_only_a_good_standing_signs(listing, customer, state, code):
+    quote = ask(customer, listing)
+    if state is None:
+        BillingStanding.objects.filter(organization=customer).delete()
+    else:
+        BillingStanding.objects.filter(organization=customer).update(state=state)
+    assert refused(code, accept, customer, quote).kind.status == 402
+    assert not Contract.objects.exists()
+    assert Reservation.objects.get().state == "held"  # add the card and accept again
+    BillingStanding.objects.update_or_create(organization=customer, defaults={"state": "good", "updated_at": NOW})
+    assert accept(customer, quote).state == "active"
+
+
+def test_a_quote_is_accepted_once(listing, customer):
+    quote = ask(customer, listing)
+    contract = accept(customer, quote)
+    assert refused("illegal_transition", accept, customer, quote).extra["contract"] == contract.public_id
+    assert Contract.objects.count() == 1
+
+
+def test_a_lapsed_hold_is_looked_for_again_while_the_price_is_firm(listing, customer):
+    quote = ask(customer, listing)
+    later = NOW + timedelta(minutes=5)
+    assert contracts.clock(later).holds_released == 1
+    listing.reserved_price = 9_000_000
+    listing.save()
+    contract = accept(customer, quote, later)
+    assert contract.price == 2_000_000
+    assert contract.reservation.state == "firm"
+    assert contract.reservation.blocks.get().gpu_indices == list(range(8))
+
+
+def test_a_lapsed_hold_that_somebody_took_is_gone_with_alternatives(listing, customer):
+    quote = ask(customer, listing)
+    later = NOW + timedelta(minutes=5)
+    rival = factories.organization()
+    accept(rival, ask(rival, listing, now=later), later)
+    error = refused("capacity_gone", accept, customer, quote, later)
+    assert error.extra["reason"] == "no_capacity_in_window"
+    assert error.extra["alternatives"]["later"]["starts_at"] == END + timedelta(seconds=240)
+    assert Contract.objects.count() == 1
+    assert Quote.objects.get(pk=quote.pk).state == "open"
+
+
+def test_a_held_host_that_died_is_replaced(customer):
+    site = factories.site()
+    first, second = factories.host(site), factories.host(site)
+    listing = factories.listing(site, hosts=[first, second])
+    quote = ask(customer, listing)
+    held = quote.reservation.blocks.get().host
+    held.state = "lost"
+    held.save()
+    contract = accept(customer, quote)
+    assert {contract.reservation.blocks.get().host, held} == {first, second}
+
+
+def test_a_price_is_firm_for_fifteen_minutes_and_no_longer(listing, customer):
+    quote = rate(customer, listing)
+    last = NOW + timedelta(seconds=899)
+    error = refused("quote_expired", accept, customer, quote, last + timedelta(seconds=1))
+    assert error.extra["quote_again"]["body"] == {
+        "listing": listing.public_id, "kind": "on_demand", "gpu_count": 8, "level": "site"
+    }  # fmt: skip
+    assert contracts.clock(last).quotes_expired == 0
+    assert accept(customer, quote, last).state == "active"
+    reserved = ask(customer, listing)
+    assert contracts.clock(NOW + timedelta(seconds=900)).quotes_expired == 1
+    refused("quote_expired", accept, customer, reserved, NOW + timedelta(seconds=900))
+    assert not Reservation.objects.get().blocks.exists()
+
+
+def test_who_starts_at_once_pays_from_the_signature_on(listing, customer):
+    quote = ask(customer, listing, start=None, end=NOW + 10 * HOUR)
+    contract = accept(customer, quote, NOW + timedelta(seconds=100))
+    assert contract.starts_at == contract.reservation.starts_at == NOW + timedelta(seconds=100)
+    assert contract.terms["total_minor"] == round(8 * (36_000 - 100) / 3600 * 200)
+
+
+def test_the_organizations_limit_counts_what_is_held_at_the_worst_instant(customer):
+    site = factories.site()
+    listing = factories.listing(site, hosts=[factories.host(site) for _ in range(4)])
+    customer.gpu_limit = 16
+    customer.save()
+    accept(customer, ask(customer, listing, gpus=8, start=START, end=START + 2 * DAY))
+    accept(customer, ask(customer, listing, gpus=8, start=START + 2 * DAY, end=START + 4 * DAY))
+    accept(customer, ask(customer, listing, gpus=8, start=START + DAY, end=START + 3 * DAY))  # 16 at every instant
+    error = refused("limit_exceeded", accept, customer, ask(customer, listing, gpus=8, start=START, end=END))
+    assert error.extra == {"limit": "gpus", "allowed": 16, "held": 16}
+    accept(customer, rate(customer, listing, gpus=16))
+
+
+def test_upfront_contracts_wait_for_their_payment(listing, customer, settings):
+    settings.RESERVED_UPFRONT = True
+    contract = accept(customer, ask(customer, listing))
+    assert contract.state == "pending_payment"
+    assert contracts.actions(contract, factories.actor(customer)) == ["terminate"]
+    refused("no_capacity", ask, factories.organization(), listing)
+    contracts.confirm_payment(contract.pk, now=NOW)
+    contracts.confirm_payment(contract.pk, now=NOW)
+    assert history(contract) == [("", "pending_payment"), ("pending_payment", "active")]
+    assert accept(customer, rate(customer, listing)).state == "active"
+
+
+def test_an_upfront_payment_that_does_not_come_frees_the_capacity(listing, customer, settings):
+    settings.RESERVED_UPFRONT = True
+    contract = accept(customer, ask(customer, listing))
+    assert contracts.clock(NOW + HOUR - timedelta(seconds=1)).payments_lapsed == 0
+    assert contracts.clock(NOW + HOUR).payments_lapsed == 1
+    contract.refresh_from_db()
+    assert (contract.state, contract.reservation.state) == ("cancelled", "released")
+    ask(factories.organization(), listing, now=NOW + HOUR)
+
+
+# --- the end
+def test_the_clock_ends_a_contract_with_its_window_and_its_jobs_drain(listing, customer):
+    contract = accept(customer, ask(customer, listing))
+    job = factories.job(contract, state="queued")
+    OutboxMessage.objects.all().delete()
+    assert contracts.clock(END - timedelta(seconds=1)).contracts_over == 0
+    assert contracts.clock(END).contracts_over == 1
+    contract.refresh_from_db()
+    assert (contract.state, contract.reservation.state, contract.ended_at) == ("ending", "released", END)
+    assert (contracts.END_JOBS, contract.pk) in topics()
+    assert contracts.clock(END + timedelta(seconds=10)) == contracts.Ticked()
+    jobs.end_contract(contract.pk, now=END)
+    job.refresh_from_db()
+    assert job.state == "cancelled"
+    assert contracts.clock(END + timedelta(seconds=20)).contracts_settled == 1
+    assert history(contract) == [("", "active"), ("active", "ending"), ("ending", "ended")]
+
+
+def test_a_contract_without_jobs_is_over_in_one_tick(listing, customer):
+    contract = accept(customer, ask(customer, listing))
+    OutboxMessage.objects.all().delete()
+    contracts.clock(END)
+    contract.refresh_from_db()
+    assert contract.state == "ended"
+    assert topics() == []
+    ask(customer, listing, now=END, start=END + DAY, end=END + 2 * DAY)
+
+
+def test_a_placement_that_still_drains_keeps_the_contract_ending(listing, customer):
+    contract = accept(customer, rate(customer, listing))
+    job = factories.job(contract, state="running")
+    placement = factories.placement(job, listing.hosts.get(), [0], state="draining")
+    contracts.terminate(factories.actor(customer), contract, now=NOW + HOUR)
+    Job.objects.filter(pk=job.pk).update(state="cancelled")
+    assert contracts.clock(NOW + 2 * HOUR).contracts_settled == 0
+    type(placement).objects.filter(pk=placement.pk).update(state="released")
+    assert contracts.clock(NOW + 3 * HOUR).contracts_settled == 1
+
+
+@pytest.mark.parametrize("kind", ["on_demand", "spot"])
+def test_a_rate_is_terminated_at_once_and_its_jobs_drain(listing, customer, kind):
+    limit = {"limit_price": 1_000_000} if kind == "spot" else {}
+    contract = accept(customer, rate(customer, listing, kind, **limit))
+    factories.job(contract, state="queued")
+    contract = contracts.terminate(factories.actor(customer), contract, now=NOW + HOUR)
+    assert (contract.state, contract.ends_at, contract.ended_at) == ("ending", NOW + HOUR, NOW + HOUR)
+    assert (contracts.END_JOBS, contract.pk) in topics()
+    refused(
+        "contract_inactive", jobs.submit, factories.actor(customer), contract, {"command": ["x"]}, now=NOW + 2 * HOUR
+    )
+    jobs.end_contract(contract.pk, now=NOW + HOUR)
+    contracts.clock(NOW + HOUR)
+    contract.refresh_from_db()
+    assert contract.state == "terminated"
+    refused("illegal_transition", contracts.terminate, factories.actor(customer), contract, now=NOW + 3 * HOUR)
+
+
+@pytest.mark.parametrize(
+    ("at", "ends_at"),
+    [
+        (NOW, START + 7 * DAY / 4),  # before its start: a quarter of it all
+        (START + 3 * DAY, START + 4 * DAY),  # a quarter of what is left is a day
+        (START + 5 * DAY, START + 6 * DAY),  # at least a day
+    ],
+)
+def test_a_reserved_contract_owes_a_quarter_of_the_time_left(listing, customer, at, ends_at):
+    contract = accept(customer, ask(customer, listing))
+    contract = contracts.terminate(factories.actor(customer), contract, now=at)
+    assert (contract.state, contract.ends_at, contract.reservation.ends_at) == ("active", ends_at, ends_at)
+    assert contract.terms["ends_at"] == END.isoformat()
+    assert "early termination" in contract.events.last().reason
+    assert availability.largest(listing, now=at, starts_at=ends_at + HOUR, ends_at=END) == 8
+    contracts.clock(ends_at)
+    contract.refresh_from_db()
+    assert contract.state == "terminated"
+
+
+def test_on_its_last_day_a_reserved_contract_just_ends(listing, customer):
+    contract = accept(customer, ask(customer, listing))
+    refused("illegal_transition", contracts.terminate, factories.actor(customer), contract, now=END - HOUR)
+    assert terms.termination(contract, END - HOUR) == END
+
+
+def test_only_the_customer_terminates(listing, customer):
+    contract = accept(customer, rate(customer, listing))
+    for actor in (factories.actor(listing.organization), factories.actor(factories.organization())):
+        refused("forbidden", contracts.terminate, actor, contract, now=NOW)
+        assert contracts.actions(contract, actor) == []
+    assert contracts.actions(contract, factories.actor(customer)) == ["submit_job", "terminate"]
+
+
+@pytest.mark.parametrize("state", sorted(set(Contract.State.values) - {"active", "pending_payment"}))
+def test_what_is_over_is_left_alone(listing, customer, state):
+    contract = accept(customer, rate(customer, listing))
+    Contract.objects.filter(pk=contract.pk).update(state=state, ends_at=NOW + HOUR)
+    refused("illegal_transition", contracts.terminate, factories.actor(customer), contract, now=NOW)
+    assert contracts.end([contract.pk], now=NOW + DAY) == []
+    contracts.confirm_payment(contract.pk, now=NOW)
+    contract.refresh_from_db()
+    assert contract.state == state
+
+
+def test_the_clock_is_a_bounded_number_of_queries(listing, customer, django_assert_max_num_queries):
+    for _ in range(5):
+        accept(customer, ask(customer, listing, gpus=1))
+    with django_assert_max_num_queries(40):
+        assert contracts.clock(END).contracts_over == 5

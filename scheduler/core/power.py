@@ -326,21 +326,22 @@ def choose_shed(
     order = shed_order(miners)
     goal = need_mw + -(-need_mw * over_pick_permille // 1000)
     left = {int(n): int(goal[n]) for n in np.flatnonzero(need_mw > 0)}
-    freed_at = [{n: int(w) * int(tree.k[n, MINER]) for n in tree.paths[int(node)] if n in left}
-                for node, w in zip(miners.node[order], miners.watts[order], strict=True)]  # fmt: skip
-    chosen: dict[int, None] = {}
+    homes, watts = miners.node[order], miners.watts[order]
+    reach = {home: [(n, int(tree.k[n, MINER])) for n in tree.paths[home] if n in left] for home in set(homes.tolist())}
+    chosen: set[int] = set()
     for n in sorted(left, key=lambda n: (-len(tree.paths[n]), n)):
-        for at, freed in enumerate(freed_at):
+        for at in np.flatnonzero(tree.under(n)[homes]).tolist():
             if left[n] <= 0:
                 break
-            if n in freed and at not in chosen:
-                chosen[at] = None
-                for up, mw in freed.items():
-                    left[up] -= mw
+            if at not in chosen:
+                chosen.add(at)
+                for up, k in reach[int(homes[at])]:
+                    left[up] -= int(watts[at]) * k
     for at in sorted(chosen, reverse=True):
-        if all(left[n] + mw <= 0 for n, mw in freed_at[at].items()):
-            del chosen[at]
-            for n, mw in freed_at[at].items():
+        freed = [(n, int(watts[at]) * k) for n, k in reach[int(homes[at])]]
+        if all(left[n] + mw <= 0 for n, mw in freed):
+            chosen.remove(at)
+            for n, mw in freed:
                 left[n] += mw
     spare = {n: int(goal[n] - need_mw[n]) for n in left}
     missing = {tree.keys[n]: mw - spare[n] for n, mw in left.items() if mw > spare[n]}
@@ -412,23 +413,26 @@ def staggered_wake_groups(
     widens the margin) at any ancestor, inrush included. A machine larger than a step wakes alone.
     """
     step = margins_w(tree) if step_w is None else step_w
+    room = [1_000_000 * int(w) for w in step]  # in uW, as watts x per mille x per mille
+    ratio = [[(n, int(tree.k[n, MINER]) * inrush_permille) for n in path] for path in tree.paths]
+    homes, watts = miners.node.tolist(), miners.watts.tolist()
     groups: list[list[int]] = []
     used: list[dict[int, int]] = []
-    first_open = dict.fromkeys(range(len(tree.keys)), 0)
+    first_open = [0] * len(tree.keys)
     for position in order:
-        node = int(miners.node[position])
-        surge = {n: int(miners.watts[position]) * int(tree.k[n, MINER]) * inrush_permille for n in tree.paths[node]}
-        alone = any(uw > 1_000_000 * int(step[n]) for n, uw in surge.items())
-        at = len(groups) if alone else first_open[node]
-        while at < len(groups) and any(used[at].get(n, 0) + uw > 1_000_000 * int(step[n]) for n, uw in surge.items()):
+        home = homes[position]
+        surge = [(n, watts[position] * r) for n, r in ratio[home]]
+        alone = any(uw > room[n] for n, uw in surge)
+        at = len(groups) if alone else first_open[home]
+        while at < len(groups) and any(used[at].get(n, 0) + uw > room[n] for n, uw in surge):
             at += 1
         if at == len(groups):
             groups.append([])
             used.append(dict.fromkeys(range(len(step)), 1 << 62) if alone else {})
         if not alone:
-            first_open[node] = at  # a later machine of this node never looks at an earlier group: one pass
+            first_open[home] = at  # a later machine of this node never looks at an earlier group: one pass
         groups[at].append(int(position))
-        for n, uw in surge.items():
+        for n, uw in surge:
             used[at][n] = used[at].get(n, 0) + uw
     return tuple(tuple(group) for group in groups)
 

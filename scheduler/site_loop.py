@@ -21,6 +21,7 @@ from scheduler.core import power as core
 SLOW = timedelta(minutes=5)
 DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
 CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
+WAKE_PERMILLE = 50  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,13 @@ def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: da
 def _staged(
     ledger: power.Ledger, miners: Sequence[Miner], fleet: dispatch.Fleet, modes: dispatch.Modes, changes: core.Ints
 ) -> list[power.Command]:
-    """All lowerings now; raises in groups that never widen a node's margin, the first group this turn."""
+    """All lowerings now; raises in groups of at most WAKE_PERMILLE of a node's cap, the first group this turn."""
     targets = {int(i): int(modes[i]) for i in changes}
     rise = {i: miners[i].mode_watts[m] - miners[i].reserved_w for i, m in targets.items()}
     ups = [i for i in targets if rise[i] > 0]
     table = core.Miners.of((int(fleet.node[i]), rise[i], 0) for i in ups)
-    groups = core.staggered_wake_groups(ledger.tree, table, range(len(ups)))
+    step = ledger.tree.cap_w * WAKE_PERMILLE // 1000
+    groups = core.staggered_wake_groups(ledger.tree, table, range(len(ups)), step_w=step)
     now_up = {ups[i] for i in groups[0]} if groups else set()
     return [
         power.Command(miners[i].pk, mode, miners[i].desired_generation)

@@ -2,8 +2,10 @@
 
 Pure integer arithmetic (sources: `research/power.md` section 4; formulas: `design/power.md`, Economics).
 
-Units. Money: integer micro-USD (uUSD, 1e-6 USD). Energy price: uUSD per MWh. Hashprice: uUSD per PH/s per day. Hash rate:
-integer GH/s (a ladder's 39.2 TH/s = 39_200). Efficiency: mJ/TH (17.5 J/TH = 17_500). Pool fee: parts per million. PUE: per
+Units. Money: integer micro-USD (uUSD, 1e-6 USD). Energy price: uUSD per MWh. Hashprice: uUSD per PH/s per day. Hash
+rate:
+integer GH/s (a ladder's 39.2 TH/s = 39_200). Efficiency: mJ/TH (17.5 J/TH = 17_500). Pool fee: parts per million.
+PUE: per
 mille. Revenue rounds down and cost rounds up, so no rounding ever makes hashing look better than it is.
 
 API::
@@ -15,10 +17,12 @@ API::
     asic_uusd_per_mwh(hashprice, efficiency_mj_per_th) -> int        gross, at the machine
     break_even_uusd_per_mwh(hashprice, efficiency_mj_per_th, pool_fee_ppm, pue_permille) -> int      at the meter
     mode_value_uusd_h(hashprice, ghs, watts, energy_uusd_mwh, pool_fee_ppm, pue_permille) -> int     net of energy
-    mode_values_uusd_h(hashprice, ghs[], watts[], energy_uusd_mwh, ...) -> int64[]                   the same for columns
+    mode_values_uusd_h(hashprice, ghs[], watts[], energy_uusd_mwh, ...) -> int64[]                   the same for
+    columns
     gpu_share_w(base_w, gpus, gpu_max_w) -> W
     spot_floor(gpu_share_w, pue_permille, energy_uusd_mwh, hashing_uusd_mwh, fee) -> millionths of a USD per GPU-hour
-    checked(quote, now=, max_age_s=, signed=False) -> the value      or ZeroFeedError / StaleFeedError / FutureFeedError, all FeedError
+    checked(quote, now=, max_age_s=, signed=False) -> the value      or ZeroFeedError / StaleFeedError /
+    FutureFeedError, all FeedError
 """
 
 from dataclasses import dataclass
@@ -63,7 +67,9 @@ class Quote:
 
 
 def checked(quote: Quote, *, now: int, max_age_s: int, ahead_s: int = 30, signed: bool = False) -> int:
-    """The value, if it may be used. `signed`: zero and below are real (real-time energy clears there); otherwise they are refused."""
+    """The value, if it may be used. `signed`: zero and below are real (real-time energy clears there); otherwise they
+    are refused.
+    """
     if quote.at > now + ahead_s:
         raise FutureFeedError(quote.feed, f"dated {quote.at - now} s ahead ({quote.source})")
     if now - quote.at > max_age_s:
@@ -124,7 +130,9 @@ def break_even_uusd_per_mwh(
 def mode_value_uusd_h(
     hashprice: int, ghs: int, watts: int, energy_uusd_mwh: int, *, pool_fee_ppm: int = 0, pue_permille: int = 1000
 ) -> int:
-    """What a machine earns in an hour of one mode, after pool fee and energy; negative below break-even, 0 - energy when asleep."""
+    """What a machine earns in an hour of one mode, after pool fee and energy; negative below break-even, 0 - energy
+    when asleep.
+    """
     _positive(hashprice=hashprice)
     revenue = hashprice * (UUSD - pool_fee_ppm) // UUSD * ghs // 24_000_000
     return revenue - -(-watts * pue_permille * energy_uusd_mwh // 1_000_000_000)
@@ -152,9 +160,11 @@ def gpu_share_w(base_w: int, gpus: int, gpu_max_w: int) -> int:
 
 
 def spot_floor(gpu_share_w: int, pue_permille: int, energy_uusd_mwh: int, hashing_uusd_mwh: int, fee: int = 0) -> int:
-    """The least a spot GPU-hour may cost, in millionths of a USD: what its watts cost, or would earn hashing, plus the fee.
+    """The least a spot GPU-hour may cost, in millionths of a USD: what its watts cost, or would earn hashing, plus
+    the fee.
 
-    W x PUE x max(energy price, hashing earnings at the meter) + fee, rounded up. `hashing_uusd_mwh`: `break_even_uusd_per_mwh` of the
+    W x PUE x max(energy price, hashing earnings at the meter) + fee, rounded up. `hashing_uusd_mwh`:
+    `break_even_uusd_per_mwh` of the
     machines that would hash instead; `fee`: millionths of a USD per GPU-hour. Never negative.
     """
     best = max(energy_uusd_mwh, hashing_uusd_mwh, 0)

@@ -181,7 +181,9 @@ def test_back_to_back_windows_share_a_host_and_touching_is_not_overlapping():
 
 
 def test_until_is_the_latest_end_that_fits():
-    claims = [Claim(start, start, start + 1, (("a", held),)) for start, held in ((5, 1), (10, 2), (15, 5), (20, 8), (25, 1))]
+    claims = [
+        Claim(start, start, start + 1, (("a", held),)) for start, held in ((5, 1), (10, 2), (15, 5), (20, 8), (25, 1))
+    ]
     pool = Pool.build(Hosts.of([("a", 8, "l", "s")]), claims)
     ends = [capacity.admit(pool, Shape(1), "host", gpus, 0, 30).alternatives.until for gpus in (1, 3, 4, 6, 7, 8)]
     assert ends == [20, 20, 15, 15, 10, 5]

@@ -1,6 +1,7 @@
 """Which processes are the company on one machine: one table, for `make run` and for the smoke run on other ports.
 
-Add a process by adding a row. Rows start in order, each when the one before it is ready, and stop in reverse.
+Add a process by adding a row. Rows start together, but for those that say `after`: these start when all rows above them
+are ready.
 """
 
 import base64
@@ -47,6 +48,7 @@ class Process:
     """A row: what to start, what shows that it is ready, and what must be run once before.
 
     port: ready when something accepts there (None: nothing to ask). path: and answers below 500 there.
+    after: starts when all rows above it are ready.
     prepare: run to its end before the first start; `prepared` names the file that shows it has been done before.
     show: its lines are the show of `make run`; the others' go to their log files alone.
     """
@@ -55,6 +57,7 @@ class Process:
     command: tuple[str, ...]
     port: int | None = None
     path: str | None = None
+    after: bool = False
     prepare: tuple[str, ...] = ()
     prepared: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -210,7 +213,7 @@ def table(at: Ports, house: Path, env: dict[str, str], *, workers: int = 2, traf
     for number, site in enumerate(sites(house)):
         rows += site_rows(at, site, number)
     if traffic:
-        rows.append(Process("demo", _python("sandbox.demo", "traffic", "--house", house), show=True))
+        rows.append(Process("demo", _python("sandbox.demo", "traffic", "--house", house), after=True, show=True))
     return rows
 
 
@@ -228,6 +231,7 @@ def site_rows(at: Ports, site: SiteFiles, number: int) -> list[Process]:
         Process(
             f"agent-{site.name}",
             _python("agent", "run", "--state", site.state),
+            after=True,
             prepare=_python("agent", "enrol", "--url", at.url("web"), "--state", site.state, "--config", site.config),
             prepared=site.state / "identity.json",
             environment={"TAILRACE_ENROLMENT_TOKEN": token},  # not on a command line, where others could read it

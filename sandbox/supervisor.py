@@ -98,15 +98,22 @@ class Supervisor:
                 )
 
     def start_all(self) -> None:
-        """Starts the rows in order, waiting for each. Raises Problem about the first that does not come up."""
+        """Starts the rows, those with `after` when all above them are ready. Raises Problem about one that does not come up."""
+        starting: list[str] = []
         for name, row in self.rows.items():
+            if row.after:
+                self._await_all(starting)
             self.log(name).write_bytes(b"")
             if row.prepare and not (row.prepared and row.prepared.exists()):
-                run_once(
-                    f"preparing {name}", row.prepare, self.env | row.environment, self.logs / f"{name}.prepare.log"
-                )
+                log = self.logs / f"{name}.prepare.log"
+                run_once(f"preparing {name}", row.prepare, self.env | row.environment, log)
             self.start(name)
-            self.await_ready(name)
+            starting.append(name)
+        self._await_all(starting)
+
+    def _await_all(self, starting: list[str]) -> None:
+        while starting:
+            self.await_ready(starting.pop(0))
 
     def start(self, name: str) -> int:
         """Starts one row (again) without waiting. Returns the pid."""

@@ -49,15 +49,19 @@ def watch_until(supervisor: Supervisor, reached: Callable[[], bool]) -> None:
     raise AssertionError("not reached")
 
 
-def test_rows_start_in_order_each_when_the_one_before_answers(tmp_path: Path) -> None:
+def test_a_row_that_comes_after_starts_when_those_above_answer(tmp_path: Path) -> None:
     port = ports.free_port()
-    asks = f"import socket; socket.create_connection(('127.0.0.1', {port})).close(); print('answered'); input()"
-    keep = asks.replace("input()", "import time; time.sleep(300)")
+    slow_port = ports.free_port()
+    listen = f"s = socket.create_server(('127.0.0.1', {slow_port}), reuse_port=True)"
+    slow = f"import socket, time; time.sleep(0.7); {listen}; time.sleep(300)"
+    ask = "".join(f"socket.create_connection(('127.0.0.1', {asked})).close();" for asked in (slow_port, port))
+    keep = f"import socket, time; {ask} print('answered', flush=True); time.sleep(300)"
     once = tmp_path / "once"
     prepare = python(f"open({str(once)!r}, 'a').write('x')")
     rows = [
+        Process("slow", python(slow), port=slow_port),
         Process("web", web(port), port=port, path="/"),
-        Process("client", python(keep), prepare=prepare, prepared=once, show=True),
+        Process("client", python(keep), after=True, prepare=prepare, prepared=once, show=True),
     ]
     for _ in range(2):
         with supervised(rows, tmp_path) as (supervisor, said):

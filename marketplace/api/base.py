@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from django.core.exceptions import ValidationError
 from django.db.models import Model, QuerySet
 from django.http import Http404
 from rest_framework import serializers
@@ -91,9 +92,18 @@ class Resource(APIView):
             raise MarketError("unknown_field", f"known: limit, cursor, {', '.join(self.filters)}", names)
         for name, lookup in self.filters.items():
             if name in query:
-                rows = rows.filter(**{lookup: self.filter_value(name, query[name])})
+                rows = self.narrow(rows, name, lookup, query[name])
         data, more, cursor = pagination.page(rows, query, order=self.order)
         return Response({"data": [self.represent(row) for row in data], "has_more": more, "cursor": cursor})
+
+    def narrow(self, rows: QuerySet[Any], name: str, lookup: str, text: str) -> QuerySet[Any]:
+        """`rows` by one filter; a value that cannot be one of the column's is refused by name."""
+        try:
+            return rows.filter(**{lookup: self.filter_value(name, text.replace("\x00", "\ufffd"))})
+        except (ValueError, TypeError, ValidationError) as error:
+            raise MarketError(
+                "invalid_request", f"{name} is {text!r}", {f"/{name}": "no value of this kind"}
+            ) from error
 
     def filter_value(self, name: str, text: str) -> Any:  # noqa: ARG002
         """Prefixed ids are turned into primary keys; the rest is compared as text."""

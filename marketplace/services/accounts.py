@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import transaction
+from django.db.models import QuerySet
 
 from marketplace import actors
 from marketplace.errors import MarketError
@@ -94,9 +95,9 @@ def update_organization(organization: Organization, *, actor: Actor, now: dateti
     return organization
 
 
-def organizations_of(user: User) -> list[Membership]:
+def organizations_of(user: User) -> QuerySet[Membership]:
     """The person's memberships with their organizations, oldest first."""
-    return list(Membership.objects.filter(user=user).select_related("organization").order_by("created_at", "id"))
+    return Membership.objects.filter(user=user).select_related("organization").order_by("id")
 
 
 @transaction.atomic

@@ -9,7 +9,6 @@ from sandbox.stripe.app import Call, merge, route
 from sandbox.stripe.errors import bad_param
 from sandbox.stripe.store import Obj, Store, new_id
 
-
 COMMAND_LINE_ENDPOINT = "we_commandline"
 
 

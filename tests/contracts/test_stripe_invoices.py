@@ -150,7 +150,18 @@ def test_credit_note_before_payment_lowers_what_is_due(client, customer, card, o
     note = client.v1.credit_notes.create({"invoice": invoice.id, "amount": 300, "reason": "order_change"})
     assert (note.type, note.pre_payment_amount) == ("pre_payment", 300)
     assert client.v1.invoices.retrieve(invoice.id).amount_remaining == 600
+    with pytest.raises(stripe.InvalidRequestError):
+        client.v1.credit_notes.create({"invoice": invoice.id, "amount": 601})
     assert client.v1.invoices.pay(invoice.id).amount_paid == 600
+
+
+def test_a_voided_credit_note_makes_the_amount_due_again(client, customer, card, open_invoice):
+    card(customer)
+    invoice = open_invoice(customer, 900)
+    note = client.v1.credit_notes.create({"invoice": invoice.id, "amount": 300})
+    assert client.v1.credit_notes.void_credit_note(note.id).status == "void"
+    assert client.v1.invoices.retrieve(invoice.id).amount_remaining == 900
+    assert client.v1.invoices.pay(invoice.id).amount_paid == 900
 
 
 def test_credit_note_after_payment_refunds(client, customer, card, open_invoice):

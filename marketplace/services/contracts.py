@@ -19,7 +19,6 @@ from marketplace.locks import Lock, acquire
 from marketplace.models import (
     BillingStanding,
     Contract,
-    Host,
     Job,
     Kind,
     Listing,
@@ -147,7 +146,7 @@ def _peak_held(organization_id: int, starts_at: datetime, ends_at: datetime | No
 
 
 def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reservation:
-    """The quote's reservation, firm. A live hold on working hosts is taken as it stands; otherwise room is looked for once more."""
+    """The quote's reservation, firm. A live hold that nothing disturbed is taken as it stands; else room is looked for once more."""
     assert quote.ends_at is not None
     reservation = Reservation.objects.select_for_update(no_key=True).get(quote=quote)
     starts_at = max(quote.starts_at, now)
@@ -155,7 +154,7 @@ def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reserv
         reservation.state == Reservation.State.HELD
         and reservation.held_until is not None
         and reservation.held_until > now
-        and not ReservationBlock.objects.filter(reservation=reservation).exclude(host__state=Host.State.ACTIVE).exists()
+        and not holds.disturbed(reservation, now)
     )
     reservation.starts_at = starts_at
     reservation.held_until = None

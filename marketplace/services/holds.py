@@ -110,3 +110,15 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
     for host, ends in availability.unreserved_gpus(ids, now).items():
         found[host] += [(Taken(-1 - i, at, end, (i,), pinned=True), None) for i, end in ends.items()]
     return found
+
+
+def disturbed(reservation: Reservation, now: datetime) -> bool:
+    """Has a host of the hold gone, or has work outside any reservation come onto its GPUs meanwhile?"""
+    blocks = list(ReservationBlock.objects.filter(reservation=reservation).select_related("host"))
+    running = availability.unreserved_gpus([block.host_id for block in blocks], now)
+    start = seconds(reservation.claims_at)
+    return not blocks or any(
+        block.host.state != Host.State.ACTIVE
+        or any(running.get(block.host_id, {}).get(index, 0) > start for index in block.gpu_indices)
+        for block in blocks
+    )

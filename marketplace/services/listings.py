@@ -15,7 +15,6 @@ from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import (
     Agent,
-    FeedValue,
     GpuModel,
     Host,
     Kind,
@@ -26,7 +25,7 @@ from marketplace.models import (
     ReservationBlock,
     Site,
 )
-from marketplace.services import audit, availability
+from marketplace.services import audit, availability, feeds
 from marketplace.services.transitions import legal_actions
 from marketplace.tenancy import Actor
 from scheduler.core import economics
@@ -39,7 +38,6 @@ EDITABLE = (
 )  # fmt: skip
 PRICES = ("on_demand_price", "reserved_price", "flexible_price", "spot_floor")
 SHARED_RUNTIMES = frozenset({"process", "virtual"})  # no isolation between tenants: for test cells, or named partners
-FEED_MAX_AGE_S = 86_400
 ACTIONS = {"published": "publish", "paused": "pause", "retired": "retire"}
 
 
@@ -283,34 +281,18 @@ def floor_of(listing: Listing, *, now: datetime) -> int:
     if host is None or listing.currency != "USD":
         return 0
     site = listing.site
-    energy = _feed(FeedValue.Kind.ENERGY, (str(site.public_id), site.region, ""), now, signed=True)
-    if energy is None:
-        energy = site.energy_price_microusd_per_kwh * 1000
-    hashprice = _feed(FeedValue.Kind.HASHPRICE, ("",), now)
+    found = feeds.prices(site, now=now)
+    energy = site.energy_price_microusd_per_kwh * 1000 if found is None else found.energy_uusd_mwh
+    efficiency = None if found is None else _best_efficiency(site)
     hashing = 0
-    efficiency = _best_efficiency(site) if hashprice is not None else None
-    if hashprice is not None and efficiency is not None:
+    if found is not None and efficiency is not None:
         hashing = economics.break_even_uusd_per_mwh(
-            hashprice, efficiency, pool_fee_ppm=settings.POOL_FEE_PERMILLE * 1000, pue_permille=site.miner_pue_permille
+            found.hashprice_uusd, efficiency, pool_fee_ppm=found.pool_fee_ppm, pue_permille=found.pue_permille
         )
     share = economics.gpu_share_w(host.base_w, max(1, host.gpu_count), host.gpu_max_w)
     cost = economics.spot_floor(share, site.pue_permille, energy, hashing)
     kept: int = 1000 - settings.PLATFORM_FEE_PERMILLE  # the fee lies inside the price
     return -(-cost * 1000 // kept)
-
-
-def _feed(kind: str, scopes: Sequence[str], now: datetime, *, signed: bool = False) -> int | None:
-    """The newest value of the first scope that has a fresh one."""
-    for scope in scopes:
-        row = FeedValue.objects.filter(kind=kind, scope=scope).order_by("-observed_at").first()
-        if row is None:
-            continue
-        value = economics.Quote(kind, int(row.value), int(row.observed_at.timestamp()), row.source)
-        try:
-            return economics.checked(value, now=int(now.timestamp()), max_age_s=FEED_MAX_AGE_S, signed=signed)
-        except economics.FeedError:
-            continue
-    return None
 
 
 def _best_efficiency(site: Site) -> int | None:

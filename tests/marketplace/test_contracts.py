@@ -149,6 +149,20 @@ def test_a_held_host_that_died_is_replaced(customer):
     assert {contract.reservation.blocks.get().host, held} == {first, second}
 
 
+def test_on_demand_work_that_came_onto_held_gpus_is_not_promised_away(customer):
+    """A hold of two minutes does not keep the scheduler out; the signature looks again, and moves or refuses."""
+    site = factories.site()
+    host = factories.host(site)
+    listing = factories.listing(site, hosts=[host])
+    moved, refused_ = ask(customer, listing, gpus=2), ask(customer, listing, gpus=4)
+    job = factories.job(factories.contract(listing), gpus=4, state="running")
+    factories.placement(job, host, [0, 1, 2, 3], state="running")
+    error = refused("capacity_gone", accept, customer, refused_)
+    assert error.extra["alternatives"]["gpu_count"]["site"] == 2
+    quotes.release(factories.actor(customer), refused_.pk, now=NOW)
+    assert accept(customer, moved).reservation.blocks.get().gpu_indices == [4, 5]
+
+
 def test_a_price_is_firm_for_fifteen_minutes_and_no_longer(listing, customer):
     quote = rate(customer, listing)
     last = NOW + timedelta(seconds=899)

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 
 from marketplace.errors import MarketError
-from marketplace.models import AuditEvent, FeedValue, Host, Listing
-from marketplace.services import contracts, listings, quotes
+from marketplace.models import AuditEvent, Host, Listing
+from marketplace.services import contracts, feeds, listings, quotes
 from tests import factories
 from tests.factories import NOW
 
@@ -195,13 +195,14 @@ def test_the_spot_floor_is_what_the_watts_cost_or_earn(site):
     listing = draft(site)
     assert listings.floor_of(listing, now=NOW) == 84_376
     factories.miner(site, modes=(("sleep", 25, 0), ("normal", 3500, 200_000)))  # 17.5 J/TH
-    FeedValue.objects.create(
-        kind=FeedValue.Kind.HASHPRICE, value=60_000_000, source="test", observed_at=NOW, fetched_at=NOW
-    )
-    # 60 / (0.024 x 17.5) = $142.857/MWh at the machine, less the pool's 1 %, over the miners' PUE of 1.05 = $134.69.
-    hashing = listings.floor_of(listing, now=NOW)
-    assert 252_000 < hashing < 253_000
-    assert listings.floor_of(listing, now=NOW + timedelta(days=2)) == 84_376  # a stale feed decides nothing
+    for kind, value in (("difficulty", 155_970_000_000_000), ("btc_usd_cents", 10_693_500), ("block_height", 921_700)):
+        feeds.store(kind, value, source="test", observed_at=NOW, now=NOW)
+    assert listings.floor_of(listing, now=NOW) == 84_376  # one feed is missing: hashing counts nothing
+    feeds.store("fees_sat_per_block", 1_937_500, source="test", observed_at=NOW, now=NOW)
+    # $43.3/PH/day over (0.024 x 17.5 J/TH) = $103/MWh at the machine, less the pool's 1 %, over the miners' PUE of 1.05 = $97.3;
+    # x 1275 W x 1.25 = $0.1551, over 0.85.
+    assert 181_000 < listings.floor_of(listing, now=NOW) < 184_000
+    assert listings.floor_of(listing, now=NOW + timedelta(days=9)) == 84_376  # stale feeds decide nothing
     with pytest.raises(MarketError) as refused:
-        publish(listings.update(factories.actor(site.organization), listing, {"spot_floor": 200_000}, now=NOW))
+        publish(listings.update(factories.actor(site.organization), listing, {"spot_floor": 150_000}, now=NOW))
     assert "/spot_floor" in refused.value.fields

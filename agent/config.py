@@ -45,14 +45,27 @@ class Config:
     beat_s: float = 5.0
     miner_poll_s: float = 20.0
     miner_timeout_s: float = 4.0
+    miner_retry_s: float = 10.0
+    backoff_s: float = 20.0
     miner_concurrency: int = 100
     meter_stale_s: float = 15.0
-    settle_s: float = 6.0
+    settle_s: float = 8.0
     log_limit_bytes: int = 5 * 1024 * 1024
     path: str = field(default="", compare=False)
 
 
-NUMBERS = ("wait_s", "report_s", "poll_s", "beat_s", "miner_poll_s", "miner_timeout_s", "meter_stale_s", "settle_s")
+NUMBERS = (
+    "wait_s",
+    "report_s",
+    "poll_s",
+    "beat_s",
+    "backoff_s",
+    "miner_poll_s",
+    "miner_timeout_s",
+    "miner_retry_s",
+    "meter_stale_s",
+    "settle_s",
+)
 INTEGERS = ("miner_concurrency", "log_limit_bytes")
 
 

@@ -178,10 +178,10 @@ class Placements:
         self.news.set()
 
     def evict(self, keys: Iterable[str], *, reason: str) -> None:
-        """The agent's own lowering: drains placements."""
+        """The agent's own lowering: drains placements that run. One that waits draws nothing and goes on waiting."""
         for key in keys:
             item = self.items.get(key)
-            if item and item.phase in ("waiting", "starting", "running"):
+            if item and item.phase in ("starting", "running"):
                 self.events.add("placement_shed", key, reason=reason)
                 item.stop_reason = item.stop_reason or "power_shed"
         self.news.set()

@@ -96,6 +96,7 @@ class Site:
             self.events,
             poll_s=self.config.miner_poll_s,
             timeout_s=self.config.miner_timeout_s,
+            retry_s=self.config.miner_retry_s,
             concurrency=self.config.miner_concurrency,
             may_wake=self.may_wake,
         )
@@ -117,6 +118,7 @@ class Site:
             self.events,
             wait_s=self.config.wait_s,
             report_s=self.config.report_s,
+            backoff_s=self.config.backoff_s,
             apply=self.apply,
             inventory=lambda: self.inventory,
             known=lambda: (self.generation, self.safety_generation),

@@ -22,7 +22,7 @@ log = logging.getLogger("agent.sync")
 FULL_S = 60.0
 DEBOUNCE_S = 0.25
 SAY_S = 60.0
-BACKOFF_S = (0.5, 30.0)
+BACKOFF_FROM_S = 0.5
 
 
 class Sync:
@@ -36,13 +36,14 @@ class Sync:
         *,
         wait_s: float,
         report_s: float,
+        backoff_s: float,
         apply: Callable[[dict[str, Any], float], Awaitable[None]],
         inventory: Callable[[], dict[str, Any]],
         known: Callable[[], tuple[int, int]],
         hurry: Callable[[], bool],
     ) -> None:
         self.control, self.reports, self.events = control, reports, events
-        self.wait_s, self.report_s = wait_s, report_s
+        self.wait_s, self.report_s, self.backoff_s = wait_s, report_s, backoff_s
         self.apply, self.inventory, self.known, self.hurry = apply, inventory, known, hurry
         self.boot = str(uuid.uuid4())
         self.sequence = 0
@@ -87,8 +88,9 @@ class Sync:
 
     def _pause(self) -> float:
         """Exponential with full jitter, so that a thousand sites do not return in one instant."""
-        low, high = BACKOFF_S
-        return self.random.uniform(low / 2, min(high, low * 2 ** min(self.failures, 10)))
+        return self.random.uniform(
+            BACKOFF_FROM_S / 2, min(self.backoff_s, BACKOFF_FROM_S * 2 ** min(self.failures, 10))
+        )
 
     async def _guarded(self, wait_s: float) -> bool:
         """One sync; False when it failed. Says so at most once a minute."""

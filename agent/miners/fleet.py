@@ -26,7 +26,6 @@ from agent.times import to_wire
 log = logging.getLogger("agent.miners")
 FAST_S = 1.0
 SETTLE_LIMIT_S = 120.0
-RETRY_S = 10.0
 PATIENCE = 2  # commands without effect before an event tells of it
 
 
@@ -46,6 +45,7 @@ class Miner:
     tries: int = 0
     failures: int = 0
     busy: bool = False
+    obeyed: bool = False  # it slept when it was told to
     watts_of: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -76,11 +76,12 @@ class Fleet:
         *,
         poll_s: float,
         timeout_s: float,
+        retry_s: float,
         concurrency: int,
         may_wake: Callable[[str], bool],
     ) -> None:
         self.store, self.reports, self.events, self.may_wake = store, reports, events, may_wake
-        self.poll_s = poll_s
+        self.poll_s, self.retry_s = poll_s, retry_s
         self.gate = asyncio.Semaphore(concurrency)
         self.wake_up = asyncio.Event()
         self.miners: dict[str, Miner] = {}
@@ -110,7 +111,7 @@ class Fleet:
                 if mode not in miner.watts_of:
                     self.events.add("miner_command_refused", name, mode=mode, generation=generation)
                     continue
-                miner.want, miner.generation, miner.tries = mode, int(generation), 0
+                miner.want, miner.generation, miner.tries, miner.obeyed = mode, int(generation), 0, False
                 miner.due, miner.settle_until = 0.0, time.monotonic() + SETTLE_LIMIT_S
                 self._keep(miner)
         self.wake_up.set()
@@ -212,9 +213,8 @@ class Fleet:
             return False
         return True
 
-    @staticmethod
-    def _pause(miner: Miner) -> float:
-        return 0.0 if miner.tries == 0 else RETRY_S if miner.tries < PATIENCE else 3 * RETRY_S
+    def _pause(self, miner: Miner) -> float:
+        return 0.0 if miner.tries == 0 else self.retry_s if miner.tries < PATIENCE else 3 * self.retry_s
 
     async def _command(self, miner: Miner) -> None:
         target, generation = miner.target, miner.generation
@@ -236,9 +236,13 @@ class Fleet:
             if settled:
                 miner.settle_until = min(miner.settle_until, now + 3 * FAST_S)
             miner.due = min(miner.due, now + FAST_S)
-        elif target == miner.sleep_mode and reading.mode != target:
+        if target == miner.sleep_mode and reading.mode == target:
+            miner.obeyed = True
+        elif target == miner.sleep_mode and miner.obeyed:
             # It came back by itself (a reboot, another controller): down again.
+            miner.obeyed, miner.tries = False, 0
             miner.settle_until, miner.due = now + SETTLE_LIMIT_S, 0.0
+            self.wake_up.set()
             self.events.add("miner_found_hashing", miner.name, mode=reading.mode, watts=reading.watts)
         if miner.tries == PATIENCE and target and reading.mode != target and now - miner.commanded_at > 1.0:
             miner.tries += 1

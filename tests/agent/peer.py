@@ -257,7 +257,7 @@ class AgentProcess:
 class World:
     """A simulated site, a control peer and an enrolled agent."""
 
-    def __init__(self, folder, *, runtime="process", spec=None, speed=10.0, **settings):
+    def __init__(self, folder, *, runtime="process", spec=None, speed=30.0, **settings):
         self.folder = Path(folder)
         self.runtime, self.settings = runtime, settings
         self.site = SiteServer(spec or small_site(), speed=speed, record=self.folder / "truth.json")
@@ -270,7 +270,8 @@ class World:
         config = {
             "name": "hall-1", "hosts": {"driver": "sandbox", "url": self.site.httpd.url}, "miners": {"driver": "luxos"},
             "meters": {"driver": "sandbox"}, "runtime": self.runtime, "wait_s": 5, "report_s": 0.5, "poll_s": 0.25, "beat_s": 0.5,
-            "miner_poll_s": 2, "miner_timeout_s": 1.5, "settle_s": 2, "meter_stale_s": 3,
+            "miner_poll_s": 0.7, "miner_timeout_s": 1.5, "settle_s": 3, "meter_stale_s": 2, "backoff_s": 1,
+            "miner_retry_s": 0.5,
         }  # fmt: skip
         path = self.folder / "agent.json"
         path.write_text(json.dumps(config | self.settings))

@@ -1,0 +1,462 @@
+"""The agent as a process of its own, against a control peer and a simulated site over real sockets."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.agent.peer import ROOT, AgentProcess, ControlPeer, World, small_site, until
+
+pytestmark = pytest.mark.serverless
+
+
+def drive(folder, check, **options):
+    async def go():
+        async with World(folder, **options) as world:
+            try:
+                await check(world, world.control)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{world.agent.log.read_text()[-4000:]}") from error
+
+    asyncio.run(go())
+
+
+def job_pids(world, key):
+    names = json.loads((world.agent.state / "work" / key / "pid.json").read_text())
+    return names["pid"], names["job"]
+
+
+def test_the_main_road(tmp_path):
+    """Inventory, limits before work, a job with its log, miners down and up, and the site never over its cap."""
+
+    async def check(world, control):
+        await until(lambda: control.inventory, "inventory")
+        assert [h["name"] for h in control.inventory["hosts"]] == ["h001", "h002"]
+        assert control.inventory["miners"][0]["modes"][0] == ["sleep", 25, 0]
+        script = "import os;print(os.environ['RANK'], os.environ['CUDA_VISIBLE_DEVICES'], os.environ['TOKEN'])"
+        control.place("plc_1", [sys.executable, "-c", script], gpus=(0, 3), secrets={"TOKEN": "very-secret"})
+        await until(
+            lambda: control.row("plc_1").get("reason") == "waiting_limits", "no start before the limits are read back"
+        )
+        assert control.state("plc_1") == "starting"
+        await world.granted()
+        await until(lambda: control.state("plc_1") == "exited", "exit")
+        row = control.row("plc_1")
+        assert (row["exit_code"], row["reason"]) == (0, "")
+        assert row["running_at"] <= row["finished_at"]
+        await until(lambda: control.text("plc_1") == "0 0,3 ***********\n", "the log, redacted")
+        control.command("m0000", "sleep")
+        await until(
+            lambda: control.seen["miners"]["m0000"][1] == "sleep" and control.seen["miners"]["m0000"][3] < 60, "asleep"
+        )
+        assert control.seen["miners"]["m0000"][2] == control.miners["m0000"][2]
+        control.command("m0000", "eco")
+        await until(
+            lambda: control.seen["miners"]["m0000"][1] == "eco" and control.seen["miners"]["m0000"][3] > 2200, "eco"
+        )
+        control.forget("plc_1")
+        await until(lambda: not (world.agent.state / "work" / "plc_1").exists(), "forgotten")
+        truth = world.site.physics.truth()
+        assert truth["trips"] == []
+        assert all(node["max_w"] <= node["cap_w"] for node in truth["nodes"].values())
+
+    drive(tmp_path, check)
+
+
+def test_drain_stop_and_max_seconds(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_d", ["sleep", "60"], grace_s=20)
+        control.place("plc_s", ["sleep", "60"], gpus=(1,), grace_s=20)
+        control.place("plc_m", ["sleep", "60"], gpus=(2,), max_seconds=1)
+        control.place("plc_x", ["/nonexistent/tool"], gpus=(3,))
+        await until(lambda: [control.state(k) for k in ("plc_d", "plc_s")] == ["running", "running"], "running")
+        control.desire("plc_d", "drain")
+        control.desire("plc_s", "stop")
+        wanted = {
+            "plc_d": ("exited", 143, "drained"),
+            "plc_s": ("exited", 137, "stopped"),
+            "plc_m": ("exited", 143, "max_seconds"),
+            "plc_x": ("failed", 127, "start_failed"),
+        }
+        for key, row in wanted.items():
+            await until(lambda key=key: control.row(key).get("finished_at"), key)
+            found = control.row(key)
+            assert (found["state"], found["exit_code"], found["reason"]) == row, key
+
+    drive(tmp_path, check)
+
+
+def test_killed_and_restarted_loses_nothing(tmp_path):
+    """kill -9: one job runs on and is adopted, one ends meanwhile and is reported with its exit code, logs resume exactly."""
+
+    async def check(world, control):
+        await world.granted()
+        lines = "import time\nfor i in range(400):\n print('line', i, flush=True); time.sleep(0.01)"
+        control.place("plc_a", [sys.executable, "-c", lines])
+        control.place("plc_b", ["sh", "-c", "sleep 1.5; exit 7"], gpus=(1,))
+        control.place("plc_c", ["sleep", "60"], gpus=(2,))
+        await until(lambda: all(control.state(k) == "running" for k in ("plc_a", "plc_b", "plc_c")), "running")
+        await until(lambda: control.text("plc_a"), "some log")
+        _, job = job_pids(world, "plc_c")
+        boots = {s["boot"] for s in control.syncs}
+        world.agent.kill()
+        await asyncio.sleep(2)
+        assert psutil.pid_exists(job), "work goes on without its agent"
+        world.agent.start()
+        await until(lambda: {s["boot"] for s in control.syncs} - boots, "a new boot")
+        await until(lambda: control.state("plc_b") == "exited", "what ended meanwhile")
+        assert control.row("plc_b")["exit_code"] == 7
+        await until(lambda: control.state("plc_a") == "exited", "the adopted one ends")
+        await until(lambda: len(control.text("plc_a").splitlines()) == 400, "the log")
+        assert control.text("plc_a") == "".join(f"line {i}\n" for i in range(400))
+        assert control.state("plc_c") == "running"
+        assert job_pids(world, "plc_c")[1] == job
+        control.desire("plc_c", "drain")
+        await until(lambda: control.state("plc_c") == "exited", "an adopted job can be drained")
+
+    drive(tmp_path, check)
+
+
+def test_lost_doubled_and_reordered_calls_change_nothing(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        await until(lambda: control.history, "answers")
+        old = control.history[-1]
+        control.drop_answers = 2
+        marker = tmp_path / "starts"
+        control.place("plc_1", ["sh", "-c", f"echo once >> {marker}; sleep 60"])
+        await until(lambda: control.state("plc_1") == "running", "running")
+        # An answer from before the placement arrives late: it must not stop the work.
+        control.repeat_old = old
+        control.changed.set()
+        await until(lambda: control.repeat_old is None, "the old answer was delivered")
+        count = len(control.syncs)
+        control.bump()
+        await until(lambda: len(control.syncs) > count + 2, "more syncs")
+        assert control.state("plc_1") == "running"
+        # An older host generation is ignored as well.
+        control.hosts["h001"] = {"name": "h001", "generation": 0, "power_state": "parked", "limits_w": [200] * 8}
+        control.bump()
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 2, "more syncs")
+        assert world.site.physics.hosts.limits(0) == [700] * 8
+        assert marker.read_text() == "once\n"
+        sequences = [s["sequence"] for s in control.syncs]
+        assert len(set(sequences)) == len(sequences)
+
+    drive(tmp_path, check)
+
+
+def test_control_away_work_goes_on_and_events_arrive_once(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_1", ["sh", "-c", "sleep 1; exit 4"])
+        await until(lambda: control.state("plc_1") == "running", "running")
+        control.refuse = True
+        control.changed.set()
+        world.site.physics.meter_stale[1] = True  # an event of the dark time
+        await until((world.agent.state / "work" / "plc_1" / "exit.json").exists, "ends in the dark")
+        await until(lambda: "meter_stale" in world.agent.log.read_text(), "noticed in the dark")
+        world.site.physics.meter_stale[1] = False
+        world.agent.kill()
+        world.agent.start()
+        await asyncio.sleep(1)
+        control.refuse = False
+        await until(lambda: control.state("plc_1") == "exited", "told later")
+        assert control.row("plc_1")["exit_code"] == 4
+        await until(lambda: "meter_stale" in control.kinds(), "the spooled event")
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 4, "more syncs")
+        assert all(not sync["events"] for sync in control.syncs[-2:]), "acknowledged events are not told again"
+        assert "the control plane does not answer" in world.agent.log.read_text()
+
+    drive(tmp_path, check)
+
+
+def test_clock_skew_applies_nothing_and_says_so(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.skew_s = 100
+        control.bump()
+        await until(lambda: "clock differs" in world.agent.log.read_text(), "says so")
+        control.place("plc_1", ["sleep", "60"])
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 2, "refused syncs")
+        assert not (world.agent.state / "work" / "plc_1").exists()
+        control.skew_s = 5  # within bounds: the lease is counted by control's clock
+        await until(lambda: control.state("plc_1") == "running", "runs")
+
+    drive(tmp_path, check)
+
+
+def test_the_lease_ends_work(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.lease_s = 60 + 5 + 4
+        control.place("plc_1", ["sleep", "60"], grace_s=5)
+        await until(lambda: control.state("plc_1") == "running", "running")
+        control.refuse = True
+        control.changed.set()
+        _, job = job_pids(world, "plc_1")
+        await until(lambda: not psutil.pid_exists(job), "ended by the agent itself")
+        control.lease_s = 900
+        control.refuse = False
+        await until(lambda: control.state("plc_1") == "exited", "told")
+        assert control.row("plc_1")["reason"] == "lease_expired"
+
+    drive(tmp_path, check)
+
+
+def test_a_gang_starts_together_or_not_at_all(tmp_path):
+    async def check(world, control):
+        await world.granted("h001")
+        gang = ["plc_0", "plc_1"]
+        common = {"gang": gang, "world_size": 2, "master_host": "h001", "job": "job_g"}
+        show = ["sh", "-c", "echo $RANK/$WORLD_SIZE $MASTER_ADDR:$MASTER_PORT; sleep 60"]
+        control.place("plc_0", show, host="h001", rank=0, **common)
+        await until(lambda: control.row("plc_0").get("reason") == "waiting_gang", "waits for the other")
+        control.place("plc_1", show, host="h002", rank=1, **common)
+        await until(lambda: control.row("plc_1").get("reason") == "waiting_limits", "the other waits for its host")
+        assert control.row("plc_0")["reason"] == "waiting_gang"
+        await world.granted("h002")
+        await until(lambda: [control.state(k) for k in gang] == ["running", "running"], "both run")
+        await until(lambda: all(control.text(k) for k in gang), "logs")
+        one, two = (control.text(k).split() for k in gang)
+        assert (one[0], two[0]) == ("0/2", "1/2")
+        assert one[1] == two[1]
+        assert one[1].startswith("127.0.0.1:")
+        # One member cannot be executed: the other does not stay.
+        broken = {"gang": ["plc_2", "plc_3"], "world_size": 2, "job": "job_h"}
+        control.placements["plc_2"] = control.placements["plc_0"] | broken | {"id": "plc_2", "gpus": [2]}
+        control.place("plc_3", ["/nonexistent/tool"], gpus=(3,), **broken)
+        await until(lambda: control.state("plc_2") in ("failed", "exited"), "ended with it")
+        assert control.row("plc_2")["reason"] == "gang_member_failed"
+
+    drive(tmp_path, check)
+
+
+def test_a_lost_host_fails_its_work_and_fences_it(tmp_path):
+    async def check(world, control):
+        await world.granted("h001")
+        await world.granted("h002")
+        control.place("plc_1", ["sleep", "60"], host="h001")
+        control.place("plc_2", ["sleep", "60"], host="h002")
+        await until(lambda: [control.state(k) for k in ("plc_1", "plc_2")] == ["running", "running"], "running")
+        world.site.physics.kill_host("h001")
+        await until(lambda: control.state("plc_1") == "failed", "failed")
+        assert control.row("plc_1")["reason"] == "host_lost"
+        assert control.state("plc_2") == "running"
+        assert "host_lost" in control.kinds()
+        world.site.physics.revive_host("h001")
+        await until(lambda: "host_back" in control.kinds(), "back")
+        assert control.state("plc_1") == "failed"
+
+    drive(tmp_path, check, runtime="virtual")
+
+
+def test_virtual_work_is_adopted_after_a_restart(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_1", ["sleep", "60"])
+        control.place("plc_2", ["fail-after", "1"], gpus=(1,))
+        await until(lambda: control.state("plc_1") == "running", "running")
+        await until(lambda: control.state("plc_2") in ("running", "exited"), "running")
+        world.agent.kill()
+        await asyncio.sleep(1.2)
+        world.agent.start()
+        await until(lambda: control.state("plc_2") == "exited", "ended meanwhile")
+        assert control.row("plc_2")["exit_code"] == 1
+        control.desire("plc_1", "stop")
+        await until(lambda: control.state("plc_1") == "exited", "stopped")
+        assert control.row("plc_1")["exit_code"] == 137
+
+    drive(tmp_path, check, runtime="virtual")
+
+
+# --- miners and power
+
+
+def safety(control, cap_w, order=("m0002", "m0000", "m0001")):
+    site = small_site(cap_w=10 * cap_w)["nodes"][0]
+    nodes = [row | {"margin_w": 0} for row in (site, site | {"name": "pdu-1", "parent": "site", "cap_w": cap_w})]
+    generation = (control.safety or {"generation": 0})["generation"] + 1
+    control.safety = {"generation": generation, "nodes": nodes, "shed_order": list(order)}
+    control.bump()
+
+
+def test_over_cap_is_shed_by_the_site_itself_and_latched(tmp_path):
+    """Three miners and two parked hosts draw about 12 kW; the cap falls to 9.5 kW: one machine must sleep, the first of the order."""
+
+    async def check(world, control):
+        await until(lambda: len(control.seen["miners"]) == 3, "miners")
+        safety(control, 9_500)
+        await until(lambda: control.seen["miners"]["m0002"][1] == "sleep", "the first of the order sleeps")
+        await until(lambda: control.seen["meters"]["pdu-1"][1] < 9_500, "under the cap")
+        assert {"over_cap", "over_cap_shed", "miner_shed"} <= control.kinds()
+        assert [control.seen["miners"][m][1] for m in ("m0000", "m0001")] == ["normal", "normal"]
+        assert control.seen["miners"]["m0002"][2] == 0, "no generation of control was applied"
+        # Latched: room alone does not wake it, and a restart does not forget it; a new generation does.
+        safety(control, 50_000)
+        world.agent.kill()
+        world.agent.start()
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 6, "time passes")
+        assert control.seen["miners"]["m0002"][1] == "sleep"
+        control.command("m0002", "normal")
+        await until(lambda: control.seen["miners"]["m0002"][3] > 3000, "awake")
+
+    drive(tmp_path, check)
+
+
+def test_with_no_miner_left_gpu_limits_fall_to_the_floor(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        safety(control, 100_000)
+        control.place("plc_1", ["sleep", "60"], gpus=tuple(range(8)))
+        await until(lambda: control.state("plc_1") == "running", "running")
+        await until(lambda: control.seen["meters"].get("pdu-1", [0, 0])[1] > 8_000, "it draws")
+        safety(control, 7_500)
+        await until(lambda: control.seen["hosts"]["h001"]["limits_w"] == [200] * 8, "capped")
+        assert control.state("plc_1") == "running", "capped, not evicted"
+        assert control.seen["hosts"]["h001"]["generation"] == 1
+
+    drive(tmp_path, check, spec=small_site(miners=0))
+
+
+def test_soft_limit_holds_wakes_and_a_stale_meter_holds_all(tmp_path):
+    async def check(world, control):
+        await until(lambda: len(control.seen["miners"]) == 3, "miners")
+        control.command("m0000", "sleep")
+        await until(lambda: control.seen["miners"]["m0000"][3] < 60, "asleep")
+        world.site.physics.meter_stale[1] = True
+        await until(lambda: "meter_stale" in control.kinds(), "stale")
+        control.command("m0000", "normal")
+        control.place("plc_1", ["sleep", "60"])
+        control.limits("h001", [700] * 8, "full")
+        await until(lambda: control.row("plc_1").get("reason") == "waiting_meter", "no start")
+        assert control.seen["miners"]["m0000"][1] == "sleep"
+        assert control.seen["hosts"]["h001"]["limits_w"] == [200] * 8
+        safety(control, 9_000)  # about 8.6 kW now: over 95 %
+        world.site.physics.meter_stale[1] = False
+        await until(lambda: control.state("plc_1") == "running", "fresh again: control's own grant is obeyed")
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 4, "time passes")
+        assert control.seen["miners"]["m0000"][1] == "sleep", "but no wake above 95 %"
+
+    drive(tmp_path, check)
+
+
+@pytest.mark.parametrize("mode", ["shed", "off"])
+def test_modes_lower(tmp_path, mode):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_1", ["sleep", "60"])
+        await until(lambda: control.state("plc_1") == "running", "running")
+        control.mode = mode
+        control.bump()
+        await until(lambda: all(row[1] == "sleep" for row in control.seen["miners"].values()), "all asleep")
+        if mode == "off":
+            await until(lambda: control.state("plc_1") == "exited", "drained")
+            assert control.row("plc_1")["reason"] == "power_shed"
+        else:
+            assert control.state("plc_1") == "running"
+        control.place("plc_2", ["sleep", "60"], gpus=(1,))
+        await until(lambda: control.row("plc_2").get("reason") == "waiting_mode", "no start")
+
+    drive(tmp_path, check)
+
+
+def test_miners_that_ignore_or_come_back_are_commanded_again(tmp_path):
+    async def check(world, control):
+        fleet = world.site.physics.fleet
+        await until(lambda: len(control.seen["miners"]) == 3, "miners")
+        fleet.set_fault("m0000", "ack_ignore")
+        control.command("m0000", "sleep")
+        control.command("m0001", "sleep")
+        await until(lambda: control.seen["miners"]["m0001"][3] < 60, "the honest one sleeps")
+        assert control.seen["miners"]["m0000"][1] == "normal", "the ledger sees what is, not what was acknowledged"
+        fleet.set_fault("m0001", "reboot_running")
+        await until(lambda: "miner_found_hashing" in control.kinds(), "found hashing")
+        await until(lambda: control.seen["miners"]["m0001"][1] == "sleep" and fleet.asleep[1], "slept again")
+        fleet.set_fault("m0000", "")
+        await until(lambda: control.seen["miners"]["m0000"][3] < 60, "asked again until it obeys")
+        fleet.set_fault("m0002", "hang")
+        await until(lambda: "miner_not_answering" in control.kinds(), "said once")
+
+    drive(tmp_path, check)
+
+
+# --- the command line
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "agent", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_enrolment_errors_are_clear(tmp_path):
+    async def go():
+        control = await ControlPeer().start()
+        config = tmp_path / "agent.json"
+        config.write_text('{"name": "x", "hosts": {"driver": "local", "host": {"name": "h", "power_node": "pdu"}}}')
+        common = ("--state", str(tmp_path / "state"), "--config", str(config))
+        wrong = await asyncio.to_thread(run, "enrol", "--url", control.httpd.url, "--token", "enr_wrong", *common)
+        assert wrong.returncode == 3
+        assert "wrong, used or expired" in wrong.stderr
+        nobody = await asyncio.to_thread(run, "enrol", "--url", "http://127.0.0.1:9", "--token", "enr_good", *common)
+        assert nobody.returncode == 4
+        assert "127.0.0.1:9" in nobody.stderr
+        good = await asyncio.to_thread(run, "enrol", "--url", control.httpd.url, "--token", "enr_good", *common)
+        assert good.returncode == 0, good.stderr
+        identity = tmp_path / "state" / "identity.json"
+        assert identity.stat().st_mode & 0o777 == 0o600
+        again = await asyncio.to_thread(run, "enrol", "--url", control.httpd.url, "--token", "enr_good", *common)
+        assert again.returncode == 2
+        assert "enrolled agent already" in again.stderr
+        await control.stop()
+
+    asyncio.run(go())
+
+
+def test_run_needs_an_enrolment_and_only_one_agent_runs(tmp_path):
+    none = run("run", "--state", str(tmp_path))
+    assert none.returncode == 2
+    assert "enrol" in none.stderr
+
+    async def check(world, control):
+        await until(lambda: control.syncs, "runs")
+        second = await asyncio.to_thread(run, "run", "--state", str(world.agent.state))
+        assert second.returncode == 2
+        assert "another agent is running" in second.stderr
+
+    (tmp_path / "w").mkdir()
+    drive(tmp_path / "w", check)
+
+
+def test_a_terminated_agent_leaves_work_running(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_1", ["sleep", "60"])
+        await until(lambda: control.state("plc_1") == "running", "running")
+        _, job = job_pids(world, "plc_1")
+        world.agent.stop()
+        assert world.agent.process.returncode == 0
+        assert psutil.pid_exists(job)
+        again = AgentProcess(world.agent.state).start()
+        world.agent = again
+        control.desire("plc_1", "stop")
+        await until(lambda: control.state("plc_1") == "exited", "stopped by the next agent")
+        await until(lambda: not psutil.pid_exists(job), "gone")
+
+    drive(tmp_path, check)

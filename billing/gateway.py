@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 TOLERANCE_S = 300
 MAX_LINES = 250
+RETRIES = 2  # by the SDK, at once and with the same key; the outbox repeats after that
 PER_SECOND = 25  # Stripe's default limit per endpoint
 
 
@@ -112,7 +113,7 @@ def _client(key: str, base_url: str) -> stripe.StripeClient:
         key,
         stripe_version=stripe.api_version,
         base_addresses={"api": base_url} if base_url else {},
-        max_network_retries=2,
+        max_network_retries=RETRIES,
         http_client=stripe.RequestsClient(timeout=20),
     )
 
@@ -235,7 +236,7 @@ def start_setup(*, customer: str, currency: str, success_url: str, cancel_url: s
                 "mode": "setup",
                 "customer": customer,
                 "currency": currency.lower(),
-                "payment_method_types": ["card"],
+                "allowed_payment_method_types": ["card"],
                 "success_url": success_url,
                 "cancel_url": cancel_url,
             },
@@ -309,13 +310,14 @@ def _invoice(got: Any) -> RemoteInvoice:
         amount_paid=got.amount_paid,
         currency=got.currency.upper(),
         pay_url=got.hosted_invoice_url or "",
-        our_id=(got.metadata or {}).get("invoice", "") if isinstance(got.metadata, dict) else _our_id(got.metadata),
+        our_id=_noted(got.metadata, "invoice"),
     )
 
 
-def _our_id(metadata: Any) -> str:
+def _noted(metadata: Any, name: str) -> str:
+    """A value of an object's metadata; empty where it has none."""
     try:
-        return str(metadata["invoice"])
+        return str(metadata[name])
     except (KeyError, TypeError):
         return ""
 
@@ -451,7 +453,6 @@ def onboarding_link(account: str, *, refresh_url: str, return_url: str, key: str
                 "use_case": {
                     "type": "account_onboarding",
                     "account_onboarding": {
-                        "configurations": ["recipient"],
                         "refresh_url": refresh_url,
                         "return_url": return_url,
                     },
@@ -496,7 +497,7 @@ def find_transfer(account: str, reference: str) -> str:
     """Id of the transfer that carries our payout's id; empty where there is none."""
     page = _ask("transfers.list", lambda: _stripe().v1.transfers.list({"destination": account, "limit": 100}))
     for got in page.auto_paging_iter():
-        if (got.metadata or {}).get("payout") == reference:
+        if _noted(got.metadata, "payout") == reference:
             return got.id
     return ""
 

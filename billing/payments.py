@@ -156,8 +156,9 @@ def mirror(invoice_id: int, *, now: datetime) -> None:
             return
         remote = gateway.finalize_invoice(remote.id, key=f"invoice-{invoice.pk}-finalize")
     Invoice.objects.filter(pk=invoice.pk).update(mirrored_at=now, pay_url=remote.pay_url)
-    if remote.status == "open" and invoice.next_attempt_at is None and invoice.pay_attempts == 0:
-        pay(invoice.pk, now=now)
+    tried = Payment.objects.filter(invoice=invoice)
+    if remote.status == "open" and (not tried.exists() or tried.filter(state=Payment.State.PENDING).exists()):
+        pay(invoice.pk, now=now)  # the first attempt, or one that was cut off before its answer
     else:
         sync_invoice(remote.id, now=now)
 

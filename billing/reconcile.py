@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from django.db import connection
 from django.db.models import Q
 
-from billing import gateway, invoices, ledger, payments, payouts, usage, webhooks
+from billing import events, gateway, invoices, ledger, payments, payouts, usage
 from billing.invoices import open_case
 from billing.models import BillingAccount, BillingCase, Invoice, OperatorAccount, Payout, StripeEvent, UsageQuarantine
 from marketplace import outbox
@@ -32,7 +32,9 @@ def sweep(now: datetime) -> dict[str, int]:
         if not known:
             outbox.emit(invoices.MIRROR, key=str(invoice.pk), payload={"invoice": invoice.pk})
             found["mirrored"] += 1
-    for invoice in Invoice.objects.filter(state=Invoice.State.OPEN, next_attempt_at__lte=now).order_by("id")[:50]:
+    cut_off = Q(payments__state="pending", payments__created_at__lt=now - timedelta(minutes=15))
+    to_pay = Invoice.objects.filter(Q(next_attempt_at__lte=now) | cut_off, state=Invoice.State.OPEN)
+    for invoice in to_pay.order_by("id").distinct()[:50]:
         found["paid"] += payments.pay(invoice.pk, now=now)
     ready = OperatorAccount.objects.filter(transfers_enabled=True).values_list("organization_id", flat=True)
     for operator_id in ready:
@@ -59,7 +61,7 @@ def missed_events(now: datetime) -> int:
     """Keep every event since the last we have, with an overlap; returns how many were new."""
     newest = StripeEvent.objects.order_by("-event_created_at").values_list("event_created_at", flat=True).first()
     since = max(newest - OVERLAP, now - timedelta(days=29)) if newest is not None else now - FIRST_LOOK
-    return sum(webhooks.keep(event, now=now) for event in gateway.events_since(since))
+    return sum(events.keep(event, now=now) for event in gateway.events_since(since))
 
 
 def refetch_stale(now: datetime) -> int:

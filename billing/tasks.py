@@ -11,7 +11,7 @@ from django.conf import settings
 from django.core.mail import send_mail
 from django.utils import timezone
 
-from billing import invoices, payments, payouts, usage, webhooks
+from billing import events, invoices, payments, payouts, usage, webhooks
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
@@ -72,7 +72,7 @@ def send_payout(payload: dict[str, Any]) -> None:
     payouts.send(payload["payout"], now=timezone.now())
 
 
-@handler(webhooks.HANDLE)
+@handler(events.HANDLE)
 def handle_event(payload: dict[str, Any]) -> None:
     webhooks.handle(payload["event"], now=timezone.now())
 

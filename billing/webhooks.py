@@ -9,22 +9,19 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 
-from django.db import transaction
 from django.db.models import F
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.utils import timezone
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_POST
 
-from billing import gateway, payments, payouts
+from billing import events, gateway, payments, payouts
 from billing.invoices import open_case
 from billing.models import BillingAccount, BillingCase, OperatorAccount, StripeEvent
-from marketplace import outbox
 from marketplace.errors import MarketError
 
 log = logging.getLogger(__name__)
 
-HANDLE = "billing.handle_event"
 MAX_BODY = 1 << 20
 MAX_ATTEMPTS = 8
 # One family of events per thing: invoices for money in, setup for cards, accounts for operators.
@@ -58,26 +55,7 @@ def receive(body: bytes, signature: str | None, *, now: datetime) -> bool:
         raise MarketError("signature_invalid", str(error)) from error
     except (ValueError, KeyError, AttributeError) as error:
         raise MarketError("invalid_request", "The body is no Stripe event.") from error
-    return keep(event, now=now)
-
-
-def keep(event: gateway.RemoteEvent, *, now: datetime) -> bool:
-    """Insert the event unless we have it, and leave the message that handles it, in one transaction."""
-    subject = event.invoice_id if event.type.startswith("invoice_payment.") else event.object_id
-    with transaction.atomic():
-        row, fresh = StripeEvent.objects.get_or_create(
-            event_id=event.id,
-            defaults={
-                "type": event.type[:80],
-                "object_id": subject[:64],
-                "livemode": event.livemode,
-                "event_created_at": event.created,
-                "received_at": now,
-            },
-        )
-        if fresh:
-            outbox.emit(HANDLE, payload={"event": row.pk})
-    return fresh
+    return events.keep(event, now=now)
 
 
 def handle(event_id: int, *, now: datetime) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from billing import invoices, ledger, payments, reconcile, usage
+from billing import gateway, invoices, ledger, payments, reconcile, usage
 from billing.models import BillingAccount, Invoice
 from marketplace import outbox
 from marketplace.models import Contract, Host, Organization, OutboxMessage, Placement, PlacementEvent
@@ -96,6 +97,12 @@ def make_world(**contract: Any) -> World:
     return World(operator, customer, listing, host, factories.contract(listing, customer, **contract))
 
 
+@pytest.fixture(autouse=True)
+def quiet_outbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers fail here on purpose by the dozen; a pretty traceback of each costs half a second."""
+    monkeypatch.setattr(logging.getLogger("marketplace.outbox"), "disabled", True)
+
+
 # --- Stripe
 
 
@@ -148,11 +155,17 @@ def _stripe_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stripe
 
 
 @pytest.fixture
-def stripe_api(_stripe_process: Stripe, settings: Any, transactional_db: None) -> Stripe:
+def stripe_api(
+    _stripe_process: Stripe, settings: Any, transactional_db: None, monkeypatch: pytest.MonkeyPatch
+) -> Stripe:
+    """A forgetful sandbox, and a client that does not repeat by itself: our own repetition is what must be right."""
+    monkeypatch.setattr(gateway, "RETRIES", 0)
+    gateway._client.cache_clear()
     settings.STRIPE_BASE_URL = _stripe_process.url
     settings.STRIPE_WEBHOOK_SECRETS = SECRETS
     _stripe_process.control("faults", method="DELETE")
     _stripe_process.control("reset")
+    _stripe_process.control("faults", {"settle_s": 0})
     return _stripe_process
 
 

@@ -334,8 +334,8 @@ class Placements:
                     log.debug("detach %s: %s", item.id, error)
             return
         await self._attach(item)
-        if item.desired == "stop" and item.stopped_at >= 0:
-            if item.stop_reason != "stopped" or now - abs(item.stopped_at) > STOP_AGAIN_S:
+        if item.desired == "stop":
+            if item.stop_reason != "stopped" or now - item.stopped_at > STOP_AGAIN_S:
                 item.stop_reason = "stopped"
                 await self._begin_stop(item, 0, now)
         elif (item.desired == "drain" or item.stop_reason) and (item.phase == "running" or not item.stopped_at):

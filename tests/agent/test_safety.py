@@ -1,0 +1,94 @@
+"""The site's own loop: it only lowers, under the right node, and one rung at a time."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
+
+pytestmark = pytest.mark.serverless
+
+NODES = [
+    {"name": "site", "parent": None, "cap_w": 30_000, "overhead_miner_permille": 1050},
+    {"name": "a", "parent": "site", "cap_w": 20_000},
+    {"name": "b", "parent": "site", "cap_w": 20_000},
+]
+
+
+def fleet(**watts):
+    """name -> (node, W) as miners that hash; `shed` of them sleep already."""
+    return {name: MinerFacts(name, node, w, 25, shed=w <= 25) for name, (node, w) in watts.items()}
+
+
+def look(meters, miners=None, hosts=None, order=(), memory=None, now=100.0, at=100.0):
+    stamped = {name: (w, at) for name, w in meters.items()}
+    return decide(
+        Tree(NODES), order, stamped, miners or {}, hosts or {}, memory or Memory(), now, stale_s=15, settle_s=8
+    )
+
+
+def test_below_the_caps_nothing_happens():
+    decision = look({"site": 28_000, "a": 15_000}, fleet(m1=("a", 3000)))
+    assert decision.may_raise
+    assert not decision.shed
+    assert not decision.no_wakes
+
+
+def test_above_95_percent_wakes_stop_under_that_node_only():
+    decision = look({"site": 20_000, "a": 19_100, "b": 900})
+    assert decision.no_wakes == {"a"}
+    assert decision.may_raise, "a grant of control is not a wake"
+
+
+def test_sheds_in_controls_order_under_the_node_that_is_over():
+    miners = fleet(m1=("a", 3000), m2=("b", 3000), m3=("a", 3000), m4=("a", 25))
+    decision = look({"a": 21_000}, miners, order=["m2", "m4", "m3", "m1"])
+    assert decision.shed == (("m3", "a"),), "not b's machine, not the one asleep, no more than needed"
+    assert not decision.may_raise
+
+
+def test_what_a_pdu_sheds_also_counts_for_the_site():
+    miners = fleet(m1=("a", 3000), m2=("b", 3000))
+    decision = look({"site": 31_000, "a": 21_000}, miners, order=["m1", "m2"])
+    assert decision.shed == (("m1", "a"),)
+
+
+def test_the_next_rung_only_after_the_meter_had_time():
+    miners, memory = fleet(m1=("a", 3000), m2=("a", 3000)), Memory()
+    assert look({"a": 21_000}, miners, memory=memory).shed
+    assert not look({"a": 21_000}, miners, memory=memory, now=104.0, at=104.0).shed
+    assert look({"a": 21_000}, miners, memory=memory, now=109.0, at=109.0).shed
+
+
+def test_ladder_miners_then_limits_then_placements():
+    hosts = {"h1": HostFacts("h1", "a", capped=False, placements=("plc_1", "plc_2"))}
+    assert look({"a": 21_000}, fleet(m1=("a", 3000)), hosts).cap_hosts == ()
+    assert look({"a": 21_000}, fleet(m1=("a", 25)), hosts).cap_hosts == (("h1", "a"),)
+    capped = {"h1": HostFacts("h1", "a", capped=True, placements=("plc_1", "plc_2"))}
+    decision = look({"a": 21_000}, fleet(m1=("a", 25)), capped)
+    assert decision.cap_hosts == ()
+    assert decision.evict == (("plc_2", "a"),), "the youngest first"
+
+
+def test_a_stale_meter_stops_all_raising():
+    decision = look({"a": 1_000}, now=120.0, at=100.0)
+    assert decision.stale == ("a",)
+    assert not decision.may_raise
+
+
+@given(
+    watts=st.lists(st.integers(25, 4000), min_size=1, max_size=12),
+    under_a=st.lists(st.booleans(), min_size=12, max_size=12),
+    over=st.integers(1, 9000),
+    order=st.permutations(range(12)),
+)
+def test_sheds_enough_or_all_and_never_too_much(watts, under_a, over, order):
+    miners = fleet(**{f"m{i}": ("a" if under_a[i] else "b", w) for i, w in enumerate(watts)})
+    decision = look({"a": 20_000 + over}, miners, order=[f"m{i}" for i in order])
+    chosen = [name for name, _ in decision.shed]
+    assert all(miners[name].power_node == "a" and not miners[name].shed for name in chosen)
+    gains = [miners[name].watts - 25 for name in chosen]
+    wanted = over + 200
+    able = sum(m.watts - 25 for m in miners.values() if m.power_node == "a")
+    assert sum(gains) >= min(wanted, able)
+    assert not gains or sum(gains[:-1]) < wanted, "no machine more than needed"

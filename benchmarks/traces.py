@@ -68,11 +68,12 @@ class Trace:
 
     name: str
     pods: I64  # [P, 5]: cpu milli, RAM MiB, GPUs, milli, models
+    specs: tuple[str, ...] = ()  # gpu_spec of each pod as written: the published mix counts spellings apart
     orders: dict[int, tuple[I64, list[int]]] = field(default_factory=dict)  # seed -> arrivals, node permutation
 
     def shapes(self, coverage: float = 0.95) -> list[Shape]:
         """The mix of the original list."""
-        return typical(((*map(int, p), 1) for p in self.pods), coverage)
+        return typical(((*map(int, p), 1) for p in self.pods), coverage, self.specs)
 
 
 def directory(given: str | None) -> Path | None:
@@ -115,12 +116,13 @@ def read_order(path: Path) -> tuple[I64, list[int]]:
 
 def read_trace(folder: Path, name: str, models: list[str], seeds: tuple[int, ...]) -> Trace:
     """A pod list and the orders of those seeds that are there."""
-    pods = []
+    pods, specs = [], []
     with (folder / "openb" / f"openb_pod_list_{name}.csv").open() as file:
         for r in csv.DictReader(file):
             mask = 0
             for model in filter(None, (r.get("gpu_spec") or "").split("|")):
                 mask |= 1 << models.index(model) if model in models else 1 << 62
+            specs.append(r.get("gpu_spec") or "")
             gpus = int(r["num_gpu"])
             pods.append((int(r["cpu_milli"]), int(r["memory_mib"]), gpus, int(r["gpu_milli"]) if gpus else 0, mask))
     orders = {}
@@ -128,7 +130,7 @@ def read_trace(folder: Path, name: str, models: list[str], seeds: tuple[int, ...
         path = folder / "openb_orders" / f"openb_pod_list_{name}.{seed}.txt.gz"
         if path.exists():
             orders[seed] = read_order(path)
-    return Trace(name, np.array(pods, np.int64), orders)
+    return Trace(name, np.array(pods, np.int64), tuple(specs), orders)
 
 
 def generate(nodes: int, seeds: tuple[int, ...], load: float = 1.3) -> tuple[Nodes, Trace]:
@@ -156,7 +158,7 @@ def generate(nodes: int, seeds: tuple[int, ...], load: float = 1.3) -> tuple[Nod
             arrivals.append(i)
             demand += pods[i][2] * pods[i][3]
         orders[seed] = (np.array(arrivals, np.int64), own.sample(range(nodes), nodes))
-    return cluster, Trace("generated", columns, orders)
+    return cluster, Trace("generated", columns, (), orders)
 
 
 def published(folder: Path) -> dict[tuple[str, str, int], tuple[float, float]]:

@@ -214,20 +214,21 @@ def _filling(state: State, replicas: int, level: Level, rows: I64, counts: I64) 
     if len(names) == 1:
         return _filling(state, replicas, below, rows, counts)
     sums = np.bincount(local, weights=counts).astype(np.int64)
-    parts, left = [], replicas
-    for name in _tight(replicas, sums):
-        members = np.flatnonzero(local == name)
-        parts.append(
-            members[_filling(state, max(1, min(left, int(sums[name]))), below, rows[members], counts[members])]
-        )
-        left -= int(sums[name])
-        if left <= 0:
-            break
-    # Watts may refuse some of these: the rest of the domain follows.
-    chosen = np.concatenate(parts)
-    rest = np.ones(len(rows), bool)
-    rest[chosen] = False
-    return np.concatenate([chosen, np.flatnonzero(rest)])
+    order = _tight(replicas, sums)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    hosts = np.argsort(rank[local], kind="stable")
+    # Sub-domains before the last one needed are filled to the brim: only in that one does the order of hosts matter.
+    # What follows it stays in the list, in case watts refuse some hosts.
+    total = np.cumsum(sums[order])
+    last = int(np.searchsorted(total, replicas))
+    if last < len(order):
+        need = replicas - (int(total[last - 1]) if last else 0)
+        members = hosts[rank[local][hosts] == last]
+        inner = members[_filling(state, need, below, rows[members], counts[members])]
+        at = int(np.searchsorted(rank[local][hosts], last))
+        hosts[at : at + len(inner)] = inner
+    return hosts
 
 
 def _tight(replicas: int, room_of: I64) -> I64:

@@ -122,14 +122,16 @@ def fragmentation(row: I64, g: I32, t: Tables) -> int:
     return row[TOTAL] * t.total - used - 1000 * whole * t.usable_whole[y, rank, whole]  # type: ignore[no-any-return]
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@njit(cache=True, forceinline=True, _nrt=False, fastmath={"reassoc", "nnan", "nsz", "contract"})
 def balance(total: float, cpu: float, ram: float, t: Tables) -> float:
-    """Free milli-GPU that the free CPU (w_cpu), or CPU and memory (w_mem), could never serve, over the mix."""
+    """Free milli-GPU that the free CPU (w_cpu), or CPU and memory (w_mem), could never serve, over the mix.
+
+    The sum may be taken in any order (three times faster): its last bits are far below the 1/64 milli-GPU of a score.
+    """
     a = 0.0
     b = 0.0
     for m in range(len(t.weight)):
-        by_cpu = t.rho[m] * cpu
-        lack = max(0.0, total - by_cpu)
+        lack = max(0.0, total - t.rho[m] * cpu)
         lack_either = max(lack, total - t.sigma[m] * ram)
         a += t.weight[m] * lack
         b += t.weight[m] * lack_either
@@ -173,7 +175,7 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[int, int]:
     elif t.mode == 0:
         base = s.balance[h] - balance(total, cpu, ram, t) - t.spec[y] * need * milli
         if need <= 1 and whole == n and n > 0 and rows[h, CPU_ONLY] == 0:
-            base -= t.opening[n]
+            base -= t.opening[y, n]
     if not shared:
         if t.mode == 2:
             return np.int64(_SCALE * base), 0

@@ -50,8 +50,12 @@ class Weights(NamedTuple):
     cpu_balance: float = 1.0  # per milli-GPU that CPU can never serve
     memory_balance: float = 0.5  # per milli-GPU that CPU or memory can never serve
     spec: float = 1.0  # per milli-GPU of a model that others insist on
-    open_host: float = 100.0  # milli-GPU for opening an empty host with a small shape
-    open_multi: float = 400.0  # times the share of demand that wants several GPUs of such a host
+    cpu_scarce: float = 12.0  # x (CPU load - 0.9) more of cpu_balance: near the end CPU is what runs out
+    open_host: float = 150.0  # milli-GPU for opening an empty host with a small shape
+    open_multi: float = (
+        1000.0  # and so much more, times min(1, scarcity x captive demand for several GPUs of such a host)
+    )
+    scarcity: float = 0.25
 
 
 DEFAULT_WEIGHTS: Final = Weights()
@@ -70,7 +74,7 @@ class Tables(NamedTuple):
     sigma: F64  # [M] milli-GPU per MiB
     weight: F64  # [M] w_m, sums to <= 1
     spec: F64  # [MODELS] q_y x weight
-    opening: F64  # [17] what opening an empty host of z GPUs costs
+    opening: F64  # [MODELS, 17] what opening an empty host of that model and so many GPUs costs
     w_frag: float
     w_cpu: float
     w_mem: float
@@ -82,16 +86,18 @@ class Tables(NamedTuple):
 MODES: Final = {"tailrace": 0, "fgd": 1, "best_fit": 2}
 
 
-def typical(requests: Iterable[tuple[int, int, int, int, int, int]], coverage: float = 0.95) -> list[Shape]:
-    """Typical shapes of a list of (cpu, ram, gpus, gpu_milli, models, count), most frequent first until `coverage` of
-    them.
+def typical(
+    requests: Iterable[tuple[int, int, int, int, int, int]], coverage: float = 0.95, apart: Sequence[str] = ()
+) -> list[Shape]:
+    """Typical shapes of a list of (cpu, ram, gpus, gpu_milli, models, count), most frequent first until `coverage` of them.
 
-    Shapes equal but for memory are one, with the mean memory. Ties keep the order of first appearance.
+    Shapes equal but for memory are one, with the mean memory, unless `apart` (a label of each request) tells them apart.
+    Ties keep the order of first appearance.
     """
-    count: Counter[tuple[int, int, int, int]] = Counter()
-    ram: Counter[tuple[int, int, int, int]] = Counter()
-    for cpu, mib, gpus, milli, models, n in requests:
-        key = (cpu, gpus, milli if gpus else 0, models if gpus else 0)
+    count: Counter[tuple[int, int, int, int, str]] = Counter()
+    ram: Counter[tuple[int, int, int, int, str]] = Counter()
+    for i, (cpu, mib, gpus, milli, models, n) in enumerate(requests):
+        key = (cpu, gpus, milli if gpus else 0, models if gpus else 0, apart[i] if apart else "")
         count[key] += n
         ram[key] += mib * n
     need, got, shapes = coverage * count.total(), 0, []
@@ -208,22 +214,25 @@ def hole_values(prices: dict[int, float]) -> F64:
     return best[np.arange(WHOLE + 1) // GRID]  # type: ignore[no-any-return]
 
 
-def capacity_by_model(fleet: Fleet) -> F64:
-    """GPUs of each model in the cell, shape [MODELS]."""
-    out = np.zeros(MODELS)
-    np.add.at(out, np.maximum(fleet.gpu_model, 0), fleet.gpu_count)
+def capacity_of(fleet: Fleet) -> F64:
+    """GPUs of the cell by model and GPUs a host, shape [MODELS, 17]."""
+    out = np.zeros((MODELS, MAX_GPUS + 1))
+    np.add.at(out, (np.maximum(fleet.gpu_model, 0), fleet.gpu_count), fleet.gpu_count)
     return out
 
 
 def make_tables(
     shapes: Sequence[Shape],
     capacity: F64,
+    cpu_total: float,
     cpu_cap: float,
     gpu_cap: float,
     packer: str = "tailrace",
     w: Weights = DEFAULT_WEIGHTS,
 ) -> Tables:
-    """Tables of a mix. `capacity`: GPUs of each model [MODELS]; caps: the largest host, for best fit."""
+    """Tables of a mix. `capacity`: GPUs by model and host size [MODELS, 17]; `cpu_total`: milli-CPU of the cell; caps: the
+    largest host, for best fit.
+    """
     with_gpu = [s for s in shapes if s.gpus]
     total = sum(s.weight for s in shapes) or 1
     cpus = np.array(sorted({s.cpu for s in with_gpu}), np.int64)
@@ -245,12 +254,7 @@ def make_tables(
     milli = np.array([s.gpus * s.gpu_milli for s in with_gpu], np.float64)
     share = np.array([s.weight / total for s in with_gpu])
     asked = float(milli @ share) or 1.0
-    opening = np.array(
-        [
-            sum(m * v for m, v, s in zip(milli, share, with_gpu, strict=True) if 2 <= s.gpus <= z)
-            for z in range(MAX_GPUS + 1)
-        ]
-    )
+    cpu_load = sum(s.cpu * s.weight for s in shapes) / total / asked * capacity.sum() * WHOLE / max(1.0, cpu_total)
     return Tables(
         cpus=cpus,
         share_rank=np.searchsorted(shares, np.arange(WHOLE + 1), side="right").astype(np.int16),
@@ -262,9 +266,9 @@ def make_tables(
         sigma=milli / np.maximum(np.array([s.ram for s in with_gpu], np.float64), 100),
         weight=share,
         spec=_spec_prices(with_gpu, share, asked, capacity, prices) * w.spec,
-        opening=w.open_host + w.open_multi * opening / asked,
+        opening=w.open_host + w.open_multi * np.minimum(1.0, w.scarcity * _captive(with_gpu, share, asked, capacity)),
         w_frag=w.fragmentation,
-        w_cpu=w.cpu_balance,
+        w_cpu=w.cpu_balance * (1.0 + w.cpu_scarce * max(0.0, cpu_load - 0.9)),
         w_mem=w.memory_balance,
         cpu_cap=max(cpu_cap, 1.0),
         gpu_cap=max(gpu_cap, 1.0),
@@ -289,8 +293,26 @@ def _spec_prices(shapes: Sequence[Shape], share: F64, asked: float, capacity: F6
     return np.minimum(out, 1.0)
 
 
+def _captive(shapes: Sequence[Shape], share: F64, asked: float, capacity: F64) -> F64:
+    """Demand for several GPUs of a host, spread over the hosts that can serve it, per GPU of such a host: [MODELS, 17].
+
+    Above 1 the hosts of that kind cannot even serve those who have nowhere else to go.
+    """
+    arrivals = capacity.sum() * WHOLE / asked
+    out = np.zeros((MODELS, MAX_GPUS + 1))
+    for s, w in zip(shapes, share, strict=True):
+        if s.gpus < 2:
+            continue
+        able = np.zeros_like(out, bool)
+        able[[not s.models or bool(s.models >> y & 1) for y in range(MODELS)], s.gpus :] = True
+        room = float(capacity[able].sum())
+        if room:
+            out[able] += arrivals * w * s.gpus / room
+    return out
+
+
 def tables_for(fleet: Fleet, shapes: Sequence[Shape], packer: str, w: Weights = DEFAULT_WEIGHTS) -> Tables:
     """Tables for a fleet and a mix."""
     cpu = float(fleet.cpu_free.max()) if len(fleet) else 1.0
     gpu = float(fleet.gpu_count.max()) * WHOLE if len(fleet) else 1.0
-    return make_tables(shapes, capacity_by_model(fleet), cpu, gpu, packer, w)
+    return make_tables(shapes, capacity_of(fleet), float(fleet.cpu_free.sum()), cpu, gpu, packer, w)

@@ -173,10 +173,10 @@ def test_the_estimated_mix_follows_what_arrives():
 
 
 def test_spec_prices_protect_what_others_insist_on():
-    capacity = np.zeros(64)
-    capacity[:2] = 100
+    capacity = np.zeros((64, 17))
+    capacity[:2, 8] = 100
     shapes = [Shape(1000, 1.0, 1, 1000, 0b10, 1), Shape(1000, 1.0, 1, 1000, 0, 1)]
-    spec = make_tables(shapes, capacity, 1.0, 1.0).spec
+    spec = make_tables(shapes, capacity, 1e9, 1.0, 1.0).spec
     assert spec[1] == 1.0
     assert spec[0] == 0.0
     assert request_vector(Request(job=1, gpus=1))[6] == 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from django.db import connection, transaction
-from django.db.models import Sum
+from django.db.models import Q, Sum
 
 from billing.models import LedgerAccount, LedgerBalance, LedgerTransaction, Posting
 
@@ -94,7 +94,11 @@ def book_many(bookings: Sequence[Booking]) -> int:
 def _accounts(wanted: Iterable[tuple[str, int | None, str]]) -> dict[tuple[str, int | None, str], int]:
     """Ids of the accounts, opened where they do not exist yet."""
     rows = sorted(wanted, key=lambda row: (row[0], row[1] or 0, row[2]))
-    columns = [[row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]]
+    columns: tuple[list[str], list[int | None], list[str]] = (
+        [row[0] for row in rows],
+        [row[1] for row in rows],
+        [row[2] for row in rows],
+    )
     query = (
         "SELECT a.id, a.code, a.organization_id, a.currency FROM billing_ledgeraccount a"
         " JOIN unnest(%s::text[], %s::bigint[], %s::text[]) w(code, organization_id, currency)"
@@ -116,7 +120,8 @@ def _accounts(wanted: Iterable[tuple[str, int | None, str]]) -> dict[tuple[str, 
 
 def balance(code: str, currency: str, organization_id: int | None = None) -> int:
     """The account's balance in minor units, debit positive: the projection plus what was posted since."""
-    account = LedgerAccount.objects.filter(code=code, currency=currency, organization_id=organization_id).first()
+    whose = Q(organization_id=organization_id) if organization_id is not None else Q(organization=None)
+    account = LedgerAccount.objects.filter(whose, code=code, currency=currency).first()
     if account is None:
         return 0
     projection = LedgerBalance.objects.filter(account=account).first()

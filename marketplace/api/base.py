@@ -14,6 +14,7 @@ from rest_framework.views import APIView
 from marketplace import ids
 from marketplace.api import idempotency, pagination
 from marketplace.errors import MarketError
+from marketplace.models import Organization
 from marketplace.tenancy import ANONYMOUS, Actor, TenantQuerySet
 
 
@@ -77,6 +78,13 @@ class Resource(APIView):
         found = self.queryset().filter(pk=pk).first() if pk else None
         if found is None:
             raise Http404
+        return found
+
+    def organization(self) -> Organization:
+        """The one that acts; our own people act in none."""
+        if self.actor.organization_id is None:
+            raise MarketError("organization_required", "This is about one organization, and you act in none.")
+        found: Organization = Organization.objects.all().owned_by(self.actor.organization_id).get()
         return found
 
     def represent(self, row: Any) -> dict[str, Any]:

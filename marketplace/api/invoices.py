@@ -14,7 +14,6 @@ from billing.models import Invoice, InvoiceLine
 from marketplace import ids
 from marketplace.api.base import Resource
 from marketplace.api.shapes import amount
-from marketplace.models import Organization
 
 
 def shown(row: Invoice) -> dict[str, Any]:
@@ -79,8 +78,7 @@ class Preview(InvoiceResource):
     @extend_schema(tags=["billing"], operation_id="invoices_preview", responses={200: dict})
     def get(self, request: Request) -> Response:  # noqa: ARG002
         """What an invoice closed now would say, running seconds included."""
-        organization = Organization.objects.owned_by(self.actor.organization_id).get()
-        draft = invoices.preview(organization, timezone.now())
+        draft = invoices.preview(self.organization(), timezone.now())
         currency = draft.account.currency
         rows = [
             {

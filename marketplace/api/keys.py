@@ -12,7 +12,7 @@ from rest_framework.response import Response
 
 from marketplace.api import shapes
 from marketplace.api.base import Resource, Shape
-from marketplace.models import ApiKey, Organization
+from marketplace.models import ApiKey
 from marketplace.services import accounts
 from marketplace.tenancy import SCOPES
 
@@ -92,8 +92,7 @@ class Keys(KeyResource):
         body = self.read(IssueShape)
 
         def make() -> tuple[dict[str, Any], str]:
-            organization = Organization.objects.visible_to(self.actor).get(pk=self.actor.organization_id)
-            row, token = accounts.issue_key(organization, actor=self.actor, now=timezone.now(), **body)
+            row, token = accounts.issue_key(self.organization(), actor=self.actor, now=timezone.now(), **body)
             return self.represent(row), token
 
         return show_once(self, make)

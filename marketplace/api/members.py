@@ -12,7 +12,7 @@ from rest_framework.response import Response
 from marketplace.api import shapes
 from marketplace.api.base import Resource, Shape
 from marketplace.api.keys import PAGE, show_once
-from marketplace.models import Invitation, Membership, Organization
+from marketplace.models import Invitation, Membership
 from marketplace.services import accounts
 from marketplace.tenancy import ROLES
 
@@ -144,8 +144,7 @@ class Invitations(InvitationResource):
         body = self.read(InviteShape)
 
         def make() -> tuple[dict[str, Any], str]:
-            organization = Organization.objects.visible_to(self.actor).get(pk=self.actor.organization_id)
-            row, token = accounts.invite(organization, actor=self.actor, now=timezone.now(), **body)
+            row, token = accounts.invite(self.organization(), actor=self.actor, now=timezone.now(), **body)
             return self.represent(row), token
 
         return show_once(self, make)

@@ -36,10 +36,6 @@ class PaymentMethodView(Resource):
     model_queryset = Organization.objects.all()
     prefix = "org"
 
-    def organization(self) -> Organization:
-        found: Organization = Organization.objects.owned_by(self.actor.organization_id).get()
-        return found
-
 
 class PaymentMethods(PaymentMethodView):
     actions = {"GET": "billing:read", "POST": "billing:write"}

@@ -34,7 +34,7 @@ class PayoutResource(Resource):
         }
 
     def operator(self) -> Organization:
-        found: Organization = Organization.objects.owned_by(self.actor.organization_id).get()
+        found: Organization = self.organization()
         if not found.is_operator:
             raise MarketError("forbidden", f"{found.name} is no operator: only operators are paid out.")
         return found

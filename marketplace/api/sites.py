@@ -29,7 +29,7 @@ from marketplace.api.site_shapes import (
     UpdateSiteShape,
 )
 from marketplace.errors import MarketError
-from marketplace.models import Agent, Organization, PowerNode, Site
+from marketplace.models import Agent, PowerNode, Site
 from marketplace.services import imports, sites
 from marketplace.tenancy import Actor
 
@@ -108,8 +108,9 @@ class Sites(SiteResource):
         body = self.read(CreateSiteShape)
 
         def effect() -> Response:
-            organization = Organization.objects.visible_to(self.actor).get(pk=self.actor.organization_id)
-            return self.answer(sites.create_site(organization, actor=self.actor, now=timezone.now(), **body), 201)
+            return self.answer(
+                sites.create_site(self.organization(), actor=self.actor, now=timezone.now(), **body), 201
+            )
 
         return self.write(effect)
 

@@ -1,0 +1,260 @@
+"""Every route and what it asks for: the table that tests/contracts/test_matrix.py walks with every kind of actor.
+
+To add a route, add a line to ROUTES; a route without one fails the suite.
+
+    R("api/v1/jobs/<str:job>/cancel", "POST", "jobs:write", job),
+      path as the resolver has it   method  action        makes what the path names (left out: a collection)
+
+- action: a key of tenancy.ACTIONS, or
+      "public"  anybody            "person"  any signed-in person, no key
+      "agent"   a site's agent     "staff"   our own people; for all others there is nothing (404)
+- make: a function below: World -> {path parameter: value}. Objects belong to `world.organization` (customer and operator).
+- stranger="sees": strangers of the same mode may see it too (a published listing). Otherwise a stranger gets 404.
+- outside=True: with rights, it calls a part outside (Stripe), which this test keeps away: 503 is a fine answer.
+- Pages (anything not under api/v1/) have the same actions; there, nobody is sent to the log-in page instead of 401.
+- A whole admin or a package's own pages stand in PREFIXES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+from billing.models import BillingAccount, Invoice
+from marketplace.models import Curtailment, Invitation
+from marketplace.tenancy import ROLES
+from tests import factories
+from tests.factories import NOW
+
+Make = Callable[["World"], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class R:
+    path: str
+    method: str
+    action: str
+    make: Make | None = None
+    stranger: str = "404"
+    outside: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.method} {self.path}"
+
+    @property
+    def is_api(self) -> bool:
+        return self.path.startswith("api/")
+
+
+class World:
+    """One organization that is customer and operator, with one of each thing."""
+
+    def __init__(self, *, livemode: bool = True) -> None:
+        self.organization = factories.organization(is_customer=True, is_operator=True, livemode=livemode)
+        self.members = {role: factories.member(self.organization, role) for role in ROLES}
+
+    @cached_property
+    def site(self) -> Any:
+        return factories.site(self.organization)
+
+    @cached_property
+    def host(self) -> Any:
+        return factories.host(self.site)
+
+    @cached_property
+    def miner(self) -> Any:
+        return factories.miner(self.site)
+
+    @cached_property
+    def agent(self) -> Any:
+        return factories.agent(self.site)[0]
+
+    @cached_property
+    def listing(self) -> Any:
+        return factories.listing(self.site, hosts=[self.host])
+
+    @cached_property
+    def draft(self) -> Any:
+        return factories.listing(self.site, state="draft")
+
+    @cached_property
+    def quote(self) -> Any:
+        return factories.quote(self.listing, self.organization)
+
+    @cached_property
+    def contract(self) -> Any:
+        return factories.contract(self.listing, self.organization)
+
+    @cached_property
+    def job(self) -> Any:
+        return factories.job(self.contract, state="running")
+
+    @cached_property
+    def placement(self) -> Any:
+        return factories.placement(self.job, self.host, state="running", running_at=NOW)
+
+    @cached_property
+    def key(self) -> Any:
+        return factories.key(self.organization)[0]
+
+    @cached_property
+    def invitation(self) -> Any:
+        return Invitation.objects.create(
+            organization=self.organization, email="x@example.org", role="viewer", digest=f"invitation-{self.organization.pk}",
+            expires_at=NOW + timedelta(days=7),
+        )  # fmt: skip
+
+    @cached_property
+    def curtailment(self) -> Any:
+        return Curtailment.objects.create(
+            site=self.site, node=self.site.power_nodes.get(name="site"), reference=f"call-{self.site.pk}", cap_w=500_000,
+            starts_at=NOW + timedelta(days=30), ends_at=NOW + timedelta(days=30, hours=1), created_by="x",
+        )  # fmt: skip
+
+    @cached_property
+    def invoice(self) -> Any:
+        account, _ = BillingAccount.objects.get_or_create(
+            organization=self.organization, defaults={"currency": "USD", "created_at": NOW}
+        )
+        return Invoice.objects.create(
+            account=account, organization=self.organization, kind="period", legal_entity="Tailrace Inc.", currency="USD",
+            period_start=NOW - timedelta(days=30), period_end=NOW, created_at=NOW,
+        )  # fmt: skip
+
+    def everything(self) -> list[Any]:
+        """All of it is made; these are the rows that lists may show to their owner alone."""
+        names = ("site", "host", "miner", "agent", "listing", "draft", "quote", "contract", "job", "placement")
+        rows = [getattr(self, name) for name in (*names, "key", "invitation", "curtailment", "invoice")]
+        return [self.organization, *self.members.values(), *rows, *self.site.power_nodes.all()]
+
+
+def _one(parameter: str, attribute: str | None = None) -> Make:
+    return lambda world: {parameter: getattr(world, attribute or parameter).public_id}
+
+
+organization, site, host, miner, agent = (_one(n) for n in ("organization", "site", "host", "miner", "agent"))
+listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
+key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
+draft = _one("listing", "draft")
+
+
+def member(world: World) -> dict[str, str]:
+    return {"member": world.members["viewer"].public_id}
+
+
+def node(world: World) -> dict[str, str]:
+    return {"node": world.site.power_nodes.get(name="pdu-1").public_id}
+
+
+ROUTES: tuple[R, ...] = (
+    R("api/v1/health", "GET", "public"),
+    R("api/v1/schema", "GET", "public"),
+    # --- organizations, people, keys
+    R("api/v1/organizations", "GET", "person"),
+    R("api/v1/organizations", "POST", "person"),
+    R("api/v1/organizations/<str:organization>", "GET", "organization:read", organization),
+    R("api/v1/organizations/<str:organization>", "PATCH", "organization:write", organization),
+    R("api/v1/organizations/<str:organization>/switch", "POST", "person", organization),
+    R("api/v1/audit-events", "GET", "audit:read"),
+    R("api/v1/members", "GET", "members:read"),
+    R("api/v1/members/<str:member>", "GET", "members:read", member),
+    R("api/v1/members/<str:member>", "PATCH", "members:write", member),
+    R("api/v1/members/<str:member>", "DELETE", "members:write", member),
+    R("api/v1/invitations", "GET", "members:read"),
+    R("api/v1/invitations", "POST", "members:write"),
+    R("api/v1/invitations/accept", "POST", "person"),
+    R("api/v1/invitations/<str:invitation>", "DELETE", "members:write", invitation),
+    R("api/v1/keys", "GET", "keys:read"),
+    R("api/v1/keys", "POST", "keys:write"),
+    R("api/v1/keys/<str:key>", "GET", "keys:read", key),
+    R("api/v1/keys/<str:key>", "DELETE", "keys:write", key),
+    # --- sites
+    R("api/v1/sites", "GET", "sites:read"),
+    R("api/v1/sites", "POST", "sites:write"),
+    R("api/v1/sites/<str:site>", "GET", "sites:read", site),
+    R("api/v1/sites/<str:site>", "PATCH", "sites:write", site),
+    R("api/v1/sites/<str:site>/mode", "POST", "power:write", site),
+    R("api/v1/sites/<str:site>/power-nodes", "GET", "sites:read", site),
+    R("api/v1/sites/<str:site>/power-nodes", "POST", "sites:write", site),
+    R("api/v1/sites/<str:site>/import", "POST", "sites:write", site),
+    R("api/v1/sites/<str:site>/enrolment-tokens", "POST", "sites:write", site),
+    R("api/v1/sites/<str:site>/agents", "GET", "sites:read", site),
+    R("api/v1/agents/<str:agent>", "GET", "sites:read", agent),
+    R("api/v1/agents/<str:agent>", "DELETE", "sites:write", agent),
+    R("api/v1/power-nodes/<str:node>", "GET", "sites:read", node),
+    R("api/v1/power-nodes/<str:node>", "PATCH", "sites:write", node),
+    R("api/v1/hosts", "GET", "sites:read"),
+    R("api/v1/hosts/<str:host>", "GET", "sites:read", host),
+    R("api/v1/hosts/<str:host>/drain", "POST", "sites:write", host),
+    R("api/v1/hosts/<str:host>/undrain", "POST", "sites:write", host),
+    R("api/v1/miners", "GET", "sites:read"),
+    R("api/v1/miners/<str:miner>", "GET", "sites:read", miner),
+    R("api/v1/miners/<str:miner>", "PATCH", "power:write", miner),
+    # --- power
+    R("api/v1/sites/<str:site>/power", "GET", "power:read", site),
+    R("api/v1/sites/<str:site>/minutes", "GET", "power:read", site),
+    R("api/v1/curtailments", "GET", "power:read"),
+    R("api/v1/curtailments", "POST", "power:write"),
+    R("api/v1/curtailments/<str:curtailment>", "GET", "power:read", curtailment),
+    R("api/v1/curtailments/<str:curtailment>/cancel", "POST", "power:write", curtailment),
+    # --- market
+    R("api/v1/listings", "GET", "listings:read", stranger="sees"),
+    R("api/v1/listings", "POST", "listings:write"),
+    R("api/v1/listings/<str:listing>", "GET", "listings:read", listing, stranger="sees"),
+    R("api/v1/listings/<str:listing>", "PATCH", "listings:write", draft),
+    R("api/v1/listings/<str:listing>/calendar", "GET", "listings:read", listing, stranger="sees"),
+    R("api/v1/listings/<str:listing>/publish", "POST", "listings:write", draft),
+    R("api/v1/listings/<str:listing>/pause", "POST", "listings:write", draft),
+    R("api/v1/listings/<str:listing>/retire", "POST", "listings:write", draft),
+    R("api/v1/quotes", "GET", "quotes:read"),
+    R("api/v1/quotes", "POST", "quotes:write"),
+    R("api/v1/quotes/<str:quote>", "GET", "quotes:read", quote),
+    R("api/v1/quotes/<str:quote>/release", "POST", "quotes:write", quote),
+    R("api/v1/contracts", "GET", "contracts:read"),
+    R("api/v1/contracts", "POST", "contracts:write"),
+    R("api/v1/contracts/<str:contract>", "GET", "contracts:read", contract),
+    R("api/v1/contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
+    R("api/v1/contracts/<str:contract>/events", "GET", "contracts:read", contract),
+    # --- jobs
+    R("api/v1/jobs", "GET", "jobs:read"),
+    R("api/v1/jobs", "POST", "jobs:write"),
+    R("api/v1/jobs/batch", "POST", "jobs:write"),
+    R("api/v1/jobs/<str:job>", "GET", "jobs:read", job),
+    R("api/v1/jobs/<str:job>/cancel", "POST", "jobs:write", job),
+    R("api/v1/jobs/<str:job>/explain", "GET", "jobs:read", job),
+    R("api/v1/jobs/<str:job>/events", "GET", "jobs:read", job),
+    R("api/v1/jobs/<str:job>/logs", "GET", "jobs:read", job),
+    R("api/v1/placements", "GET", "jobs:read"),
+    # --- money
+    R("api/v1/usage", "GET", "usage:read"),
+    R("api/v1/invoices", "GET", "billing:read"),
+    R("api/v1/invoices/preview", "GET", "billing:read"),
+    R("api/v1/invoices/<str:invoice>", "GET", "billing:read", invoice),
+    R("api/v1/invoices/<str:invoice>/pay", "POST", "billing:write", invoice, outside=True),
+    R("api/v1/invoices/<str:invoice>/usage", "GET", "billing:read", invoice),
+    R("api/v1/payment-methods", "GET", "billing:read", outside=True),
+    R("api/v1/payment-methods", "POST", "billing:write", outside=True),
+    R("api/v1/payment-methods/portal", "POST", "billing:write", outside=True),
+    R("api/v1/payouts", "GET", "payouts:read"),
+    R("api/v1/payouts/account", "GET", "payouts:read", outside=True),
+    R("api/v1/payouts/account", "POST", "payouts:write", outside=True),
+    # --- agents, staff, other systems
+    R("api/v1/agent/enrol", "POST", "public"),  # by its token
+    R("api/v1/agent/sync", "POST", "agent"),
+    R("api/v1/agent/logs", "POST", "agent"),
+    R("api/v1/staff/close-period", "POST", "staff"),
+    R("api/v1/staff/invariants", "GET", "staff"),
+    R("api/v1/staff/reconcile", "POST", "staff", outside=True),
+    R("api/v1/webhooks/stripe", "POST", "public"),  # by its signature
+)
+
+# Path prefix -> whose. "package": pages of a package that brings its own tests; "operator", "staff": the two admins.
+PREFIXES: dict[str, str] = {
+    "accounts/": "package",
+    "metrics": "package",
+    "static/": "package",
+    "operator/": "operator",
+    "staff/": "staff",
+}

@@ -165,7 +165,11 @@ ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
 ACCOUNT_EMAIL_VERIFICATION = env.str("ACCOUNT_EMAIL_VERIFICATION", default="none" if DEVELOPMENT else "mandatory")
 ACCOUNT_SESSION_REMEMBER = True
 ACCOUNT_LOGOUT_ON_GET = False
-ACCOUNT_RATE_LIMITS = {} if DEVELOPMENT else {"login_failed": "10/m/ip,5/5m/key", "signup": "20/m/ip"}
+ACCOUNT_RATE_LIMITS = (
+    {"signup": "600/m/ip", "login": "600/m/ip"}
+    if DEVELOPMENT
+    else {"login_failed": "10/m/ip,5/5m/key", "signup": "20/m/ip"}
+)
 LOGIN_REDIRECT_URL = "/"
 LOGIN_URL = "account_login"
 EMAIL_CONFIG = env.email("EMAIL_URL", default="consolemail://")
@@ -196,7 +200,9 @@ SPECTACULAR_SETTINGS = {
     "COMPONENT_SPLIT_REQUEST": True,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "ENUM_NAME_OVERRIDES": {},
-    "POSTPROCESSING_HOOKS": ["marketplace.api.schema.problems"],  # enums stay where they are used: names that never move
+    "POSTPROCESSING_HOOKS": [
+        "marketplace.api.schema.problems"
+    ],  # enums stay where they are used: names that never move
     "SERVERS": [{"url": "/"}],
 }
 

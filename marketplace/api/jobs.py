@@ -207,6 +207,26 @@ class JobLogs(JobResource):
         return Response(job_views.logs(placement, query.get("stream", "stdout"), int(offset)))
 
 
+class Placements(Resource):
+    """All placements of the organization's jobs, or at its sites: where each replica ran, and when it was billed."""
+
+    actions = {"GET": "jobs:read"}
+    model_queryset = Placement.objects.select_related("host", "site")
+    prefix = "plc"
+    order = "id"
+    filters = {"job": "job", "contract": "contract", "state": "state", "site": "site"}
+
+    def represent(self, row: Placement) -> dict[str, Any]:
+        return job_views.placement(row)
+
+    @extend_schema(
+        tags=["jobs"], operation_id="placements_list", responses={200: dict},
+        parameters=[OpenApiParameter(n, str) for n in ("job", "contract", "state", "site", "limit", "cursor")],
+    )  # fmt: skip
+    def get(self, request: Request) -> Response:
+        return self.listing(request)
+
+
 def _placement(job: Job, public_id: str | None) -> Placement | None:
     rows = Placement.objects.filter(job=job).order_by("-attempt", "rank")
     if public_id is None:
@@ -225,4 +245,5 @@ urlpatterns = [
     path("jobs/<str:job>/explain", JobExplain.as_view(), name="job-explain"),
     path("jobs/<str:job>/events", JobEvents.as_view(), name="job-events"),
     path("jobs/<str:job>/logs", JobLogs.as_view(), name="job-logs"),
+    path("placements", Placements.as_view(), name="placements"),
 ]

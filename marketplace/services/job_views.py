@@ -46,25 +46,30 @@ def shown(job: Job) -> dict[str, Any]:
 
 def placements(job: Job) -> list[dict[str, Any]]:
     rows = Placement.objects.filter(job=job).select_related("host", "site").order_by("-attempt", "rank")[:200]
-    return [
-        {
-            "id": p.public_id,
-            "object": "placement",
-            "attempt": p.attempt,
-            "rank": p.rank,
-            "site": p.site.name,
-            "host": p.host.name,
-            "gpus": p.gpu_indices,
-            "gpu_milli": p.gpu_milli,
-            "state": p.state,
-            "reason": p.reason,
-            "running_at": p.running_at,
-            "release_requested_at": p.release_requested_at,
-            "finished_at": p.finished_at,
-            "exit_code": p.exit_code,
-        }
-        for p in rows
-    ]
+    return [placement(p) for p in rows]
+
+
+def placement(p: Placement) -> dict[str, Any]:
+    """The resource: where a replica ran, and the instants between which it is billed."""
+    return {
+        "id": p.public_id,
+        "object": "placement",
+        "job": ids.encode("job", p.job_id),
+        "contract": ids.encode("ctr", p.contract_id),
+        "attempt": p.attempt,
+        "rank": p.rank,
+        "site": p.site.name,
+        "host": p.host.name,
+        "gpus": p.gpu_indices,
+        "gpu_milli": p.gpu_milli,
+        "state": p.state,
+        "reason": p.reason,
+        "granted_at": p.granted_at,
+        "running_at": p.running_at,
+        "release_requested_at": p.release_requested_at,
+        "finished_at": p.finished_at,
+        "exit_code": p.exit_code,
+    }
 
 
 def events(job: Job) -> list[dict[str, Any]]:

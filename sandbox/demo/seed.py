@@ -16,6 +16,7 @@ from django.utils import timezone
 from marketplace.models import Cell, GpuModel, Host, Listing, Organization, Site, User
 from marketplace.services import accounts, inventory, listings, sites
 from marketplace.tenancy import SCOPES, Actor
+from sandbox.demo.config import agent_config
 from sandbox.site.spec import Spec, demo_site
 
 STAFF = "staff@tailrace.example"
@@ -81,7 +82,7 @@ def _site(
     house: Path, operator: Organization, cell: Cell, row: tuple[str, str, str, str, int], url: str, now: datetime
 ) -> None:
     name, title, region, grid, number = row
-    spec = demo_site(number, miner_port=4028 + number, name=name)
+    spec = demo_site(number, miner_port=int(url.rpartition(":")[2]) + 1000, name=name)
     folder = house / "sites" / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -93,20 +94,6 @@ def _site(
     publish_listings(actor, site, now)
     token = sites.create_enrolment_token(site, actor=actor, now=now)
     (folder / "token").write_text(token[1] if isinstance(token, tuple) else token)
-
-
-def agent_config(name: str, url: str, *, runtime: str = "process") -> dict[str, Any]:
-    """An agent's configuration for a simulated site at `url` (docs/agent.md)."""
-    return {
-        "name": name,
-        "hosts": {"driver": "sandbox", "url": url},
-        "miners": {"driver": "luxos"},
-        "meters": {"driver": "sandbox"},
-        "runtime": runtime,
-        "wait_s": 20,
-        "report_s": 2,
-        "miner_poll_s": 5,
-    }
 
 
 def plant_site(actor: Actor, cell: Cell, title: str, region: str, grid: str, spec: Spec, now: datetime) -> Site:
@@ -136,10 +123,14 @@ def publish_listings(actor: Actor, site: Site, now: datetime) -> list[Listing]:
     made = []
     for model in GpuModel.objects.filter(hosts__site=site).distinct().order_by("name"):
         hosts = list(Host.objects.filter(site=site, gpu_model=model).values_list("pk", flat=True))
+        fabric = (400, "InfiniBand NDR") if "H100" in model.name else (100, "Ethernet")
         fields = {
-            "title": f"{model.name} at {site.name}", "gpu_model_id": model.pk, "min_gpus": 1, "fabric_gbps": 400 if "H100" in model.name else 100,
-            "interconnect": "InfiniBand NDR" if "H100" in model.name else "Ethernet", **PRICES[model.name],
-        }  # fmt: skip
+            "title": f"{model.name} at {site.name}",
+            "gpu_model_id": model.pk,
+            "fabric_gbps": fabric[0],
+            "interconnect": fabric[1],
+            **PRICES[model.name],
+        }
         listing = listings.draft(actor, site, fields, hosts=hosts, now=now)
         made.append(listings.publish(actor, listing, now=now))
     return made

@@ -1,0 +1,1 @@
+"""`make smoke`: the main job from sign-up to payout, headless, through public interfaces only."""

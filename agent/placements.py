@@ -334,6 +334,11 @@ class Placements:
                     log.debug("detach %s: %s", item.id, error)
             return
         await self._attach(item)
+        maximum = item.spec.get("max_seconds")
+        if maximum and item.running_at and now >= item.running_at + float(maximum):
+            item.stop_reason = (
+                item.stop_reason or "max_seconds"
+            )  # a runtime's own timer may have died with a former agent
         if item.desired == "stop":
             if item.stop_reason != "stopped" or now - item.stopped_at > STOP_AGAIN_S:
                 item.stop_reason = "stopped"

@@ -11,7 +11,7 @@ from agent import __version__
 from agent.config import Config
 from agent.control import Control
 from agent.events import Events
-from agent.hosts import HostDriver, HostError
+from agent.hosts import HostDriver, HostError, Poll
 from agent.hosts.bmc import Bmc
 from agent.hosts.local import LocalHost
 from agent.hosts.power import HostPower
@@ -198,7 +198,7 @@ class Site:
             )
             self.site_down_since = None
         if isinstance(self.runtime, VirtualRuntime):
-            await self._virtual(poll.work)
+            await self._virtual(poll)
         self.hosts.observe(poll.hosts, time.time())
         if self.config.meter_driver != "none":
             for node, watts, at in poll.meters:
@@ -206,12 +206,12 @@ class Site:
                 self.reports.set("meters", node, [node, watts, to_wire(at)])
         self._decide()
 
-    async def _virtual(self, rows: list[dict[str, Any]]) -> None:
+    async def _virtual(self, poll: Poll) -> None:
         assert isinstance(self.runtime, VirtualRuntime)
-        if not rows:
+        if not poll.work and not poll.complete:
             return
-        self.runtime.feed(rows)
-        for row in rows:
+        self.runtime.feed(poll.work, complete=poll.complete)
+        for row in poll.work:
             item = self.placements.items.get(row["id"])
             if row["state"] == "running" and (item is None or item.phase == "ended"):
                 # A host came back with work that was fenced meanwhile.

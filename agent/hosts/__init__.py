@@ -24,6 +24,7 @@ class Poll:
     hosts: list[HostReading] = field(default_factory=list)
     meters: list[tuple[str, int, float]] = field(default_factory=list)
     work: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = True  # not only what changed: what is not listed is not there
 
 
 class HostError(Exception):

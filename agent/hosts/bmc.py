@@ -50,14 +50,15 @@ class Bmc:
         return {"hosts": found["hosts"], "miners": found["miners"]}
 
     async def poll(self) -> Poll:
-        state = (await self.call("GET", f"/state?since={self.version}")).json()
-        if state["version"] < self.version:
+        since = self.version
+        state = (await self.call("GET", f"/state?since={since}")).json()
+        if state["version"] < since:
             # The interface was restarted and counts anew: look at everything again.
-            self.version = 0
+            since = 0
             state = (await self.call("GET", "/state?since=0")).json()
         self.version = state["version"]
         meters = [(str(node), int(watts), float(at)) for node, watts, at in state["meters"]]
-        return Poll(float(state["at"]), [reading(row) for row in state["hosts"]], meters, state["work"])
+        return Poll(float(state["at"]), [reading(row) for row in state["hosts"]], meters, state["work"], since == 0)
 
     async def read(self, name: str) -> HostReading:
         return reading((await self.call("GET", f"/hosts/{name}")).json())

@@ -30,7 +30,10 @@ class VirtualRuntime:
         """Tells where a placement runs: after a restart of the agent, before its first status."""
         self.host_of[key] = host
 
-    def feed(self, rows: list[dict[str, Any]]) -> None:
+    def feed(self, rows: list[dict[str, Any]], *, complete: bool = False) -> None:
+        """Takes rows of a poll; a `complete` one forgets what it does not list (the executor was restarted)."""
+        if complete:
+            self.rows = {}
         for row in rows:
             self.rows[row["id"]] = row
             self.host_of[row["id"]] = row["host"]

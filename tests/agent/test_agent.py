@@ -144,6 +144,15 @@ def test_lost_doubled_and_reordered_calls_change_nothing(tmp_path):
         count = len(control.syncs)
         await until(lambda: len(control.syncs) > count + 2, "more syncs")
         assert world.site.physics.hosts.limits(0) == [700] * 8
+        control.command("m0000", "sleep")
+        await until(lambda: control.seen["miners"]["m0000"][1] == "sleep", "asleep")
+        late = dict(control.history[-1], miners=[["m0000", "normal", 1]], generation=control.generation)
+        control.repeat_old = late
+        control.changed.set()
+        await until(lambda: control.repeat_old is None, "the old command was delivered")
+        count = len(control.syncs)
+        await until(lambda: len(control.syncs) > count + 3, "more syncs")
+        assert world.site.physics.fleet.asleep[0], "a driver refuses an older generation"
         assert marker.read_text() == "once\n"
         sequences = [s["sequence"] for s in control.syncs]
         assert len(set(sequences)) == len(sequences)
@@ -256,6 +265,31 @@ def test_a_lost_host_fails_its_work_and_fences_it(tmp_path):
         assert control.state("plc_1") == "failed"
 
     drive(tmp_path, check, runtime="virtual")
+
+
+def test_work_of_a_restarted_executor_is_lost_not_running(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        control.place("plc_1", ["sleep", "60"])
+        await until(lambda: control.state("plc_1") == "running", "running")
+        world.site.executor.work.clear()
+        world.site.version = 1
+        await until(lambda: control.state("plc_1") == "failed", "failed")
+        assert control.row("plc_1")["reason"] == "supervisor_lost"
+
+    drive(tmp_path, check, runtime="virtual")
+
+
+def test_this_machine_as_a_host(tmp_path):
+    async def check(world, control):
+        await until(lambda: control.inventory and control.inventory["hosts"][0]["name"] == "here", "inventory")
+        assert control.inventory["hosts"][0]["vcpu_milli"] >= 1000
+        control.place("plc_1", ["sh", "-c", "echo on $TAILRACE_HOST"], host="here", gpus=())
+        await until(lambda: control.text("plc_1") == "on here\n", "its log")
+        await until(lambda: control.row("plc_1").get("exit_code") == 0, "its exit")
+
+    local = {"driver": "local", "host": {"name": "here", "power_node": "pdu-1"}}
+    drive(tmp_path, check, hosts=local, miners={"driver": "none"}, meters={"driver": "none"})
 
 
 def test_virtual_work_is_adopted_after_a_restart(tmp_path):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from numba import njit
 
 from benchmarks import packing
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes
-from scheduler.core.kernels import NO, Cache, State, note_change, refresh_host, score_host, static_kernel, take
+from scheduler.core.fit import static_kernel
+from scheduler.core.jit import kernel
+from scheduler.core.kernels import NO, Cache, State, note_change, refresh_host, score_host, take
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import Tables, tables_for
 from scheduler.core.types import F64, I32, I64, Fleet
@@ -25,7 +26,7 @@ SIZES = {"per_s_1213": 1213, "per_s_10k": 10_000, "per_s_100k": 100_000}
 HOSTS_A_PDU = 16
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def full_scan(seq: I32, qs: I64, s: State, t: Tables, c: Cache, host: I32) -> None:
     """The peer: every host scored for every decision, same score, same ties."""
     for i in range(len(seq)):

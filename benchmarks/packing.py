@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numba import njit
 
 from benchmarks import traces
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes, Trace
 from scheduler.core.fit import fit_kernel
+from scheduler.core.jit import kernel
 from scheduler.core.kernels import State, refresh_all, take
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import MixEstimate, tables_for
@@ -31,7 +32,7 @@ class Outcome:
     refused_fitting: int
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def random_run(seed: int, seq: I32, qs: I64, s: State, host: I32) -> None:
     """Each replica on a host drawn evenly from those that fit: one look at every host."""
     np.random.seed(seed)  # noqa: NPY002 - numba's own generator
@@ -49,7 +50,7 @@ def random_run(seed: int, seq: I32, qs: I64, s: State, host: I32) -> None:
             take(chosen, q, mask, s)
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def count_refused(seq: I32, qs: I64, s: State, host: I32, mask: I32) -> int:
     """Replays placements from an empty state; how many replicas were dropped although some host fitted."""
     refused = 0
@@ -153,7 +154,9 @@ def load(
         return nodes, {trace.name: lambda: trace}, seeds, {}, "built-in generator"
     nodes = traces.read_nodes(folder)
     chosen = options.traces or traces.trace_names(folder)
-    readers = {name: (lambda name=name: traces.read_trace(folder, name, nodes.models, seeds)) for name in chosen}
+    readers: dict[str, Callable[[], Trace]] = {
+        name: partial(traces.read_trace, folder, name, nodes.models, seeds) for name in chosen
+    }
     return nodes, readers, seeds, traces.published(folder), "openb"
 
 

@@ -22,9 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (42, 43, 44, 45, 46)
 
 # The generator: node kinds and pod shapes in the proportions of a cluster of shared and whole GPUs.
-_NODES = ((96_000, 786_432, 8, "G2", 45), (96_000, 393_216, 2, "T4", 33), (64_000, 262_144, 2, "P100", 11))
+_NODES: tuple[tuple[int, int, int, str, int], ...] = (
+    (96_000, 786_432, 8, "G2", 45),
+    (96_000, 393_216, 2, "T4", 33),
+    (64_000, 262_144, 2, "P100", 11),
+)
 _NODES += ((128_000, 786_432, 8, "G3", 3), (64_000, 262_144, 4, "V100M16", 5), (96_000, 524_288, 8, "V100M32", 3))
-_GPU_SHAPES = (
+_GPU_SHAPES: tuple[tuple[int, int, float], ...] = (
     (1, 1000, 48.0),
     (1, 460, 8.0),
     (1, 810, 6.0),
@@ -73,7 +77,7 @@ class Trace:
 
     def shapes(self, coverage: float = 0.95) -> list[Shape]:
         """The mix of the original list."""
-        return typical(((*map(int, p), 1) for p in self.pods), coverage, self.specs)
+        return typical(((c, m, n, g, y, 1) for c, m, n, g, y in self.pods.tolist()), coverage, self.specs)
 
 
 def directory(given: str | None) -> Path | None:

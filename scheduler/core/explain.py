@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from scheduler.core import gang
 from scheduler.core.fit import (
@@ -23,6 +22,7 @@ from scheduler.core.fit import (
     RAM,
     fit_kernel,
 )
+from scheduler.core.jit import kernel
 from scheduler.core.kernels import State
 from scheduler.core.types import FIT_STAGES, I64, NO_NODE, Decision, Level, Reason, Request
 
@@ -37,7 +37,7 @@ class Look(NamedTuple):
     node: int
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
     """Histogram of reasons [20], least shortage by reason [20] (unit of the resource; W at a node), hosts bound by
     node [N].
@@ -67,7 +67,7 @@ def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
             most = 0
             for i in range(row[NGPU]):
                 most = max(most, s.vfree[h, i])
-            lack = max(1, q[Q_VRAM] - most)
+            lack = max(np.int64(1), q[Q_VRAM] - most)
         elif reason == 14:
             lack = (delta * s.k[node] - s.budget[node] + s.k[node] - 1) // s.k[node]
             nodes[node] += 1

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from scheduler.core.jit import inlined, kernel
 from scheduler.core.types import BLOCKING, I16, I32, I64, MAX_GPUS, NO_NODE, WHOLE, Fleet, HostFlag, Reason, Request
 
 # Columns of a state row (int64) and of a request vector (int64).
@@ -265,7 +265,7 @@ def request_vector(request: Request) -> I64:
     )
 
 
-@njit(cache=True, _nrt=False, forceinline=True)
+@inlined
 def popcount(x: int) -> int:
     n = 0
     while x:
@@ -274,7 +274,7 @@ def popcount(x: int) -> int:
     return n
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def watts_kernel(row: I64, active: int, cpu_only: int) -> int:
     """`host_watts` on a state row, W."""
     if row[CAPCTL] == 0:
@@ -285,7 +285,7 @@ def watts_kernel(row: I64, active: int, cpu_only: int) -> int:
     return row[BASE] + a * row[GMAX] + (row[NGPU] - a) * row[GMIN]  # type: ignore[no-any-return]
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def static_kernel(row: I64, q: I64) -> int:
     """The stages that no placement of this plan changes: pool, site, model, flags, owner. A Reason."""
     if q[Q_POOL] != 0 and row[POOL] != q[Q_POOL]:
@@ -301,7 +301,7 @@ def static_kernel(row: I64, q: I64) -> int:
     return 0
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def shape_kernel(row: I64, q: I64) -> int:
     """Holds, CPU, RAM, NVMe. A Reason."""
     if q[Q_HOLD] and row[HELD]:
@@ -315,7 +315,7 @@ def shape_kernel(row: I64, q: I64) -> int:
     return 0
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[int, int]:
     """`choose_gpus` on state rows: (Reason, bit mask of the GPUs)."""
     need = q[Q_GPUS]
@@ -373,14 +373,14 @@ def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[i
     return 0, out
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def delta_kernel(row: I64, mask: int) -> int:
     """W that the host's reservation grows by when the GPUs of `mask` (0: a CPU-only replica) become active."""
     after = watts_kernel(row, row[ACTIVE] | mask, row[CPU_ONLY] + (1 if mask == 0 else 0))
-    return after - watts_kernel(row, row[ACTIVE], row[CPU_ONLY])  # type: ignore[no-any-return]
+    return after - watts_kernel(row, row[ACTIVE], row[CPU_ONLY])
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def watts_bind(node: int, delta: int, parent: I32, k: I32, budget: I64) -> int:
     """The lowest ancestor that has not delta * k mW, or -1."""
     if delta > 0:
@@ -391,7 +391,7 @@ def watts_bind(node: int, delta: int, parent: I32, k: I32, budget: I64) -> int:
     return -1
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def fit_kernel(
     row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64, parent: I32, k: I32, budget: I64
 ) -> tuple[int, int, int, int]:

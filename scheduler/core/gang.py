@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from scheduler.core import fit
 from scheduler.core.fit import (
@@ -39,6 +38,7 @@ from scheduler.core.fit import (
     static_kernel,
     watts_bind,
 )
+from scheduler.core.jit import kernel
 from scheduler.core.kernels import State, give, take
 from scheduler.core.types import I32, I64, Level, Topology
 
@@ -55,7 +55,7 @@ class Gang(NamedTuple):
     delta: I32
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def room_kernel(s: State, q: I64, out: I64) -> None:
     """How many replicas of q each host holds by everything but watts, out [H]."""
     need, milli, vram = q[Q_GPUS], q[Q_MILLI], q[Q_VRAM]
@@ -101,7 +101,7 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
         out[h] = n
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def book_kernel(hosts: I64, counts: I64, q: I64, s: State, host: I32, mask: I32, delta: I32, done: int) -> int:
     """Books counts[i] replicas on hosts[i] while watts allow; fills host, mask, delta from `done` on; the new
     `done`.
@@ -123,7 +123,7 @@ def book_kernel(hosts: I64, counts: I64, q: I64, s: State, host: I32, mask: I32,
     return done
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def release_kernel(q: I64, s: State, host: I32, mask: I32, done: int) -> None:
     """Takes back the first `done` replicas, last first."""
     for i in range(done - 1, -1, -1):

@@ -10,19 +10,14 @@ asked for. Watts bind many hosts at once, so they are tested on the arg-max only
 it
 changes or until something gives watts back (`META_EPOCH`). Hosts in equal states share one score when a row is filled.
 Ties go to the first host: the planner permutes hosts by its seed.
-
-`_nrt=False`: these kernels allocate nothing, and without numba's reference counting of every array that they look
-into they
-run four times faster (decisions benchmark). `forceinline`: a call would copy every field of State, Tables and Cache.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from scheduler.core.fit import (
     ACTIVE,
@@ -48,6 +43,7 @@ from scheduler.core.fit import (
     static_kernel,
     watts_bind,
 )
+from scheduler.core.jit import inlined, inlined_sum, kernel
 from scheduler.core.score import TABLE_SCALE, Tables
 from scheduler.core.types import F64, I16, I32, I64
 
@@ -94,7 +90,7 @@ class Cache(NamedTuple):
     meta: I64  # [META_WIDTH]
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def cpu_rank(cpus: I64, cpu: int) -> int:
     """How many of the ascending `cpus` are <= cpu."""
     low, high = 0, len(cpus)
@@ -107,7 +103,7 @@ def cpu_rank(cpus: I64, cpu: int) -> int:
     return low
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def fragmentation(row: I64, g: I32, t: Tables) -> int:
     """F of a host x total weight: free milli-GPU minus what each shape of the mix could use of it."""
     y = max(row[MODEL], 0)
@@ -122,7 +118,7 @@ def fragmentation(row: I64, g: I32, t: Tables) -> int:
     return row[TOTAL] * t.total - used - 1000 * whole * t.usable_whole[y, rank, whole]  # type: ignore[no-any-return]
 
 
-@njit(cache=True, forceinline=True, _nrt=False, fastmath={"reassoc", "nnan", "nsz", "contract"})
+@inlined_sum
 def balance(total: float, cpu: float, ram: float, t: Tables) -> float:
     """Free milli-GPU that the free CPU (w_cpu), or CPU and memory (w_mem), could never serve, over the mix.
 
@@ -138,8 +134,8 @@ def balance(total: float, cpu: float, ram: float, t: Tables) -> float:
     return t.w_cpu * a + t.w_mem * b
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
-def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[int, int]:
+@inlined
+def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
     """(score, GPU mask) of one replica on a host whose static stages passed; score NO when it does not fit.
 
     The mask is chosen here for shares only. Two-dimensional look-ups on purpose: a row view costs a reference count.
@@ -210,7 +206,7 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[int, int]:
     return best, (1 << best_i if best_i >= 0 else 0)
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def refresh_host(h: int, s: State, t: Tables) -> None:
     """What the score remembers of a host's state."""
     if t.mode != 2:
@@ -220,13 +216,13 @@ def refresh_host(h: int, s: State, t: Tables) -> None:
             s.balance[h] = balance(row[TOTAL], row[CPU], row[RAM], t)
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def refresh_all(s: State, t: Tables) -> None:
     for h in range(len(s.rows)):
         refresh_host(h, s, t)
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def take(h: int, q: I64, mask: int, s: State) -> int:
     """Books one replica; returns the W its host's reservation grew by. Budgets at every ancestor go down."""
     row = s.rows[h]
@@ -248,10 +244,10 @@ def take(h: int, q: I64, mask: int, s: State) -> int:
         while node >= 0:
             s.budget[node] -= delta * s.k[node]
             node = s.parent[node]
-    return delta  # type: ignore[no-any-return]
+    return delta
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def give(h: int, q: I64, mask: int, s: State) -> int:
     """Undoes `take`; returns the W given back."""
     row = s.rows[h]
@@ -274,10 +270,10 @@ def give(h: int, q: I64, mask: int, s: State) -> int:
         while node >= 0:
             s.budget[node] += delta * s.k[node]
             node = s.parent[node]
-    return delta  # type: ignore[no-any-return]
+    return delta
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def note_change(h: int, c: Cache) -> None:
     """Appends a host to the change log. A full log starts over, and every slot fills itself anew."""
     if c.meta[META_LOG] == len(c.log):
@@ -288,7 +284,7 @@ def note_change(h: int, c: Cache) -> None:
     c.group[h] = -1
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def _fill(slot: int, q: I64, s: State, t: Tables, c: Cache) -> None:
     c.meta[META_STAMP] += 1
     c.meta[META_FILLED] += 1
@@ -320,7 +316,7 @@ def _fill(slot: int, q: I64, s: State, t: Tables, c: Cache) -> None:
             b2[b] = max(b2[b], b1[i])
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def put(slot: int, h: int, value: int, c: Cache) -> None:
     """Writes one score and repairs the maxima above it."""
     tab = c.tab[slot]
@@ -352,7 +348,7 @@ def put(slot: int, h: int, value: int, c: Cache) -> None:
         b2[p] = new
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def ensure(k: int, q: I64, s: State, t: Tables, c: Cache) -> int:
     """The slot of class k, up to date with every change."""
     slot = c.slot_of[k]
@@ -386,7 +382,7 @@ def ensure(k: int, q: I64, s: State, t: Tables, c: Cache) -> int:
     return slot  # type: ignore[no-any-return]
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def first_best(slot: int, c: Cache) -> int:
     """The first host with the largest score, or -1 when no host fits."""
     b2 = c.b2[slot]
@@ -409,7 +405,7 @@ def first_best(slot: int, c: Cache) -> int:
     return h
 
 
-@njit(cache=True, forceinline=True, _nrt=False)
+@inlined
 def pick(k: int, q: I64, s: State, t: Tables, c: Cache) -> tuple[int, int]:
     """(host, GPU mask) for one replica of class k, watts included, or (-1, 0)."""
     slot = ensure(k, q, s, t, c)
@@ -430,7 +426,7 @@ def pick(k: int, q: I64, s: State, t: Tables, c: Cache) -> tuple[int, int]:
         put(slot, h, NO, c)
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def place_run(
     start: int, seq: I32, stop: U8, qs: I64, s: State, t: Tables, c: Cache, host: I32, mask: I32, delta: I32
 ) -> int:
@@ -454,7 +450,7 @@ def place_run(
     return len(seq)
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def undo_run(start: int, end: int, seq: I32, qs: I64, s: State, t: Tables, c: Cache, host: I32, mask: I32) -> None:
     """Takes back seq[start:end], last first."""
     for i in range(end - 1, start - 1, -1):

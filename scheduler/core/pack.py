@@ -62,7 +62,7 @@ def make_state(fleet: Fleet, order: I64 | None = None) -> State:
 
 def copy_state(s: State) -> State:
     """A second working copy."""
-    return State(*(column.copy() for column in s))
+    return State(*(column.copy() for column in s))  # type: ignore[arg-type]
 
 
 def equal_states(s: State) -> tuple[I32, int]:

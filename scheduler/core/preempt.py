@@ -20,10 +20,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from scheduler.core import fit
 from scheduler.core.fit import REQUEST_WIDTH, fit_kernel, static_kernel
+from scheduler.core.jit import kernel
 from scheduler.core.kernels import State, give, take
 from scheduler.core.types import I32, I64, WHOLE, Kind, Request, Running
 
@@ -70,7 +70,7 @@ def order_key(victim: Running, lost: int) -> tuple[int, int, int, int, int, int]
     return (not spot, victim.bid if spot else victim.priority, lost, -size, victim.job, victim.placement)
 
 
-@njit(cache=True, _nrt=False)
+@kernel
 def cheapest_host(
     start: I64,
     members: I64,

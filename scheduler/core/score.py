@@ -211,7 +211,7 @@ def hole_values(prices: dict[int, float]) -> F64:
         options = [best[r - 1]]
         options += [best[r - c] + p for v, p in prices.items() if (c := -(-v // GRID)) <= r]
         best[r] = max(options)
-    return best[np.arange(WHOLE + 1) // GRID]  # type: ignore[no-any-return]
+    return best[np.arange(WHOLE + 1) // GRID]
 
 
 def capacity_of(fleet: Fleet) -> F64:

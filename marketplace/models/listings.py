@@ -19,11 +19,11 @@ class ListingQuerySet(TenantQuerySet):
     def public_to(self, actor: Actor) -> Q:
         """Published offers of the same mode are everybody's; those for partners only the named ones'."""
         shown = Q(state="published", site__cell__livemode=actor.livemode)
-        return shown & (
-            Q(visibility="public") | Q(partners=actor.organization_id)
-            if actor.organization_id
-            else Q(visibility="public")
-        )
+        if actor.organization_id is None:
+            return shown & Q(visibility="public")
+        # A subquery, not a join: a row is shown once, whoever else is named.
+        named = Listing.objects.filter(partners=actor.organization_id)
+        return shown & (Q(visibility="public") | Q(pk__in=named.values("pk")))
 
 
 class Listing(TenantModel):

@@ -106,17 +106,17 @@ def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:
     return found
 
 
-def live_reservations(now: datetime) -> Q:
-    """Of Reservation: those that claim capacity now or later."""
-    held = Q(state=Reservation.State.HELD, held_until__gt=now)
-    return (held | Q(state=Reservation.State.FIRM)) & Q(ends_at__gt=now)
+def live_reservations(now: datetime, path: str = "") -> Q:
+    """Those that claim capacity now or later; `path` leads to Reservation, such as `reservation__`."""
+    held = Q(**{f"{path}state": Reservation.State.HELD, f"{path}held_until__gt": now})
+    return (held | Q(**{f"{path}state": Reservation.State.FIRM})) & Q(**{f"{path}ends_at__gt": now})
 
 
 def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[int]) -> list[Claim]:
     blocks: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
-    live = Reservation.objects.filter(live_reservations(now)).exclude(pk__in=list(without))
     rows = (
-        ReservationBlock.objects.filter(host_id__in=host_ids, reservation__in=live)
+        ReservationBlock.objects.filter(live_reservations(now, "reservation__"), host_id__in=host_ids)
+        .exclude(reservation_id__in=list(without))
         .order_by("id")
         .values_list("reservation_id", "reservation__claims_at", "reservation__ends_at", "host_id", "gpu_indices")
     )

@@ -13,11 +13,23 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db.models import BigIntegerField, BooleanField, Count, ExpressionWrapper, F, Q, QuerySet, Value
+from django.db.models import (
+    BigIntegerField,
+    BooleanField,
+    Count,
+    Exists,
+    ExpressionWrapper,
+    F,
+    OuterRef,
+    Q,
+    QuerySet,
+    Sum,
+    Value,
+)
 from django.db.models.functions import Coalesce
 
 from marketplace.errors import MarketError
-from marketplace.models import Kind, Listing
+from marketplace.models import Host, Kind, Listing
 from marketplace.services import availability
 from marketplace.services.availability import HOLDING, Stock
 from marketplace.tenancy import Actor
@@ -107,8 +119,7 @@ def on_offer(actor: Actor) -> QuerySet[Listing]:
     shown = Listing.objects.visible_to(actor).filter(state=Listing.State.PUBLISHED)
     if actor.kind not in {"staff", "system"}:
         shown = shown.filter(site__cell__livemode=actor.livemode)
-    # A subquery, so that a row named to several partners comes once.
-    return Listing.objects.filter(pk__in=shown.order_by().values("pk"))
+    return shown
 
 
 def search(
@@ -127,7 +138,7 @@ def search(
     base = on_offer(actor)
     steps = conditions(wanted, now)
     matching = base.filter(*[q for _, q in steps])
-    rows, more = _page(matching, wanted, sort=sort, limit=limit, cursor=cursor, now=now)
+    rows, more = _page(matching.filter(_large_enough(wanted)), wanted, sort=sort, limit=limit, cursor=cursor, now=now)
     return Result(
         rows=rows,
         has_more=more,
@@ -178,6 +189,17 @@ def _term(wanted: Filters, start: datetime) -> Q | None:
     term = wanted.end - start
     hours, days = term // timedelta(hours=1), -(-term // timedelta(days=1))
     return Q(min_term_hours__lte=hours, max_term_days__gte=days)
+
+
+def _large_enough(wanted: Filters) -> Q:
+    """Only listings whose working hosts could hold the block if all were free: what the capacity core need not look at."""
+    if wanted.count is None:
+        return Q()
+    up = Host.objects.filter(listing=OuterRef("pk"), state=Host.State.ACTIVE)
+    if wanted.level == "host":
+        return Q(Exists(up.filter(gpu_count__gte=wanted.count)))
+    total = up.order_by().values("listing").annotate(gpus=Sum("gpu_count"))
+    return Q(Exists(total.filter(gpus__gte=wanted.count)))
 
 
 # --- rows, in the order asked for, with room in the window

@@ -107,7 +107,7 @@ class InvoiceDetail(InvoiceResource):
     @extend_schema(tags=["billing"], operation_id="invoices_show", responses={200: dict})
     def get(self, request: Request, invoice: str) -> Response:  # noqa: ARG002
         row = self.row(invoice)
-        lines = InvoiceLine.objects.filter(invoice=row).order_by("position")
+        lines = row.lines.order_by("position")
         return Response({**shown(row), "lines": [line(each, row.currency) for each in lines]})
 
 
@@ -132,7 +132,7 @@ class InvoiceUsage(InvoiceResource):
     def get(self, request: Request, invoice: str) -> HttpResponse:  # noqa: ARG002
         row = self.row(invoice)
         out = ["line,contract,placement,start,end,milli_gpu,milli_gpu_seconds,revision"]
-        for each in InvoiceLine.objects.filter(invoice=row).order_by("position"):
+        for each in row.lines.order_by("position"):
             out += [
                 f"{each.public_id},{ids.encode('ctr', r.contract_id)},{ids.encode('plc', r.placement_id)},{r.start_s},{r.end_s},"
                 f"{r.rate},{r.quantity},{r.revision}"

@@ -228,7 +228,7 @@ class Placements(Resource):
 
 
 def _placement(job: Job, public_id: str | None) -> Placement | None:
-    rows = Placement.objects.filter(job=job).order_by("-attempt", "rank")
+    rows = job.placements.order_by("-attempt", "rank")
     if public_id is None:
         return rows.first()
     found = rows.filter(pk=ids.decode("plc", public_id) or 0).first()

@@ -12,7 +12,7 @@ from rest_framework.response import Response
 
 from marketplace.api.base import Resource
 from marketplace.errors import MarketError
-from marketplace.models import Miner, PowerGrant, PowerNode, Site, SiteMinute
+from marketplace.models import PowerGrant, PowerNode, Site
 from marketplace.services import feeds
 
 MAX_MINUTES = 24 * 60
@@ -30,9 +30,9 @@ class SitePower(Resource):
     @extend_schema(tags=["power"], operation_id="site_power", responses={200: dict})
     def get(self, request: Request, site: str) -> Response:  # noqa: ARG002
         row = self.row(site)
-        nodes = PowerNode.objects.filter(site=row).select_related("parent").order_by("depth", "id")
-        miners = Miner.objects.filter(site=row)
-        pending = PowerGrant.objects.filter(site=row, state=PowerGrant.State.SHEDDING).aggregate(w=Sum("delta_w"))["w"]
+        nodes = row.power_nodes.select_related("parent").order_by("depth", "id")
+        miners = row.miners.all()
+        pending = row.grants.filter(state=PowerGrant.State.SHEDDING).aggregate(w=Sum("delta_w"))["w"]
         prices = feeds.prices(row, now=timezone.now())
         return Response(
             {
@@ -88,7 +88,7 @@ class SiteMinutes(Resource):
                 "invalid_request", f"minutes is {text}; it must be 1 to {MAX_MINUTES}.", {"/minutes": "out of range"}
             )
         since = timezone.now() - timedelta(minutes=int(text))
-        rows = SiteMinute.objects.filter(site=row, start__gte=since).order_by("start")
+        rows = row.minutes.filter(start__gte=since).order_by("start")
         sums = rows.aggregate(**{c: Sum(c) for c in ("hashing_mwh", "ai_mwh", "hashing_microusd", "energy_microusd")})
         return Response(
             {

@@ -9,6 +9,7 @@ from typing import Any
 from celery import shared_task
 from django.conf import settings
 from django.core.mail import send_mail
+from django.db.models import F
 from django.utils import timezone
 
 from billing import events, invoices, payments, payouts, usage, webhooks
@@ -45,11 +46,17 @@ def close_month(through: str) -> int:
     return close_all(datetime.fromisoformat(through), now=timezone.now())
 
 
-def close_all(through: datetime, *, now: datetime) -> int:
-    """Close accounts in batches of CLOSE_BATCH, each its own transaction; returns the invoices made."""
+def close_all(through: datetime, *, now: datetime, share: tuple[int, int] = (0, 1)) -> int:
+    """Close accounts in batches of CLOSE_BATCH, each its own transaction; returns the invoices made.
+
+    `share` (number, of) lets several workers divide the accounts by id; a batch that another worker holds is "busy".
+    """
     made, last = 0, 0
+    number, of = share
     while True:
         accounts = BillingAccount.objects.filter(state=BillingAccount.State.OPEN, pk__gt=last)
+        if of > 1:
+            accounts = accounts.annotate(turn=F("pk") % of).filter(turn=number)
         batch = list(accounts.select_related("organization").order_by("pk")[:CLOSE_BATCH])
         if not batch:
             return made

@@ -100,21 +100,42 @@ DROP FUNCTION billing_guard_invoice_line();
 DROP FUNCTION billing_guard_invoice();
 """
 
-# One deferred check per header, not per posting: linear in the postings. The statement trigger refuses what comes after
-# a transaction is complete: more postings than declared can never be there, whenever the deferred check runs.
+# Set-based, so linear in the postings: the statement trigger looks at the transactions that a statement completes (they
+# must sum to zero per currency) or overfills (never); the deferred one, once per header, refuses at commit what was never
+# completed. What is complete stays so: one posting more is too many.
 LEDGER = """
+CREATE FUNCTION billing_check_postings() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE crowded text; unbalanced text; in_currency text;
+BEGIN
+  SELECT t.key INTO crowded FROM billing_ledgertransaction t
+    JOIN (SELECT transaction_id, COUNT(*) AS found FROM billing_posting
+           WHERE transaction_id IN (SELECT transaction_id FROM fresh) GROUP BY transaction_id) p
+      ON p.transaction_id = t.id WHERE p.found > t.posting_count LIMIT 1;
+  IF crowded IS NOT NULL THEN
+    RAISE EXCEPTION 'ledger transaction % is complete: book another one', crowded
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  SELECT t.key, p.currency INTO unbalanced, in_currency FROM billing_ledgertransaction t
+    JOIN (SELECT transaction_id, currency, SUM(amount) AS amount, SUM(SUM(n)) OVER (PARTITION BY transaction_id) AS found
+            FROM (SELECT b.transaction_id, a.currency, SUM(b.amount_minor) AS amount, COUNT(*) AS n
+                    FROM billing_posting b JOIN billing_ledgeraccount a ON a.id = b.account_id
+                   WHERE b.transaction_id IN (SELECT transaction_id FROM fresh) GROUP BY 1, 2) x GROUP BY 1, 2) p
+      ON p.transaction_id = t.id WHERE p.found = t.posting_count AND p.amount <> 0 LIMIT 1;
+  IF unbalanced IS NOT NULL THEN
+    RAISE EXCEPTION 'ledger transaction % does not sum to zero in %', unbalanced, in_currency
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER billing_posting_check AFTER INSERT ON billing_posting
+  REFERENCING NEW TABLE AS fresh FOR EACH STATEMENT EXECUTE FUNCTION billing_check_postings();
+
 CREATE FUNCTION billing_check_transaction() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE found bigint; unbalanced text;
+DECLARE found bigint;
 BEGIN
   SELECT COUNT(*) INTO found FROM billing_posting WHERE transaction_id = NEW.id;
   IF found <> NEW.posting_count OR found < 2 THEN
     RAISE EXCEPTION 'ledger transaction % declares % postings and has %', NEW.key, NEW.posting_count, found
-      USING ERRCODE = 'integrity_constraint_violation';
-  END IF;
-  SELECT a.currency INTO unbalanced FROM billing_posting p JOIN billing_ledgeraccount a ON a.id = p.account_id
-   WHERE p.transaction_id = NEW.id GROUP BY a.currency HAVING SUM(p.amount_minor) <> 0 LIMIT 1;
-  IF unbalanced IS NOT NULL THEN
-    RAISE EXCEPTION 'ledger transaction % does not sum to zero in %', NEW.key, unbalanced
       USING ERRCODE = 'integrity_constraint_violation';
   END IF;
   RETURN NULL;
@@ -122,29 +143,14 @@ END $$;
 CREATE CONSTRAINT TRIGGER billing_ledgertransaction_balanced AFTER INSERT ON billing_ledgertransaction
   DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION billing_check_transaction();
 
-CREATE FUNCTION billing_refuse_late_postings() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE crowded text;
-BEGIN
-  SELECT t.key INTO crowded FROM billing_ledgertransaction t
-    JOIN (SELECT DISTINCT transaction_id FROM fresh) f ON f.transaction_id = t.id
-   WHERE t.posting_count < (SELECT COUNT(*) FROM billing_posting p WHERE p.transaction_id = t.id) LIMIT 1;
-  IF crowded IS NOT NULL THEN
-    RAISE EXCEPTION 'ledger transaction % is complete: book another one', crowded
-      USING ERRCODE = 'integrity_constraint_violation';
-  END IF;
-  RETURN NULL;
-END $$;
-CREATE TRIGGER billing_posting_complete AFTER INSERT ON billing_posting
-  REFERENCING NEW TABLE AS fresh FOR EACH STATEMENT EXECUTE FUNCTION billing_refuse_late_postings();
-
 CREATE TRIGGER billing_ledgeraccount_fixed BEFORE UPDATE OR DELETE ON billing_ledgeraccount
   FOR EACH ROW EXECUTE FUNCTION billing_refuse_change();
 """
 UNLEDGER = """
 DROP TRIGGER billing_ledgeraccount_fixed ON billing_ledgeraccount;
-DROP TRIGGER billing_posting_complete ON billing_posting;
+DROP TRIGGER billing_posting_check ON billing_posting;
 DROP TRIGGER billing_ledgertransaction_balanced ON billing_ledgertransaction;
-DROP FUNCTION billing_refuse_late_postings();
+DROP FUNCTION billing_check_postings();
 DROP FUNCTION billing_check_transaction();
 """
 

@@ -1,11 +1,15 @@
 """The doors of docs/agent-protocol.md on the web process: enrol, logs, and sync without waiting (the stream process waits)."""
 
+import gzip
+import io
 from typing import Any
 
 from django.conf import settings
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
+from rest_framework.exceptions import ParseError
+from rest_framework.parsers import JSONParser
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -147,8 +151,22 @@ class Enrol(APIView):
         )
 
 
+class MaybeGzipped(JSONParser):
+    """JSON, or gzipped JSON: agents compress what is large."""
+
+    def parse(self, stream: Any, media_type: Any = None, parser_context: Any = None) -> Any:
+        request = (parser_context or {}).get("request")
+        if request is not None and request.headers.get("Content-Encoding") == "gzip":
+            try:
+                stream = io.BytesIO(gzip.decompress(stream.read()))
+            except (OSError, EOFError) as error:
+                raise ParseError(f"The body is no gzip: {error}") from error
+        return super().parse(stream, media_type, parser_context)
+
+
 class AgentView(APIView):
     authentication_classes = (AgentAuthentication,)
+    parser_classes = (MaybeGzipped,)
     actions = {"POST": "agent"}
 
 

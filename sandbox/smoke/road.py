@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,20 +46,22 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
             watched("an agent's first sync", lambda s=site: _alive(operator, s), seconds=60)
         seen.append(work.said)
     with report.step(f"{TENANTS} customers sign up; one is declined, all add a card on Stripe's page") as seen:
-        tenants = [world.tenant(f"Tenant {i:02d}") for i in range(TENANTS)]
+        tenants = at_once(lambda i: world.tenant(f"Tenant {i:02d}"), range(TENANTS))
         declined = add_card(tenants[0].client, DECLINED_CARD)
         expect(declined.status_code == 402, f"a declined card answered {declined.status_code}")
         refused = _refusal(lambda: _book(tenants[0].client, large.listings[""], "on_demand", 8))
         expect(refused == "card_required", f"booking without a card answered {refused}")
-        for tenant in tenants:
-            world.card(tenant)
+        at_once(world.card, tenants)
         seen.append("declined card: 402; booking without a card: card_required")
     with report.step("they search, get quotes, and sign contracts") as seen:
         found = tenants[1].client.get("listings", gpu_model="H100-SXM", kind="on_demand")["data"]
         expect(small.listings["H100-SXM"] in {row["id"] for row in found}, "the search does not find the listing")
-        for tenant in tenants:
+
+        def book(tenant: Tenant) -> None:
             tenant.contracts["trace"] = _book(tenant.client, large.listings[""], "on_demand", 1000)
             tenant.contracts["real"] = _book(tenant.client, small.listings["H100-SXM"], "on_demand", 16)
+
+        at_once(book, tenants)
         tenants[0].contracts["spot"] = _book(tenants[0].client, small.listings["L40S"], "spot", 8)
         tenants[1].contracts["l40s"] = _book(tenants[1].client, small.listings["L40S"], "on_demand", 4)
         seen.append(f"{2 * TENANTS + 2} contracts")
@@ -156,6 +159,12 @@ def _money(
         seen.extend([*checks.stripe_mirrors(world, tenants), f"compared {compared['compared']}"])
 
 
+def at_once(act: Callable[[Any], Any], over: Iterable[Any]) -> list[Any]:
+    """Several customers at the same time, answers in order."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(act, over))
+
+
 class Submitted:
     """What was submitted, and what it must come to."""
 
@@ -203,7 +212,7 @@ def _alive(operator: Tenant, site: PlantedSite) -> bool:
 
 
 def _spot() -> dict[str, Any]:
-    command = ["/bin/sh", "-c", "trap 'echo checkpoint; exit 143' TERM; echo begin; sleep 12 & wait $!; echo end"]
+    command = ["/bin/sh", "-c", "trap 'echo checkpoint; exit 143' TERM; echo begin; sleep 25 & wait $!; echo end"]
     return {"command": command, "gpus": 4, "replicas": 2, "checkpoint_grace_s": 5, "name": "spot"}
 
 

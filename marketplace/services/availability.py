@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from math import gcd
 
 from django.db.models import Q
 
@@ -237,11 +238,11 @@ def admit(
 ) -> Admission:
     """The hold of `gpus` GPUs for [starts_at, ends_at) with its lead, or the reason and what would fit instead.
 
-    Alternatives come back as windows for the customer, the lead taken off. Raises CapacityError for a count that is no
-    multiple of the listing's chunk. Call it under the cell's lock where the answer is written down.
+    Alternatives come back as windows for the customer, the lead taken off. Call it under the cell's lock where the answer is written down.
     """
     market = load([listing], now, without=without)
-    shape = Shape(market.chunks[listing.pk])
+    # A firm quote outlives an edit of the minimum: what was no multiple then is asked for in smaller pieces.
+    shape = Shape(gcd(market.chunks[listing.pk], gpus))
     t1, t2 = claim_window(listing, starts_at, ends_at, now)
     found = capacity.admit(market.pool, shape, level, gpus, t1, t2, not_before=t1, horizon_s=HORIZON_S)
     if found.admitted or found.alternatives is None:

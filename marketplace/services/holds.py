@@ -75,7 +75,7 @@ def write_blocks(reservation: Reservation, hold: Iterable[tuple[int, int]], *, n
         rivals = taken.get(host, [])
         found = number(usable.get(host, ()), [t for t, _ in rivals], start, end, count)
         if found is None:
-            raise MarketError("no_capacity", f"Host {host} has no {count} GPUs left in that window.")
+            raise MarketError("no_capacity", "The GPUs of a host were taken meanwhile; ask again.")
         indices, moves = found
         made.append(ReservationBlock(reservation=reservation, host_id=host, gpu_indices=list(indices)))
         for claim, block in rivals:
@@ -113,12 +113,14 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
 
 
 def disturbed(reservation: Reservation, now: datetime) -> bool:
-    """Has a host of the hold gone, or has work outside any reservation come onto its GPUs meanwhile?"""
+    """Has a host or GPU of the hold gone, or has work outside any reservation come onto its GPUs meanwhile?"""
     blocks = list(ReservationBlock.objects.filter(reservation=reservation).select_related("host"))
-    running = availability.unreserved_gpus([block.host_id for block in blocks], now)
+    host_ids = [block.host_id for block in blocks]
+    running, usable = availability.unreserved_gpus(host_ids, now), _usable(host_ids)
     start = seconds(reservation.claims_at)
     return not blocks or any(
         block.host.state != Host.State.ACTIVE
+        or not set(block.gpu_indices) <= set(usable[block.host_id])
         or any(running.get(block.host_id, {}).get(index, 0) > start for index in block.gpu_indices)
         for block in blocks
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Min
+from django.db.models import Count, Min
 
 from billing.core import money, share
 from marketplace.errors import MarketError
@@ -284,10 +284,8 @@ def _check_ceiling(actor: Actor, listing: Listing, wanted: Request, now: datetim
 def _check_holds(organization: Organization, now: datetime) -> None:
     live = Reservation.objects.filter(
         state=Reservation.State.HELD, held_until__gt=now, quote__organization=organization
-    ).aggregate(soonest=Min("held_until"))
-    count = Reservation.objects.filter(
-        state=Reservation.State.HELD, held_until__gt=now, quote__organization=organization
-    ).count()
+    ).aggregate(soonest=Min("held_until"), count=Count("id"))
+    count = live["count"]
     if count >= settings.QUOTE_LIVE_HOLDS:
         wait = max(1, seconds(live["soonest"]) - seconds(now))
         raise MarketError(

@@ -149,6 +149,19 @@ def test_a_held_host_that_died_is_replaced(customer):
     assert {contract.reservation.blocks.get().host, held} == {first, second}
 
 
+def test_a_held_gpu_that_broke_is_replaced(listing, customer):
+    quote = ask(customer, listing, gpus=4)
+    listing.hosts.get().gpus.filter(index=2).update(healthy=False)
+    assert accept(customer, quote).reservation.blocks.get().gpu_indices == [0, 1, 3, 4]
+
+
+def test_a_firm_quote_outlives_an_edit_of_the_minimum(listing, customer):
+    quote = ask(customer, listing, gpus=6)
+    type(listing).objects.filter(pk=listing.pk).update(min_gpus=4, state="paused")
+    contract = accept(customer, quote, NOW + timedelta(minutes=5))
+    assert contract.reservation.blocks.get().gpu_indices == [0, 1, 2, 3, 4, 5]
+
+
 def test_on_demand_work_that_came_onto_held_gpus_is_not_promised_away(customer):
     """A hold of two minutes does not keep the scheduler out; the signature looks again, and moves or refuses."""
     site = factories.site()

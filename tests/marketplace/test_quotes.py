@@ -238,6 +238,14 @@ def test_what_does_not_work_is_not_stock(site, broken):
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("kind", ["reserved", "on_demand"])
+def test_a_listing_without_hosts_has_nothing(site, customer, kind):
+    window = {} if kind == "reserved" else {"start": None, "end": None}
+    error = refused("no_capacity", ask, customer, factories.listing(site), kind, **window)
+    assert error.extra["reason"] == "shape_never_fits"
+
+
+@pytest.mark.django_db
 def test_closed_hours_are_not_stock_and_the_calendar_shows_them(site, customer):
     listing = offer(site, available_from=NOW + DAY, available_until=NOW + 4 * DAY)
     cells = availability.calendar(listing, now=NOW, starts_at=NOW, ends_at=NOW + 5 * DAY, step_s=86_400)

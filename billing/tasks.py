@@ -16,7 +16,7 @@ from billing import events, invoices, payments, payouts, usage, webhooks
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Membership
+from marketplace.models import Contract, Membership
 from marketplace.outbox import handler
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,13 @@ def send_payout(payload: dict[str, Any]) -> None:
 @handler(events.HANDLE)
 def handle_event(payload: dict[str, Any]) -> None:
     webhooks.handle(payload["event"], now=timezone.now())
+
+
+@handler("billing.contract_accepted")
+def open_account(payload: dict[str, Any]) -> None:
+    """The first contract opens the customer's billing account."""
+    contract = Contract.objects.select_related("organization").get(pk=payload["contract"])
+    invoices.account_of(contract.organization, now=timezone.now())
 
 
 @handler("billing.notify")

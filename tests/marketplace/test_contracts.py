@@ -4,6 +4,8 @@ from datetime import timedelta
 
 import pytest
 
+from billing.models import BillingAccount
+from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.models import AuditEvent, BillingStanding, Contract, Job, OutboxMessage, Quote, Reservation
 from marketplace.services import availability, contracts, jobs, quotes, terms
@@ -73,6 +75,25 @@ def test_a_reserved_contract_is_active_at_once_with_its_capacity_firm(listing, c
     assert AuditEvent.objects.get(verb="contract.accepted").subject == contract.public_id
     assert contracts.clock(NOW + DAY) == contracts.Ticked()
     assert availability.largest(listing, now=NOW + DAY, starts_at=START, ends_at=END) == 0
+
+
+def test_what_was_promised_after_the_commit_is_handled(listing, customer):
+    """Every message that a contract's life writes has a handler, and each may come twice."""
+    import billing.tasks  # noqa: F401  the handlers
+    import marketplace.tasks  # noqa: F401
+
+    contract = accept(customer, rate(customer, listing))
+    factories.job(contract, state="queued")
+    contracts.terminate(factories.actor(customer), contract, now=NOW + HOUR)
+    mine = {contracts.ACCEPTED, contracts.END_JOBS}
+    assert {topic for topic, _ in topics()} >= mine
+    for _ in range(2):
+        assert [outbox.drain(topic=topic) for topic in sorted(mine)] == [1, 1]
+        assert not OutboxMessage.objects.filter(topic__in=mine).exists()
+        for topic in mine:
+            outbox.emit(topic, payload={"contract": contract.pk})
+    assert contracts.clock(NOW + 2 * HOUR).contracts_settled == 1
+    assert BillingAccount.objects.filter(organization=customer).count() == 1
 
 
 def test_a_rate_is_a_ceiling_without_a_hold(listing, customer):

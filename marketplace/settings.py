@@ -91,6 +91,7 @@ TEMPLATES = [
         "DIRS": [BASE_DIR / "marketplace" / "web" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
+            "builtins": ["marketplace.web.tags", "django.templatetags.static"],
             "context_processors": [
                 "django.template.context_processors.request",
                 "django.contrib.auth.context_processors.auth",

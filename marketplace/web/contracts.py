@@ -1,0 +1,92 @@
+"""Contracts: the organization's own, one with its terms and jobs, and its early end."""
+
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import path, reverse
+from django.utils import timezone
+
+from marketplace.errors import MarketError
+from marketplace.models import Contract, Job, Quote
+from marketplace.services import contracts as service
+from marketplace.services import terms
+from marketplace.services.availability import HOLDING
+from marketplace.web.base import actor_of, done, failed, listed, page, row_of
+from marketplace.web.forms import LEVEL_WORDS
+
+SHOWN_JOBS = 10
+
+
+@page(GET="contracts:read")
+def contracts(request: HttpRequest) -> HttpResponse:
+    organization = actor_of(request).organization_id
+    rows = Contract.objects.owned_by(organization).select_related("listing", "gpu_model", "site")
+    live = request.GET.get("show") != "all"
+    if live:
+        rows = rows.exclude(state__in=("ended", "terminated", "cancelled", "defaulted"))
+    open_quotes = Quote.objects.owned_by(organization).filter(state="open", firm_until__gt=timezone.now())
+    return render(
+        request,
+        "contracts.html",
+        {
+            "page": listed(request, rows, Contract.PREFIX),
+            "live": live,
+            "quotes": open_quotes.select_related("listing").order_by("-pk")[:5],
+        },
+    )
+
+
+def contract_of(request: HttpRequest, public_id: str) -> Contract:
+    """One that either side may see, or 404."""
+    rows = Contract.objects.visible_to(actor_of(request)).select_related(
+        "organization", "operator", "listing", "quote", "site", "gpu_model"
+    )
+    found: Contract = row_of(rows, Contract.PREFIX, public_id)
+    return found
+
+
+@page(GET="contracts:read")
+def contract(request: HttpRequest, contract: str) -> HttpResponse:
+    row = contract_of(request, contract)
+    actor = actor_of(request)
+    now = timezone.now()
+    actions = service.actions(row, actor)
+    mine = row.organization_id == actor.organization_id
+    jobs = Job.objects.owned_by(actor.organization_id).filter(contract=row).order_by("-pk")[:SHOWN_JOBS]
+    return render(
+        request,
+        "contract.html",
+        {
+            "row": row,
+            "mine": mine,
+            "actions": actions,
+            "ends_if_left": terms.termination(row, now) if "terminate" in actions and row.kind in HOLDING else None,
+            "level_words": LEVEL_WORDS.get(row.terms.get("level", "site"), ""),
+            "total_minor": row.terms.get("total_minor"),
+            "usable": row.state == Contract.State.ACTIVE and (row.ends_at is None or row.ends_at > now),
+            "jobs": jobs if mine else [],
+            "events": row.events.order_by("-id")[:20],
+        },
+    )
+
+
+@page(POST="contracts:write")
+def terminate(request: HttpRequest, contract: str) -> HttpResponse:
+    row = contract_of(request, contract)
+    here = reverse("web:contract", args=[row.public_id])
+    try:
+        fresh = service.terminate(actor_of(request), row, now=timezone.now())
+    except MarketError as error:
+        return failed(request, error, here)
+    until = (
+        f" It ends {fresh.ends_at:%-d %b %Y %H:%M} UTC."
+        if fresh.state == Contract.State.ACTIVE and fresh.ends_at
+        else ""
+    )
+    return done(request, f"Terminated by its rule.{until}", here)
+
+
+urlpatterns = [
+    path("contracts", contracts, name="contracts"),
+    path("contracts/<str:contract>", contract, name="contract"),
+    path("contracts/<str:contract>/terminate", terminate, name="contract-terminate"),
+]

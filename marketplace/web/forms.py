@@ -1,0 +1,241 @@
+"""Forms: shapes only. What is allowed is the services' business; their refusals are shown with `refuse`."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from django import forms
+
+from billing.core import money
+from marketplace.errors import MarketError
+from marketplace.models import Contract, Job, Kind, Listing
+from marketplace.services import search
+from marketplace.tenancy import ROLES, SCOPES, Actor
+from marketplace.web.tags import kind_words, price
+from scheduler.core.capacity import LEVELS
+
+LEVEL_WORDS = {"host": "one host", "leaf": "one leaf switch", "spine": "one fabric", "site": "anywhere at the site"}
+SORT_WORDS = {
+    "price": "Price", "-price": "Price, highest first", "-vram": "GPU memory", "-fabric": "Fabric speed", "carbon": "Carbon",
+    "newest": "Newest", "term": "Shortest term",
+}  # fmt: skip
+
+
+class Instant(forms.DateTimeField):
+    """`datetime-local`, read as UTC, to the minute."""
+
+    widget = forms.DateTimeInput(attrs={"type": "datetime-local"}, format="%Y-%m-%dT%H:%M")
+
+    def to_python(self, value: Any) -> datetime | None:
+        found = super().to_python(value)
+        return found.replace(tzinfo=UTC) if found is not None and found.tzinfo is None else found
+
+
+def refuse(form: forms.BaseForm, error: MarketError, names: dict[str, str] | None = None) -> None:
+    """Puts a refusal where it belongs: beside the fields it names, else above the form. `names`: pointer -> field, where they differ."""
+    for pointer, message in error.fields.items():
+        name = (names or {}).get(pointer.lstrip("/"), pointer.lstrip("/"))
+        if name in form.fields:
+            form.add_error(name, message)
+
+
+def millionths(value: Decimal | None) -> int | None:
+    """Of the major unit."""
+    return None if value is None else int(value * money.MILLIONTHS)
+
+
+class SearchForm(forms.Form):
+    """The market's filters. Facets come as repeated parameters."""
+
+    count = forms.IntegerField(label="GPUs in one block", required=False, min_value=1, max_value=1_000_000)
+    level = forms.ChoiceField(
+        label="All of them in", required=False, choices=[(v, LEVEL_WORDS[v]) for v in reversed(LEVELS)]
+    )
+    start = Instant(label="From (UTC)", required=False)
+    end = Instant(label="Until (UTC)", required=False)
+    price_max = forms.DecimalField(
+        label="Up to, per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=4
+    )
+    vram_min = forms.IntegerField(label="GPU memory from, GB", required=False, min_value=0, max_value=10_000)
+    fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
+    carbon_max_g = forms.IntegerField(label="Carbon up to, g/kWh", required=False, min_value=0, max_value=10_000)
+    sort = forms.ChoiceField(label="Sort by", required=False, choices=list(SORT_WORDS.items()))
+    kind = forms.ChoiceField(
+        label="Contract", required=False, choices=[("", "Any contract"), *((k, kind_words(k)) for k in Kind.values)]
+    )
+
+    def filters(self) -> search.Filters:
+        """What `services.search` is asked; call it on a valid form."""
+        asked = self.cleaned_data
+        facets = {name: tuple(v for v in self.data.getlist(name) if v)[:20] for name in search.FACETS}  # type: ignore[attr-defined]
+        return search.Filters(
+            **facets,
+            count=asked["count"],
+            level=asked["level"] or "site",
+            start=asked["start"],
+            end=asked["end"],
+            price_max=millionths(asked["price_max"]),
+            vram_min_mib=None if asked["vram_min"] is None else asked["vram_min"] * 1024,
+            fabric_gbps_min=asked["fabric_gbps_min"],
+            carbon_max_g=asked["carbon_max_g"],
+            kind=asked["kind"] or None,
+        )
+
+
+class QuoteForm(forms.Form):
+    kind = forms.ChoiceField(label="Contract", widget=forms.RadioSelect)
+    gpu_count = forms.IntegerField(label="GPUs", min_value=1, max_value=1_000_000)
+    level = forms.ChoiceField(label="All of them in", choices=[(v, LEVEL_WORDS[v]) for v in reversed(LEVELS)])
+    starts_at = Instant(label="Start (UTC)", required=False, help_text="Empty: at once.")
+    ends_at = Instant(label="End (UTC)", required=False, help_text="Reserved and flexible need one.")
+    limit_price = forms.DecimalField(
+        label="Your limit per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=6,
+        help_text="Spot only: the most that you would pay.",
+    )  # fmt: skip
+    reference = forms.CharField(label="Your reference", required=False, max_length=80)
+
+    def __init__(self, *args: Any, listing: Listing, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        choice: Any = self.fields["kind"]
+        choice.choices = [
+            (k, f"{kind_words(k)}: {'from ' if k == Kind.SPOT else ''}{price(p, listing.currency)} per GPU-hour")
+            for k in Kind.values
+            if (p := listing.price_of(k)) is not None
+        ]
+        self.fields["gpu_count"].help_text = f"At least {listing.min_gpus}." if listing.min_gpus > 1 else ""
+
+
+class JobForm(forms.Form):
+    contract = forms.ChoiceField(label="Contract")
+    name = forms.CharField(label="Name", required=False, max_length=120)
+    command = forms.CharField(
+        label="Command", max_length=100_000, strip=False,
+        widget=forms.Textarea(attrs={"rows": 5, "spellcheck": "false", "class": "mono"}),
+        help_text="Run by /bin/sh on each replica; several lines are a script.",
+    )  # fmt: skip
+    replicas = forms.IntegerField(
+        label="Replicas", min_value=1, max_value=4096, initial=1, help_text="All start together, or none."
+    )
+    gpus = forms.IntegerField(label="GPUs per replica", min_value=0, max_value=16, initial=1)
+    vcpu = forms.IntegerField(label="vCPU per replica", min_value=0, max_value=10_000, initial=4)
+    ram_gib = forms.IntegerField(label="RAM per replica, GiB", min_value=0, max_value=97_000, initial=16)
+    vram_gib = forms.IntegerField(label="GPU memory from, GiB", min_value=0, max_value=2_000, initial=0, required=False)
+    nvme_gib = forms.IntegerField(
+        label="Scratch disk, GiB", min_value=0, max_value=1_000_000, initial=0, required=False
+    )
+    image = forms.CharField(label="Image", required=False, max_length=300, help_text="Where the site runs containers.")
+    topology = forms.ChoiceField(
+        label="Placement", required=False,
+        choices=[("pack", "Pack closely"), ("spread", "Spread over hosts"), ("host", "In one host"), ("leaf", "In one leaf"),
+                 ("spine", "In one fabric"), ("site", "In one site")],
+    )  # fmt: skip
+    topology_required = forms.BooleanField(label="Wait until exactly that placement is possible", required=False)
+    on_replica_loss = forms.ChoiceField(
+        label="If a replica is lost", required=False,
+        choices=[("restart_gang", "Restart all"), ("replace_replica", "Replace it"), ("shrink", "Go on with fewer")],
+    )  # fmt: skip
+    max_restarts = forms.IntegerField(
+        label="Restarts after faults", min_value=0, max_value=100, initial=3, required=False
+    )
+    checkpoint_grace_s = forms.IntegerField(
+        label="Checkpoint grace, s", min_value=0, max_value=3600, initial=30, required=False,
+        help_text="Between the signal and the end, when the job must leave.",
+    )  # fmt: skip
+    max_minutes = forms.IntegerField(label="Stop after, minutes", min_value=1, max_value=1_000_000, required=False)
+    priority = forms.IntegerField(label="Priority", min_value=-100, max_value=100, initial=0, required=False)
+    env = forms.CharField(
+        label="Environment", required=False, help_text="NAME=value, one a line.", max_length=200_000,
+        widget=forms.Textarea(attrs={"rows": 3, "spellcheck": "false", "class": "mono"}),
+    )  # fmt: skip
+    secrets = forms.CharField(
+        label="Secrets", required=False, help_text="NAME=value, one a line. Encrypted; never shown again.", max_length=200_000,
+        widget=forms.Textarea(attrs={"rows": 3, "spellcheck": "false", "class": "mono", "autocomplete": "off"}),
+    )  # fmt: skip
+    reference = forms.CharField(label="Your reference", required=False, max_length=80)
+
+    MAIN = ("contract", "name", "command", "replicas", "gpus", "vcpu", "ram_gib")
+    FIELDS_OF = {"vcpu_milli": "vcpu", "ram_mib": "ram_gib", "vram_mib": "vram_gib", "max_seconds": "max_minutes"}
+
+    def __init__(self, *args: Any, contracts: list[Contract], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        choice: Any = self.fields["contract"]
+        choice.choices = [
+            (c.public_id, f"{c.listing.title}: {c.gpu_count} GPUs, {kind_words(c.kind).lower()}") for c in contracts
+        ]
+
+    def main(self) -> list[forms.BoundField]:
+        return [self[name] for name in self.MAIN]
+
+    def more(self) -> list[forms.BoundField]:
+        return [field for field in self if field.name not in self.MAIN]
+
+    def clean_env(self) -> dict[str, str]:
+        return _pairs(self.cleaned_data["env"])
+
+    def clean_secrets(self) -> dict[str, str]:
+        return _pairs(self.cleaned_data["secrets"])
+
+    def spec(self) -> dict[str, Any]:
+        """Of `services.jobs.submit`; call it on a valid form."""
+        asked = self.cleaned_data
+        plain = ("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference")
+        return {
+            **{name: asked[name] for name in plain},
+            "command": ["/bin/sh", "-c", asked["command"].replace("\r\n", "\n")],
+            "topology": asked["topology"] or Job.Topology.PACK,
+            "on_replica_loss": asked["on_replica_loss"] or Job.OnReplicaLoss.RESTART_GANG,
+            "vcpu_milli": asked["vcpu"] * 1000,
+            "ram_mib": asked["ram_gib"] * 1024,
+            "vram_mib": (asked["vram_gib"] or 0) * 1024,
+            "nvme_gib": asked["nvme_gib"] or 0,
+            "priority": asked["priority"] or 0,
+            "max_restarts": 3 if asked["max_restarts"] is None else asked["max_restarts"],
+            "checkpoint_grace_s": 30 if asked["checkpoint_grace_s"] is None else asked["checkpoint_grace_s"],
+            "max_seconds": asked["max_minutes"] * 60 if asked["max_minutes"] else None,
+        }
+
+
+def _pairs(text: str) -> dict[str, str]:
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise forms.ValidationError(f"Line {number} is not of the form NAME=value.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+class OrganizationForm(forms.Form):
+    name = forms.CharField(label="Name", max_length=120, widget=forms.TextInput(attrs={"autocomplete": "organization"}))
+    country = forms.RegexField(
+        "^[A-Za-z]{2}$", label="Country", initial="US", help_text="Two letters, as on your invoices."
+    )
+    currency = forms.ChoiceField(label="Currency", choices=[(c, c) for c in ("USD", "EUR", "GBP")])
+    mode = forms.ChoiceField(
+        label="Market", widget=forms.RadioSelect,
+        choices=[("live", "Live: real capacity, real money"), ("test", "Test: simulated sites, test cards")],
+    )  # fmt: skip
+
+
+class InviteForm(forms.Form):
+    email = forms.EmailField(label="E-mail", widget=forms.EmailInput(attrs={"autocomplete": "off"}))
+    role = forms.ChoiceField(label="Role", choices=[(r, r) for r in ROLES], initial="engineer")
+
+
+class JoinForm(forms.Form):
+    token = forms.CharField(label="Invitation", max_length=80)
+
+
+class KeyForm(forms.Form):
+    name = forms.CharField(label="Name", max_length=80, help_text="Where it will be used.")
+    days = forms.IntegerField(
+        label="Expires after, days", required=False, min_value=1, max_value=3650, help_text="Empty: never."
+    )
+    scopes = forms.MultipleChoiceField(label="May", widget=forms.CheckboxSelectMultiple)
+
+    def __init__(self, *args: Any, actor: Actor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        choice: Any = self.fields["scopes"]
+        choice.choices = [(s, s) for s in SCOPES if actor.may(s)]

@@ -1,0 +1,201 @@
+"""The market: search with facets, and one listing with its terms, prices and calendar."""
+
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from django.db.models import Min, Q, Sum
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import path, reverse
+from django.utils import timezone
+
+from marketplace.errors import MarketError
+from marketplace.models import Host, Kind, Listing
+from marketplace.services import availability, search
+from marketplace.tenancy import Actor
+from marketplace.web import charts
+from marketplace.web.base import iso_minute, page, row_of, visitor
+from marketplace.web.forms import SearchForm
+from marketplace.web.tags import kind_words
+
+PAGE_SIZE = 12
+CALENDAR_WEEKS = 6
+FILTER_WORDS = {
+    "gpu_model": "GPU model", "vram_min_mib": "GPU memory", "price_max": "price", "count": "number of GPUs", "end": "term",
+    "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "kind": "contract", "availability": "window and number of GPUs",
+}  # fmt: skip
+PARAMETER = {"vram_min_mib": "vram_min"}
+FACET_WORDS = {
+    "gpu_model": "GPU", "region": "Region", "country": "Country", "interconnect": "Interconnect", "runtime": "Isolation",
+}  # fmt: skip
+
+
+@page(GET="public")
+def market(request: HttpRequest) -> HttpResponse:
+    now = timezone.now()
+    actor = visitor(request)
+    asked = request.GET.copy()
+    asked.setdefault("level", "site")
+    form = SearchForm(asked)
+    found: search.Result | None = None
+    error: MarketError | None = None
+    try:
+        if form.is_valid():
+            found = search.search(
+                actor, form.filters(), now=now, sort=form.cleaned_data["sort"] or "price", limit=PAGE_SIZE,
+                cursor=request.GET.get("cursor") or None, with_facets=True,
+            )  # fmt: skip
+    except MarketError as refusal:
+        error = refusal
+    context = {
+        "form": form,
+        "found": found,
+        "error": error,
+        "offers": [_offer(f, actor) for f in found.rows] if found else [],
+        "facets": _facets(request, found.facets) if found else [],
+        "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
+        "older": _older(request, found),
+        "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level"} and any(v)),
+        "livemode": actor.livemode,
+    }
+    if getattr(request, "htmx", False) and request.htmx.target == "results":  # type: ignore[attr-defined]
+        return render(request, "part/results.html", context)
+    return render(request, "market.html", {**context, "hero": _hero(actor)})
+
+
+def _hero(actor: Actor) -> dict[str, Any] | None:
+    """What the market has, for who is new here."""
+    if actor.organization_id is not None:
+        return None
+    in_use = ~Q(hosts__state=Host.State.RETIRED)
+    found: dict[str, Any] = search.on_offer(actor).aggregate(
+        on_demand=Min("on_demand_price"), spot=Min("spot_floor"), gpus=Sum("hosts__gpu_count", filter=in_use)
+    )
+    return found
+
+
+def _offer(found: search.Found, actor: Actor) -> dict[str, Any]:
+    row, stock = found.listing, found.stock
+    label = f"{stock.gpus} of {stock.total} GPUs free"
+    return {
+        "row": row,
+        "stock": stock,
+        "meter": charts.meter(stock.gpus, stock.total, label=label),
+        "prices": _prices(row),
+        "mine": actor.organization_id == row.organization_id,
+    }
+
+
+def _prices(row: Listing) -> list[tuple[str, str, int]]:
+    return [(k, kind_words(k), p) for k in Kind.values if (p := row.price_of(k)) is not None]
+
+
+def _facets(request: HttpRequest, facets: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    """Checkboxes: each value with its offers; chosen ones stay, also with none left."""
+    shown = []
+    for name, words in FACET_WORDS.items():
+        chosen = [v for v in request.GET.getlist(name) if v]
+        values = {**dict.fromkeys(chosen, 0), **facets.get(name, {})}
+        if values and (len(values) > 1 or chosen):
+            shown.append(
+                {
+                    "name": name,
+                    "words": words,
+                    "values": [(value, count, value in chosen) for value, count in list(values.items())[:12]],
+                }
+            )
+    return shown
+
+
+def _nothing(request: HttpRequest, why: dict[str, Any]) -> dict[str, Any]:
+    """Which filter removed the last offers, and links that take one filter off."""
+    removed = why["removed_by"]
+    without = []
+    for name, offers in why["without"].items():
+        query = request.GET.copy()
+        query.pop(PARAMETER.get(name, name), None)
+        query.pop("cursor", None)
+        without.append((FILTER_WORDS.get(name, name), offers, query.urlencode()))
+    largest = why.get("largest")
+    fewer = None
+    if largest:
+        query = request.GET.copy()
+        query["count"] = str(largest)
+        fewer = (largest, query.urlencode())
+    return {
+        "empty": removed is None,
+        "removed": FILTER_WORDS.get(removed or "", removed),
+        "left_before": why["left_before"],
+        "without": without,
+        "fewer": fewer,
+    }
+
+
+def _older(request: HttpRequest, found: search.Result | None) -> str | None:
+    if found is None or found.cursor is None:
+        return None
+    query = request.GET.copy()
+    query["cursor"] = found.cursor
+    return query.urlencode()
+
+
+# --- one listing
+def listing_of(request: HttpRequest, public_id: str) -> Listing:
+    """One that the visitor may see, or 404."""
+    rows = Listing.objects.visible_to(visitor(request)).select_related("site__cell", "gpu_model", "organization")
+    found: Listing = row_of(rows, Listing.PREFIX, public_id)
+    return found
+
+
+@page(GET="public")
+def listing(request: HttpRequest, listing: str) -> HttpResponse:
+    row = listing_of(request, listing)
+    now = timezone.now()
+    stock = {level: availability.stock([row], now=now, level=level)[row.pk] for level in ("site", "spine", "host")}
+    free = stock["site"]
+    host = row.hosts.exclude(state=Host.State.RETIRED).order_by("id").first()
+    return render(
+        request,
+        "listing.html",
+        {
+            "row": row,
+            "stock": stock,
+            "free": free,
+            "host": host,
+            "meter": charts.meter(free.gpus, free.total, label=f"{free.gpus} of {free.total} GPUs free"),
+            "prices": _prices(row),
+            "weeks": _weeks(row, now),
+            "open": row.state == Listing.State.PUBLISHED,
+        },
+    )
+
+
+def _weeks(row: Listing, now: datetime) -> list[list[dict[str, Any]]]:
+    """The most GPUs that can be had for all of each day, in weeks from Monday, each day a link that asks for it."""
+    today = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    monday = today - timedelta(days=today.weekday())
+    end = monday + timedelta(weeks=CALENDAR_WEEKS)
+    cells = availability.calendar(row, now=now, starts_at=today, ends_at=end, step_s=86_400)
+    most = max((cell.gpus for cell in cells), default=0)
+    days: list[dict[str, Any]] = [{} for _ in range(today.weekday())]
+    for cell in cells:
+        start = availability.instant(cell.start)
+        query = {"ends_at": iso_minute(start + timedelta(days=1))}
+        if start > now:
+            query["starts_at"] = iso_minute(start)
+        days.append(
+            {
+                "at": start,
+                "gpus": cell.gpus,
+                "heat": 0 if not most or not cell.gpus else 1 + 3 * cell.gpus // most,
+                "href": f"{reverse('web:quote-new', args=[row.public_id])}?{urlencode(query)}",
+            }
+        )
+    return [days[i : i + 7] for i in range(0, len(days), 7)]
+
+
+urlpatterns = [
+    path("", market, name="market"),
+    path("listings/<str:listing>", listing, name="listing"),
+]

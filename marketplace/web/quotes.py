@@ -1,0 +1,176 @@
+"""Quotes: ask for a firm price, read it, accept it or give it back. A refusal names its reason and what would fit."""
+
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlencode
+
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import path, reverse
+from django.utils import timezone
+from django.utils.dateparse import parse_datetime
+
+from billing.core import money
+from marketplace.errors import MarketError
+from marketplace.models import BillingStanding, Kind, Listing, Quote
+from marketplace.services import contracts, quotes
+from marketplace.services.availability import HOLDING
+from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
+from marketplace.web.forms import LEVEL_WORDS, QuoteForm, millionths, refuse
+from marketplace.web.market import listing_of
+
+ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
+
+
+@page(GET="quotes:write", POST="quotes:write")
+def new(request: HttpRequest, listing: str) -> HttpResponse:
+    row = listing_of(request, listing)
+    if request.method == "GET":
+        return _form(request, row, QuoteForm(listing=row, initial=_initial(request, row)))
+    form = QuoteForm(request.POST, listing=row)
+    if not form.is_valid():
+        return _form(request, row, form, status=400)
+    asked = {k: v for k, v in form.cleaned_data.items() if k != "reference"}
+    asked["limit_price"] = millionths(asked["limit_price"]) if asked["kind"] == Kind.SPOT else None
+    try:
+        made = quotes.quote(
+            actor_of(request), row.pk, quotes.Request(**asked), reference=form.cleaned_data["reference"], now=timezone.now()
+        )  # fmt: skip
+    except MarketError as error:
+        refuse(form, error)
+        options = alternatives(error, row, {k: form.cleaned_data[k] for k in ASKED})
+        return _form(request, row, form, error=error, options=options, status=error.kind.status)
+    return done(request, "The price is firm.", reverse("web:quote", args=[made.public_id]))
+
+
+def _initial(request: HttpRequest, row: Listing) -> dict[str, Any]:
+    """From the query string, so that calendars and alternatives can link to a filled form."""
+    offered = [k for k in Kind.values if row.price_of(k) is not None]
+    given: dict[str, Any] = {k: request.GET[k] for k in ASKED if request.GET.get(k)}
+    for name in ("starts_at", "ends_at"):
+        if name in given:
+            try:
+                given[name] = parse_datetime(given[name])
+            except ValueError:
+                given[name] = None
+    kind = given.get("kind") if given.get("kind") in offered else None
+    if kind is None:
+        holding = [k for k in offered if k in HOLDING]
+        kind = holding[0] if given.get("ends_at") and holding else (offered[0] if offered else None)
+    floor = row.price_of(Kind.SPOT)
+    limit = given.get("limit_price") or (None if floor is None else f"{Decimal(floor) / money.MILLIONTHS:.2f}")
+    return {"level": "site", "gpu_count": max(1, row.min_gpus), **given, "kind": kind, "limit_price": limit}
+
+
+def _form(request: HttpRequest, row: Listing, form: QuoteForm, status: int = 200, **more: Any) -> HttpResponse:
+    return render(request, "quote_new.html", {"row": row, "form": form, **more}, status=status)
+
+
+def alternatives(error: MarketError, row: Listing, asked: dict[str, Any]) -> list[tuple[str, str]]:
+    """(words, address) of what would be admitted instead."""
+    found = error.extra.get("alternatives") or {}
+    here = reverse("web:quote-new", args=[row.public_id])
+    base = {
+        **{k: v for k, v in asked.items() if v and k not in {"starts_at", "ends_at"}},
+        **{k: iso_minute(asked[k]) for k in ("starts_at", "ends_at") if asked.get(k)},
+    }
+    options: list[tuple[str, str]] = []
+
+    def offer(text: str, **changes: Any) -> None:
+        options.append((text, f"{here}?{urlencode({**base, **changes})}"))
+
+    if later := found.get("later"):
+        offer(
+            f"{asked['gpu_count']} GPUs from {later['starts_at']:%-d %b %H:%M} to {later['ends_at']:%-d %b %H:%M} UTC",
+            starts_at=iso_minute(later["starts_at"]), ends_at=iso_minute(later["ends_at"]),
+        )  # fmt: skip
+    if until := found.get("ends_at"):
+        offer(f"The same, ending {until:%-d %b %H:%M} UTC", ends_at=iso_minute(until))
+    counts = found.get("gpu_count") or {}
+    for level, count in counts.items():
+        if count and (count != asked["gpu_count"] or level != asked["level"]):
+            offer(
+                f"{min(count, asked['gpu_count'])} GPUs, {LEVEL_WORDS[level]}",
+                gpu_count=min(count, asked["gpu_count"]),
+                level=level,
+            )
+    for other in found.get("listings", ()):
+        there = reverse("web:quote-new", args=[other["listing"]])
+        options.append(
+            (f"{other.get('title', 'Another listing')}: {other['gpus']} GPUs free", f"{there}?{urlencode(base)}")
+        )
+    seen: set[str] = set()
+    return [o for o in options if not (o[0] in seen or seen.add(o[0]))]  # type: ignore[func-returns-value]
+
+
+def _quote(request: HttpRequest, public_id: str) -> Quote:
+    rows = Quote.objects.owned_by(actor_of(request).organization_id)
+    found: Quote = row_of(
+        rows.select_related("listing__site", "listing__gpu_model", "listing__organization", "contract"),
+        Quote.PREFIX,
+        public_id,
+    )
+    return found
+
+
+@page(GET="quotes:read")
+def quote(request: HttpRequest, quote: str) -> HttpResponse:
+    return _show(request, _quote(request, quote))
+
+
+def _show(request: HttpRequest, row: Quote, status: int = 200, **more: Any) -> HttpResponse:
+    now = timezone.now()
+    state = quotes.state_of(row, now)
+    standing = BillingStanding.objects.owned_by(row.organization_id).first()
+    again = {
+        **{k: getattr(row, k) for k in ("kind", "gpu_count", "level")},
+        **({"ends_at": iso_minute(row.ends_at)} if row.ends_at else {}),
+        **({"starts_at": iso_minute(row.starts_at)} if row.starts_at > now else {}),
+    }
+    context = {
+        "row": row,
+        "state": state,
+        "items": quotes.itemise(row),
+        "open": state == Quote.State.OPEN,
+        "firm_s": max(0, int((row.firm_until - now).total_seconds())),
+        "held_s": max(0, int((row.held_until - now).total_seconds())) if row.held_until else 0,
+        "contract": getattr(row, "contract", None),
+        "standing": standing.state if standing else "no_card",
+        "level_words": LEVEL_WORDS[row.level],
+        "again": f"{reverse('web:quote-new', args=[row.listing.public_id])}?{urlencode(again)}",
+        **more,
+    }
+    return render(request, "quote.html", context, status=status)
+
+
+@page(POST="contracts:write")
+def accept(request: HttpRequest, quote: str) -> HttpResponse:
+    row = _quote(request, quote)
+    try:
+        made = contracts.accept(actor_of(request), row.pk, now=timezone.now())
+    except MarketError as error:
+        row.refresh_from_db()
+        asked = {k: getattr(row, k) for k in ASKED if k != "limit_price"}
+        return _show(
+            request, row, error=error, options=alternatives(error, row.listing, asked), status=error.kind.status
+        )
+    return done(request, "Signed. The contract is yours; submit a job.", reverse("web:contract", args=[made.public_id]))
+
+
+@page(POST="quotes:write")
+def release(request: HttpRequest, quote: str) -> HttpResponse:
+    row = _quote(request, quote)
+    here = reverse("web:quote", args=[row.public_id])
+    try:
+        quotes.release(actor_of(request), row.pk, now=timezone.now())
+    except MarketError as error:
+        return failed(request, error, here)
+    return done(request, "Given back; what it held is free.", reverse("web:listing", args=[row.listing.public_id]))
+
+
+urlpatterns = [
+    path("listings/<str:listing>/quote", new, name="quote-new"),
+    path("quotes/<str:quote>", quote, name="quote"),
+    path("quotes/<str:quote>/accept", accept, name="quote-accept"),
+    path("quotes/<str:quote>/release", release, name="quote-release"),
+]

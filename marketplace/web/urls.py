@@ -1,0 +1,17 @@
+"""The customers' pages."""
+
+from marketplace.web import cards, contracts, invoices, jobs, keys, market, organizations, quotes, team, usage
+
+app_name = "web"
+urlpatterns = [
+    *market.urlpatterns,
+    *quotes.urlpatterns,
+    *contracts.urlpatterns,
+    *jobs.urlpatterns,
+    *usage.urlpatterns,
+    *invoices.urlpatterns,
+    *cards.urlpatterns,
+    *organizations.urlpatterns,
+    *team.urlpatterns,
+    *keys.urlpatterns,
+]

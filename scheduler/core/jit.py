@@ -6,10 +6,18 @@ times faster (see the decisions benchmark). `inlined`: a call would copy every f
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from numba import njit
+from numba import config, njit
+
+# Numba's cache looks at the file of a kernel alone, but kernels inline functions of other files: a folder for each state of the
+# sources, so that a change of the fit rule can never run with an old copy of it inside.
+_SOURCES: Final = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+if config.CACHE_DIR and not Path(config.CACHE_DIR).name.startswith("core-"):
+    config.CACHE_DIR = str(Path(config.CACHE_DIR) / f"core-{hashlib.sha256(_SOURCES).hexdigest()[:12]}")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _OPTIONS: Final[dict[str, Any]] = {"cache": True, "_nrt": False}

@@ -76,6 +76,18 @@ def test_a_gang_evicts_over_hosts_and_puts_back_whom_it_does_not_need():
     assert victims(result) == {r.placement for r in running if r.host in {1, 3}}
 
 
+def test_who_was_taken_in_vain_on_the_way_is_put_back():
+    fleet = box(3)
+    running = full(fleet)
+    for r in running:
+        r.bid = {0: 1, 1: 5, 2: 5}[r.host]
+    fleet.cpu_free[0] = 500  # the cheapest victims sit where the gang cannot go
+    request = Request(job=99, replicas=2, gpus=8, cpu=1000, topology=Topology(pack=Level.SITE))
+    result = plan(fleet, [request], running)
+    assert {p.host for p in result.placements} == {1, 2}
+    assert victims(result) == {r.placement for r in running if r.host in {1, 2}}
+
+
 def test_watts_above_the_host_are_freed_elsewhere():
     row = {
         "cpu_free": 64_000,

@@ -14,7 +14,7 @@ from rest_framework.views import APIView
 from marketplace import ids
 from marketplace.api import idempotency, pagination
 from marketplace.errors import MarketError
-from marketplace.models import Organization
+from marketplace.models import Organization, User
 from marketplace.tenancy import ANONYMOUS, Actor, TenantQuerySet
 
 
@@ -66,7 +66,8 @@ class Resource(APIView):
 
     @property
     def actor(self) -> Actor:
-        return self.request.auth or ANONYMOUS
+        actor: Any = self.request.auth
+        return actor or ANONYMOUS
 
     def queryset(self) -> QuerySet[Any]:
         assert self.model_queryset is not None
@@ -79,6 +80,11 @@ class Resource(APIView):
         if found is None:
             raise Http404
         return found
+
+    def person(self) -> User:
+        """Whoever is signed in, on a route of action "person"."""
+        assert isinstance(self.request.user, User)
+        return self.request.user
 
     def organization(self) -> Organization:
         """The one that acts; our own people act in none."""

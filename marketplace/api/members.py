@@ -171,12 +171,12 @@ class InvitationAccept(MemberResource):
         tags=["members"], operation_id="invitations_accept", request=AcceptInvitationShape,
         responses={200: MemberShape},
     )  # fmt: skip
-    def post(self, request: Request) -> Response:
+    def post(self, request: Request) -> Response:  # noqa: ARG002
         """Join the organization that invited your address."""
         body = self.read(AcceptInvitationShape)
 
         def effect() -> Response:
-            row = accounts.accept_invitation(request.user, body["token"], now=timezone.now())
+            row = accounts.accept_invitation(self.person(), body["token"], now=timezone.now())
             return Response(self.represent(row))
 
         return self.write(effect)

@@ -94,7 +94,7 @@ class Organizations(OrganizationResource):
             return self.represent(row.organization, row.role)
 
         query = shapes.query(request, shapes.PageQuery)
-        return Response(shapes.page(show, accounts.organizations_of(request.user), query, order="id"))
+        return Response(shapes.page(show, accounts.organizations_of(self.person()), query, order="id"))
 
     @extend_schema(
         tags=["organizations"], operation_id="organizations_create", request=CreateOrganizationShape,
@@ -105,7 +105,7 @@ class Organizations(OrganizationResource):
         body = self.read(CreateOrganizationShape)
 
         def effect() -> Response:
-            made = accounts.create_organization(request.user, now=timezone.now(), **body)
+            made = accounts.create_organization(self.person(), now=timezone.now(), **body)
             request.session[actors.SESSION_KEY] = made.pk
             return Response(self.represent(made, "owner"), status=201)
 
@@ -144,7 +144,7 @@ class OrganizationSwitch(OrganizationResource):
         pk = ids.decode("org", organization) or 0
 
         def effect() -> Response:
-            found = accounts.switch_organization(request.user, pk, session=request.session, now=timezone.now())
+            found = accounts.switch_organization(self.person(), pk, session=request.session, now=timezone.now())
             return Response(self.represent(found.organization, found.role))
 
         return self.write(effect)

@@ -81,7 +81,9 @@ class UpdatePowerNodeShape(Shape):
 
 class NewPowerNodeShape(UpdatePowerNodeShape):
     name = serializers.CharField(max_length=60)
-    parent = serializers.CharField(max_length=60, required=False, default="", allow_blank=True, help_text="its name")
+    parent = serializers.CharField(  # type: ignore[assignment]
+        max_length=60, required=False, default="", allow_blank=True, help_text="its name"
+    )
     kind = serializers.ChoiceField(["building", "transformer", "pdu"], required=False, default="pdu")
     cap_w = serializers.IntegerField(min_value=1, max_value=MAX_W, help_text="continuous rating, W")
 
@@ -92,7 +94,7 @@ class PowerNodeShape(serializers.Serializer):
     site = serializers.CharField()
     name = serializers.CharField()
     kind = serializers.ChoiceField(PowerNode.Kind.choices)
-    parent = serializers.CharField(allow_null=True)
+    parent = serializers.CharField(allow_null=True)  # type: ignore[assignment]
     depth = serializers.IntegerField()
     cap_w = serializers.IntegerField()
     limit_w = serializers.IntegerField(allow_null=True, help_text="what a curtailment leaves")
@@ -132,7 +134,7 @@ class ImportReportShape(serializers.Serializer):
     dry_run = serializers.BooleanField()
     rows = serializers.IntegerField()
     counts = ImportCountsShape()
-    errors = RowErrorShape(many=True, help_text="the first 200")
+    errors = RowErrorShape(many=True, help_text="the first 200")  # type: ignore[assignment]
     error_count = serializers.IntegerField()
 
 

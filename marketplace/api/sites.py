@@ -228,7 +228,7 @@ class SiteImport(SiteResource):
         parameters=[OpenApiParameter("dry_run", bool, description="check and count, keep nothing; errors come in the report")],
     )  # fmt: skip
     def post(self, request: Request, site: str) -> Response:
-        """CSV of power nodes, hosts or miners: all or nothing. The first line names the columns (docs/operate.md)."""
+        """CSV of power nodes, hosts or miners: all or nothing. The first line names the columns (docs/imports.md)."""
         row, body = site_of(self.actor, site), self.read(ImportShape)
         query = request.query_params.dict()
         if set(query) - {"dry_run"} or query.get("dry_run", "false") not in {"true", "false"}:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from marketplace.errors import CATALOGUE
+from marketplace.services import columns
 
 pytestmark = pytest.mark.serverless
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +40,16 @@ def test_every_code_that_is_raised_is_in_the_catalogue():
     }
     assert len(used) > 20
     assert not {code: str(path) for code, path in used.items() if code not in CATALOGUE}
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [("power_nodes", columns.POWER_NODES), ("hosts", columns.HOSTS), ("miners", columns.MINERS)],
+)
+def test_every_column_of_an_import_is_explained(kind, table):
+    section = (ROOT / "docs" / "imports.md").read_text().partition(f"\n## {kind}\n")[2].partition("\n## ")[0]
+    explained = dict(re.findall(r"^\| `(\w+)` \| (\w+|.*?) \|", section, re.MULTILINE))
+    assert list(explained) == [column.name for column in table]
+    assert [n for n, what in explained.items() if what == "required"] == [
+        c.name for c in table if c.default is columns.REQUIRED
+    ]

@@ -154,7 +154,7 @@ def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reserv
         reservation.state == Reservation.State.HELD
         and reservation.held_until is not None
         and reservation.held_until > now
-        and not holds.disturbed(reservation, now)
+        and not holds.disturbed([reservation], now)
     )
     reservation.starts_at = starts_at
     reservation.held_until = None
@@ -332,10 +332,12 @@ class Ticked:
     contracts_over: int = 0
     contracts_settled: int = 0
     payments_lapsed: int = 0
+    reservations_moved: int = 0
 
 
 def clock(now: datetime) -> Ticked:
-    """Lapsed holds are free, quotes expire, contracts end with their window, drained ones are settled. Bounded batches of BATCH rows;
+    """Lapsed holds are free, quotes expire, contracts end with their window, drained ones are settled, promises
+    whose GPUs were lost move to others. Bounded batches of BATCH rows;
     each step is a guarded update of its own, so that any number of copies may run beside each other and beside buyers.
     """
     lapsed = Reservation.objects.filter(state=Reservation.State.HELD, held_until__lte=now).order_by("pk")[:BATCH]
@@ -357,7 +359,7 @@ def clock(now: datetime) -> Ticked:
         cancelled = _cancel(
             list(unpaid.values_list("pk", flat=True)), now=now, actor="system", reason="the payment did not arrive"
         )
-    return Ticked(released, expired, len(ended), settled, len(cancelled))
+    return Ticked(released, expired, len(ended), settled, len(cancelled), holds.heal(now))
 
 
 def _forget_blocks() -> None:

@@ -5,15 +5,23 @@ its devices; those still to come are renumbered where that makes room, in order 
 that has begun overlaps now, and an interval graph is coloured greedily from the left. Callers hold the cell's lock.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+
+from django.db import transaction
 
 from marketplace.errors import MarketError
+from marketplace.locks import Lock, acquire
 from marketplace.models import Gpu, Host, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
+
+log = logging.getLogger(__name__)
+HEAL_AHEAD = timedelta(hours=25)  # the scheduler closes a reservation's GPUs to others a day before its claim
+HEAL_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -112,15 +120,60 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
     return found
 
 
-def disturbed(reservation: Reservation, now: datetime) -> bool:
-    """Has a host or GPU of the hold gone, or has work outside any reservation come onto its GPUs meanwhile?"""
-    blocks = list(ReservationBlock.objects.filter(reservation=reservation).select_related("host"))
-    host_ids = [block.host_id for block in blocks]
+def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
+    """Ids of those whose host or GPU has gone, or onto whose GPUs work outside any reservation has come meanwhile. Five queries."""
+    wanted = {r.pk: r for r in reservations}
+    blocks: dict[int, list[ReservationBlock]] = defaultdict(list)
+    for block in ReservationBlock.objects.filter(reservation_id__in=wanted).select_related("host"):
+        blocks[block.reservation_id].append(block)
+    host_ids = {block.host_id for group in blocks.values() for block in group}
     running, usable = availability.unreserved_gpus(host_ids, now), _usable(host_ids)
-    start = seconds(reservation.claims_at)
-    return not blocks or any(
-        block.host.state != Host.State.ACTIVE
-        or not set(block.gpu_indices) <= set(usable[block.host_id])
-        or any(running.get(block.host_id, {}).get(index, 0) > start for index in block.gpu_indices)
-        for block in blocks
-    )
+
+    def spoilt(block: ReservationBlock, start: int) -> bool:
+        ends = running.get(block.host_id, {})
+        return (
+            block.host.state != Host.State.ACTIVE
+            or not set(block.gpu_indices) <= set(usable[block.host_id])
+            or any(ends.get(index, 0) > start for index in block.gpu_indices)
+        )
+
+    return {
+        pk
+        for pk, row in wanted.items()
+        if not blocks[pk] or any(spoilt(block, seconds(row.claims_at)) for block in blocks[pk])
+    }
+
+
+def heal(now: datetime) -> int:
+    """Reservations that begin within HEAL_AHEAD and were disturbed get other GPUs of their listing, if there are any; returns how
+    many moved. What finds no room stays as it is, is logged, and is tried again by the next tick.
+    """
+    soon = Reservation.objects.filter(
+        state=Reservation.State.FIRM, contract__isnull=False, starts_at__gt=now, claims_at__lte=now + HEAL_AHEAD
+    ).select_related("listing__site", "contract", "quote")
+    rows = {row.pk: row for row in soon.order_by("claims_at", "pk")[:HEAL_BATCH]}
+    return sum(_move(rows[pk], now) for pk in sorted(disturbed(rows.values(), now))) if rows else 0
+
+
+def _move(row: Reservation, now: datetime) -> bool:
+    contract, quote = row.contract, row.quote
+    assert contract is not None
+    with transaction.atomic():
+        acquire((Lock.CELL, row.listing.site.cell_id))
+        fresh = Reservation.objects.select_for_update(no_key=True).get(pk=row.pk)
+        if fresh.state != Reservation.State.FIRM or not disturbed([fresh], now):
+            return False
+        found = availability.admit(
+            row.listing, gpus=contract.gpu_count, level=quote.level if quote else "site",
+            starts_at=fresh.starts_at, ends_at=fresh.ends_at, now=now, without=(fresh.pk,),
+        )  # fmt: skip
+        if not found.admitted:
+            log.error(
+                "contract %s: GPUs it is promised from %s are gone: %s",
+                contract.public_id,
+                fresh.starts_at,
+                found.reason,
+            )
+            return False
+        write_blocks(fresh, [(int(str(host)), count) for host, count in found.hold], now=now)
+    return True

@@ -361,3 +361,42 @@ def test_the_clock_is_a_bounded_number_of_queries(listing, customer, django_asse
         accept(customer, ask(customer, listing, gpus=1))
     with django_assert_max_num_queries(40):
         assert contracts.clock(END).contracts_over == 5
+
+
+# --- promises are kept
+@pytest.mark.parametrize("what", ["running", "broken", "lost"])
+def test_a_promise_whose_gpus_are_gone_moves_to_others_before_it_begins(customer, what):
+    site = factories.site()
+    hosts = [factories.host(site), factories.host(site)]
+    listing = factories.listing(site, hosts=hosts)
+    contract = accept(customer, ask(customer, listing, gpus=4))
+    block = contract.reservation.blocks.get()
+    if what == "running":
+        job = factories.job(factories.contract(listing), gpus=4, state="running")
+        factories.placement(job, block.host, block.gpu_indices, state="running")
+    elif what == "broken":
+        block.host.gpus.filter(index=0).update(healthy=False)
+    else:
+        type(block.host).objects.filter(pk=block.host_id).update(state="lost")
+    assert contracts.clock(START - 2 * DAY).reservations_moved == 0  # still far away
+    assert contracts.clock(START - DAY).reservations_moved == 1
+    assert contracts.clock(START - DAY).reservations_moved == 0
+    after = contract.reservation.blocks.get()
+    assert len(after.gpu_indices) == 4
+    if what == "lost":
+        assert after.host_id != block.host_id
+    elif what == "running":
+        assert (after.host_id, after.gpu_indices) == (block.host_id, [4, 5, 6, 7])
+    else:
+        assert 0 not in after.gpu_indices or after.host_id != block.host_id
+
+
+def test_a_promise_that_finds_no_room_is_reported_and_the_clock_goes_on(listing, customer, caplog):
+    contract = accept(customer, ask(customer, listing, gpus=8))
+    over = accept(customer, rate(customer, listing))
+    type(over).objects.filter(pk=over.pk).update(ends_at=START - DAY)
+    listing.hosts.update(state="lost")
+    found = contracts.clock(START - DAY)
+    assert (found.reservations_moved, found.contracts_over) == (0, 1)
+    assert contract.public_id in caplog.text
+    assert contract.reservation.blocks.get().gpu_indices == list(range(8))

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from sandbox.site.connections import Connections
+
 FAULTS = (
     "ack_ignore",
     "hang",
@@ -263,6 +265,7 @@ class FleetServer:
         self.fleet, self.port = fleet, port
         self.servers: list[asyncio.Server] = []
         self.energised: np.ndarray | None = None
+        self.connections = Connections()
 
     async def start(self) -> None:
         """Raises OSError when the port is taken."""
@@ -285,19 +288,11 @@ class FleetServer:
         self.port = sock.getsockname()[1]
 
     async def stop(self) -> None:
-        for server in self.servers:
-            server.close()
-            await server.wait_closed()
+        await self.connections.end(self.servers)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        async with self.connections.held(writer):
             await self._answer(reader, writer)
-        except (ConnectionError, TimeoutError):
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                await writer.wait_closed()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         fleet = self.fleet

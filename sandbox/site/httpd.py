@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gzip
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from sandbox.site.connections import Connections
 
 REASONS = {
     200: "OK",
@@ -48,7 +49,7 @@ class Httpd:
     def __init__(self, handler: Handler, port: int = 0, host: str = "127.0.0.1") -> None:
         self.handler, self.port, self.host = handler, port, host
         self.server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.connections = Connections()
 
     @property
     def url(self) -> str:
@@ -60,30 +61,12 @@ class Httpd:
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        if self.server:
-            self.server.close()
-            for writer in list(self._writers):
-                writer.transport.abort()
-            await self.server.wait_closed()
+        await self.connections.end([self.server] if self.server else [])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        try:
+        async with self.connections.held(writer):
             while await self._one(reader, writer):
                 pass
-        except (
-            ConnectionError,
-            asyncio.IncompleteReadError,
-            TimeoutError,
-            asyncio.LimitOverrunError,
-            asyncio.CancelledError,
-        ):
-            pass
-        finally:
-            self._writers.discard(writer)
-            writer.close()
-            with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
-                await writer.wait_closed()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from sandbox.site.connections import Connections
+
 
 class Uplink:
     """Forwards 127.0.0.1:`port` to `target` ("host:port"). With `cut` set, connections end and new ones are dropped."""
@@ -13,7 +15,7 @@ class Uplink:
         host, _, number = target.rpartition(":")
         self.target, self.port = (host, int(number)), port
         self._cut = False
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.connections = Connections()
         self._server: asyncio.Server | None = None
 
     @property
@@ -24,8 +26,7 @@ class Uplink:
     def cut(self, value: bool) -> None:
         self._cut = value
         if value:
-            for writer in list(self._writers):
-                writer.transport.abort()
+            self.connections.abort()
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -33,22 +34,15 @@ class Uplink:
 
     async def stop(self) -> None:
         self.cut = True
-        if self._server:
-            self._server.close()
-            await self._server.wait_closed()
+        await self.connections.end([self._server] if self._server else [])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._cut:
-            writer.transport.abort()
-            return
-        try:
+        async with self.connections.held(writer):
+            if self._cut:
+                raise ConnectionResetError
             far_reader, far_writer = await asyncio.open_connection(*self.target)
-        except OSError:
-            writer.transport.abort()
-            return
-        self._writers |= {writer, far_writer}
-        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        self._writers -= {writer, far_writer}
+            async with self.connections.held(far_writer):
+                await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
 
     @staticmethod
     async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -14,6 +14,7 @@ import pytest
 from sandbox.site.physics import BOOT_S, Physics
 from sandbox.site.server import SiteServer
 from sandbox.site.spec import MINER_MODELS, demo_site, host, miner, nameplate_w, node, openb_site, synthetic_site, top_w
+from sandbox.site.uplink import Uplink
 
 pytestmark = pytest.mark.serverless
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,3 +239,22 @@ def test_as_a_process_it_serves_and_leaves_its_record(tmp_path):
     )
     assert wrong.returncode == 2
     assert "none" in wrong.stderr
+
+
+def test_the_uplink_forwards_and_can_be_cut():
+    async def go():
+        server = SiteServer(site(miners=1))
+        await server.start()
+        line = Uplink(f"127.0.0.1:{server.httpd.port}")
+        await line.start()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{line.port}", trust_env=False) as client:
+            assert (await client.get("/truth")).status_code == 200
+            line.cut = True
+            with pytest.raises(httpx.HTTPError):
+                await client.get("/truth")
+            line.cut = False
+            assert (await client.get("/truth")).status_code == 200
+        await line.stop()
+        await server.stop()
+
+    asyncio.run(go())

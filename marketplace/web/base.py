@@ -5,6 +5,7 @@ A view names its action per method: `@page(GET="jobs:read", POST="jobs:write")`.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import wraps
@@ -83,7 +84,9 @@ def refused(request: HttpRequest, error: MarketError) -> HttpResponse:
 
 
 def actor_of(request: HttpRequest) -> Actor:
-    found: Actor = request.actor  # type: ignore[attr-defined]
+    lazy = request.actor  # type: ignore[attr-defined]
+    assert lazy.kind  # evaluates it, so that the copy is the Actor itself
+    found: Actor = copy(lazy)
     return found
 
 
@@ -93,7 +96,7 @@ def visitor(request: HttpRequest) -> Actor:
     """
     actor = actor_of(request)
     if actor.organization_id is not None:
-        return replace(actor)
+        return actor
     live = replace(actor, livemode=True)
     return live if has_offers(live) else replace(live, livemode=False)
 

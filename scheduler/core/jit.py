@@ -16,8 +16,9 @@ from numba import config, njit
 # Numba's cache looks at the file of a kernel alone, but kernels inline functions of other files: a folder for each state of the
 # sources, so that a change of the fit rule can never run with an old copy of it inside.
 _SOURCES: Final = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-if config.CACHE_DIR and not Path(config.CACHE_DIR).name.startswith("core-"):
-    config.CACHE_DIR = str(Path(config.CACHE_DIR) / f"core-{hashlib.sha256(_SOURCES).hexdigest()[:12]}")
+_FOLDER: Final[str] = getattr(config, "CACHE_DIR", "")  # NUMBA_CACHE_DIR; numba sets it without declaring it
+if _FOLDER and not Path(_FOLDER).name.startswith("core-"):
+    setattr(config, "CACHE_DIR", str(Path(_FOLDER) / f"core-{hashlib.sha256(_SOURCES).hexdigest()[:12]}"))  # noqa: B010
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _OPTIONS: Final[dict[str, Any]] = {"cache": True, "_nrt": False}

@@ -106,7 +106,11 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
             tenant.client.post(f"jobs/{job}/cancel")
         seen.append("both were started again; 5 jobs cancelled")
     with report.step("every job comes to an end") as seen:
-        watched("every job to end", lambda: _all_over(tenants), seconds=JOBS_S)
+        try:
+            watched("every job to end", lambda: _all_over(tenants), seconds=JOBS_S)
+        except TimeoutError:
+            seen.extend(_still_there(tenants))
+            raise
         seen.extend(_outcomes(tenants, jobs, long_jobs, spot))
     with report.step("every real process printed what it should") as seen:
         for tenant, job, wanted in jobs.real:
@@ -232,6 +236,19 @@ def _all_over(tenants: list[Tenant]) -> bool:
                 time.sleep(1)
                 return False
     return True
+
+
+def _still_there(tenants: list[Tenant]) -> list[str]:
+    """Some of the jobs that are not over, and why."""
+    found = []
+    for tenant in tenants:
+        for row in tenant.client.every("jobs"):
+            if row["state"] not in DONE:
+                detail = tenant.client.get(f"jobs/{row['id']}")["placements"][:3]
+                why = tenant.client.get(f"jobs/{row['id']}/explain")["text"]
+                at = [(p["site"], p["host"], p["state"], p["reason"]) for p in detail]
+                found.append(f"{row['name']} {row['state']} {at} {why}")
+    return [f"{len(found)} jobs are not over", *found[:6]]
 
 
 def _outcomes(tenants: list[Tenant], jobs: Submitted, cancelled: list[str], spot: str) -> list[str]:

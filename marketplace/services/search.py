@@ -35,8 +35,8 @@ from marketplace.services.availability import HOLDING, Stock
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import LEVELS
 
-MAX_BATCHES = 7  # 64 x 4^6: the last takes all that is left of a catalogue of 350,000 listings
-FIRST_BATCH = 64
+MAX_BATCHES = 8  # 32 x 4^7: the last takes all that is left of a catalogue of 500,000 listings
+FIRST_BATCH = 32
 UNKNOWN = (1 << 62) - 1  # sorts what has no value last
 
 PRICE_COLUMN = {
@@ -293,23 +293,25 @@ def facets(base: QuerySet[Listing], wanted: Filters, now: datetime) -> dict[str,
         .order_by()
         .values(*keys)
         .annotate(offers=Count("id"))
+        .values_list(*keys, "offers")
     )
-    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in (*FACETS, "kind")}
+    names = tuple(FACETS)
+    allowed = [frozenset(getattr(wanted, name)) for name in names]
+    asked = [kind in wanted.kinds for kind in Kind.values]
+    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in (*names, "kind")}
     for row in rows:
-        sells = {kind for kind in Kind.values if row[f"sells_{kind}"]}
-        fails = {
-            name
-            for name, column in FACETS.items()
-            if getattr(wanted, name) and row[column] not in getattr(wanted, name)
-        }
-        if not sells & {str(kind) for kind in wanted.kinds}:
-            fails.add("kind")
-        for name, column in FACETS.items():
-            if not fails - {name} and row[column]:
-                counts[name][row[column]] += row["offers"]
-        if not fails - {"kind"}:
-            for kind in sells:
-                counts["kind"][kind] += row["offers"]
+        values, sells, offers = row[: len(names)], row[len(names) : -1], row[-1]
+        fails = [i for i, value in enumerate(values) if allowed[i] and value not in allowed[i]]
+        sold = any(sold and wish for sold, wish in zip(sells, asked, strict=True))
+        if len(fails) + (not sold) > 1:
+            continue  # two filters are in the way: no facet counts it
+        for i in fails or (range(len(names)) if sold else ()):
+            if values[i]:
+                counts[names[i]][values[i]] += offers
+        if not fails:
+            for kind, one in zip(Kind.values, sells, strict=True):
+                if one:
+                    counts["kind"][kind] += offers
     return {name: dict(sorted(values.items(), key=lambda v: (-v[1], v[0]))) for name, values in counts.items()}
 
 
@@ -350,7 +352,7 @@ def _why_nothing(base: QuerySet[Listing], steps: list[tuple[str, Q]], wanted: Fi
 
 def _most(base: QuerySet[Listing], steps: list[tuple[str, Q]], wanted: Filters, now: datetime) -> int:
     """The largest block there is in the window, over the first offers by price: what could be asked for instead."""
-    rows = list(base.filter(*[q for _, q in steps]).order_by("id")[: FIRST_BATCH * 4])
+    rows = list(base.filter(*[q for _, q in steps]).order_by("id")[: FIRST_BATCH * 8])
     kind = wanted.kind or (Kind.RESERVED if wanted.end is not None else Kind.ON_DEMAND)
     stock = availability.stock(rows, now=now, level=wanted.level, kind=kind, starts_at=wanted.start, ends_at=wanted.end)
     return max((s.gpus for s in stock.values()), default=0)

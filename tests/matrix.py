@@ -250,6 +250,13 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/webhooks/stripe", "POST", "public"),  # by its signature
 )
 
+# What the stream process answers by itself (marketplace.stream); it knows keys and agents, no sessions.
+STREAM: tuple[R, ...] = (
+    R("api/v1/health", "GET", "public"),
+    R("api/v1/agent/sync", "POST", "agent"),
+    R("api/v1/jobs/<str:job>/logs/follow", "GET", "jobs:read", job),
+)
+
 # Path prefix -> whose. "package": pages of a package that brings its own tests; "operator", "staff": the two admins.
 PREFIXES: dict[str, str] = {
     "accounts/": "package",

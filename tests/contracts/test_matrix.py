@@ -3,19 +3,23 @@
 One world is made for all routes. Each actor acts in a savepoint that is taken back, so that the order changes nothing.
 """
 
+import ast
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync, sync_to_async
 from django.apps import apps
 from django.db import transaction
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
 from rest_framework.test import APIClient
 
+from marketplace import stream
 from marketplace.tenancy import ACTIONS, ROLES, SCOPES, Actor
 from tests import factories
-from tests.matrix import PREFIXES, ROUTES, R, World
+from tests.matrix import PREFIXES, ROUTES, STREAM, R, World
 
 pytestmark = pytest.mark.django_db
 DENIED = {401, 403, 404, 405}
@@ -235,6 +239,54 @@ def of_page(route: R, who: str) -> tuple[Any, ...] | None:
     if who in ROLES:
         return ("ok",) if Actor(kind="user", role=who).may(route.action) else (403, 404)
     return ("ok",) if route.make is None or (route.stranger == "sees" and who == "stranger") else (404,)
+
+
+# --- the stream process
+def test_the_streams_routes_are_in_the_table():
+    """It routes by hand: each text that looks like a part of a path must be part of a line's path."""
+    tree = ast.parse(inspect.getsource(stream._route))
+    parts = {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and "/" in n.value
+    }
+    paths = ["/" + r.path for r in STREAM]
+    assert {p for p in parts if p != "/"} - {p for p in parts if any(p in path for path in paths)} == set()
+    for path in paths:
+        assert any(path.startswith(p) and len(p) > len("/api/v1/") for p in parts), f"{path} is not routed"
+
+
+def stream_status(route: R, world: World, headers: dict[str, str]) -> int:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+    scope = {"type": "http", "method": route.method, "path": url_of(route, world), "headers": raw}
+    with transaction.atomic():
+        async_to_sync(stream.application)(scope, receive, send)
+        transaction.set_rollback(True)
+    return int(sent[0]["status"])
+
+
+@pytest.mark.parametrize("route", STREAM, ids=lambda r: f"stream {r.id}")
+def test_stream(route, cast, monkeypatch):
+    monkeypatch.setattr(stream, "in_thread", lambda f, *a: sync_to_async(f)(*a))  # this thread holds the transaction
+    monkeypatch.setattr(stream, "FOLLOW_S", 0)
+    expect = EXPECTED[route.action] if route.action in EXPECTED else by_action(route)
+    wrong = []
+    for who, client in cast.all_for(route.action).items():
+        if who not in {*KEYS, "anonymous", "agent"}:
+            continue
+        token = client._credentials.get("HTTP_AUTHORIZATION")
+        status = stream_status(route, cast.world, {"Authorization": token} if token else {})
+        got = status if status in DENIED or status >= 500 else "ok"
+        want = expect[who]
+        if got not in (want if isinstance(want, tuple) else (want,)):
+            wrong.append(f"{who}: {got}, not {want}")
+    assert not wrong, "\n".join([route.id, *wrong])
 
 
 # --- the admins and packages, by prefix

@@ -28,7 +28,7 @@ from marketplace.models import (
     Reservation,
     ReservationBlock,
 )
-from marketplace.services import audit, holds, quotes, terms
+from marketplace.services import audit, availability, holds, quotes, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
@@ -58,7 +58,8 @@ def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
         _check_limit(organization, quote)
         listing = Listing.objects.select_related("site__cell", "gpu_model", "organization").get(pk=quote.listing_id)
         reservation = _firm(actor, quote, listing, now) if quote.kind in HOLDING else None
-        contract = _create(quote, listing, organization, now)
+        starts_at = max(quote.starts_at, now) if reservation is None else reservation.starts_at
+        contract = _create(quote, listing, organization, starts_at, now)
         if reservation is not None:
             reservation.contract = contract
             reservation.save(update_fields=["contract"])
@@ -161,17 +162,25 @@ def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reserv
     reservation.state = Reservation.State.FIRM
     if live:
         reservation.save()
-        return reservation
-    hold = quotes.admitted(actor, listing, quote, now=now, without=(reservation.pk,), code="capacity_gone")
-    reservation.claims_at = quotes.claims_at(listing, starts_at, quote.ends_at, now)
-    reservation.save()
-    holds.write_blocks(reservation, hold, now=now)
+    else:
+        hold = quotes.admitted(actor, listing, quote, now=now, without=(reservation.pk,), code="capacity_gone")
+        reservation.claims_at = quotes.claims_at(listing, starts_at, quote.ends_at, now)
+        reservation.save()
+        holds.write_blocks(reservation, hold, now=now)
+    return _after_spot(reservation, listing, now)
+
+
+def _after_spot(reservation: Reservation, listing: Listing, now: datetime) -> Reservation:
+    """Nobody pays for GPUs that spot work is still leaving: a window that begins at once begins with its lead then."""
+    clear = now + timedelta(seconds=availability.lead_s(listing))
+    if reservation.starts_at < clear < reservation.ends_at and holds.lent_to_spot(reservation):
+        reservation.starts_at = clear
+        reservation.save(update_fields=["starts_at"])
     return reservation
 
 
-def _create(quote: Quote, listing: Listing, organization: Organization, now: datetime) -> Contract:
+def _create(quote: Quote, listing: Listing, organization: Organization, starts_at: datetime, now: datetime) -> Contract:
     upfront = quote.kind in HOLDING and settings.RESERVED_UPFRONT
-    starts_at = max(quote.starts_at, now)
     return Contract.objects.create(
         organization=organization,
         operator=listing.organization,

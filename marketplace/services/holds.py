@@ -15,7 +15,7 @@ from django.db import transaction
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Gpu, Host, Reservation, ReservationBlock
+from marketplace.models import Gpu, Host, Kind, Placement, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
 
@@ -142,6 +142,13 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
         for pk, row in wanted.items()
         if not blocks[pk] or any(spoilt(block, seconds(row.claims_at)) for block in blocks[pk])
     }
+
+
+def lent_to_spot(reservation: Reservation) -> bool:
+    """Does spot work still occupy a GPU of it?"""
+    own = {b.host_id: set(b.gpu_indices) for b in ReservationBlock.objects.filter(reservation=reservation)}
+    spot = Placement.objects.filter(host_id__in=own, contract__kind=Kind.SPOT).exclude(state__in=Placement.FINAL)
+    return any(own[host] & set(indices) for host, indices in spot.values_list("host_id", "gpu_indices"))
 
 
 def heal(now: datetime) -> int:

@@ -219,6 +219,16 @@ def test_who_starts_at_once_pays_from_the_signature_on(listing, customer):
     assert contract.terms["total_minor"] == round(8 * (36_000 - 100) / 3600 * 200)
 
 
+@pytest.mark.parametrize(("gpus", "waits"), [(4, False), (8, True)])
+def test_nobody_pays_for_gpus_that_spot_is_still_leaving(listing, customer, gpus, waits):
+    job = factories.job(factories.contract(listing, kind="spot"), gpus=4, state="running")
+    factories.placement(job, listing.hosts.get(), [4, 5, 6, 7], state="running")
+    contract = accept(customer, ask(customer, listing, gpus=gpus, start=None, end=NOW + 10 * HOUR))
+    assert contract.starts_at == contract.reservation.starts_at == NOW + timedelta(seconds=240 if waits else 0)
+    assert contract.reservation.claims_at == NOW
+    assert contract.ends_at == NOW + 10 * HOUR
+
+
 def test_the_organizations_limit_counts_what_is_held_at_the_worst_instant(customer):
     site = factories.site()
     listing = factories.listing(site, hosts=[factories.host(site) for _ in range(4)])

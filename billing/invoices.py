@@ -138,6 +138,18 @@ def open_case(kind: str, subject: str, detail: str, *, now: datetime, organizati
     )
 
 
+def close_case(case: BillingCase, *, now: datetime, closed_by: str) -> None:
+    """A person has looked at it. The case of a parked account bills it again. MarketError where it is closed already."""
+    if case.kind == BillingCase.Kind.PARKED:
+        account = BillingAccount.objects.filter(organization_id=case.organization_id).first()
+        if account is not None and account.public_id == case.subject:
+            unpark(account, now=now, closed_by=closed_by)
+            return
+    closed = BillingCase.objects.filter(pk=case.pk, closed_at=None).update(closed_at=now, closed_by=closed_by[:120])
+    if not closed:
+        raise MarketError("illegal_transition", f"Case {case.public_id} is closed already.")
+
+
 def _store(rated: Sequence[Draft], kind: str, now: datetime) -> list[Invoice]:
     """Insert drafts with lines as draft invoices; accounts that owe nothing get none."""
     charged = [draft for draft in rated if draft.lines]

@@ -136,8 +136,9 @@ def invariants() -> dict[str, int]:
     """What must be zero at any moment, counted by SQL over the whole database: see each key's query.
 
     `ledger` sums per currency; `invoice_totals` invoices whose lines do not sum to the total; `shares` lines whose parts do
-    not; `usage_overlaps` records that overlap; `overpaid` operators paid out more than was collected for them; `numbers`
-    gaps in the invoice numbers; `paid_twice` lines in two payouts.
+    not; `usage_overlaps` records that overlap; `unfounded` paid-out lines of unpaid invoices; `overpaid` currencies in which
+    more was paid out than collected, what operators owe back (carried negative) aside; `numbers` gaps in the invoice numbers;
+    `payout_totals` payouts that are not the sum of their lines.
     """
     queries = {
         "ledger": "SELECT COUNT(*) FROM (SELECT a.currency FROM billing_posting p JOIN billing_ledgeraccount a"
@@ -147,10 +148,14 @@ def invariants() -> dict[str, int]:
         "shares": "SELECT COUNT(*) FROM billing_invoiceline WHERE operator_minor + platform_minor <> amount_minor",
         "usage_overlaps": "SELECT COUNT(*) FROM (SELECT start_s < lag(end_s) OVER (PARTITION BY placement_id, meter,"
         " revision ORDER BY start_s) AS crossing FROM billing_usagerecord) x WHERE crossing",
-        "overpaid": "SELECT COUNT(*) FROM (SELECT p.organization_id, p.currency FROM billing_payout p WHERE p.state ="
-        " 'sent' GROUP BY 1, 2 HAVING SUM(p.amount_minor) > (SELECT COALESCE(SUM(l.operator_minor), 0) FROM"
-        " billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id WHERE i.state = 'paid' AND"
-        " l.operator_id = p.organization_id AND i.currency = p.currency)) x",
+        "unfounded": "SELECT COUNT(*) FROM billing_payoutline p JOIN billing_invoiceline l ON l.id = p.invoice_line_id"
+        " JOIN billing_invoice i ON i.id = l.invoice_id WHERE i.state <> 'paid'",
+        "overpaid": "SELECT COUNT(*) FROM (SELECT p.currency, SUM(p.amount_minor) AS sent FROM billing_payout p"
+        " WHERE p.state = 'sent' GROUP BY 1) o WHERE o.sent > (SELECT COALESCE(SUM(i.due_minor), 0) FROM billing_invoice i"
+        " WHERE i.state = 'paid' AND i.currency = o.currency) + (SELECT COALESCE(SUM(-x.open), 0) FROM (SELECT"
+        " SUM(l.operator_minor) AS open FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
+        " LEFT JOIN billing_payoutline b ON b.invoice_line_id = l.id WHERE i.state = 'paid' AND b.id IS NULL"
+        " AND i.currency = o.currency GROUP BY l.operator_id HAVING SUM(l.operator_minor) < 0) x)",
         "numbers": "SELECT COALESCE(SUM(gap), 0) FROM (SELECT MAX(number) - COUNT(*) AS gap FROM billing_invoice"
         " WHERE number IS NOT NULL GROUP BY legal_entity) x",
         "payout_totals": "SELECT COUNT(*) FROM billing_payout p WHERE p.amount_minor <>"

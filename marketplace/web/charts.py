@@ -48,7 +48,7 @@ def meter(part: int, whole: int, *, label: str) -> SafeString:
     width = 100 * part // whole if whole else 0
     return format_html(
         '<svg class="meter" viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<rect width="100" height="6" rx="3" class="meter-all"/><rect width="{}" height="6" rx="3" class="meter-part"/></svg>',
+        '<rect width="100" height="6" class="meter-all"/><rect width="{}" height="6" class="meter-part"/></svg>',
         label, width,
     )  # fmt: skip
 

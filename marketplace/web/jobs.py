@@ -105,7 +105,7 @@ def _job(request: HttpRequest, public_id: str) -> Job:
 @page(GET="jobs:read")
 def job(request: HttpRequest, job: str) -> HttpResponse:
     row = _job(request, job)
-    return render(request, "job.html", {**_live(row), **_log(request, row), "events": job_views.events(row)})
+    return render(request, "job.html", {**_live(row), **_log(request, row)})
 
 
 def _live(row: Job) -> dict[str, Any]:
@@ -118,6 +118,7 @@ def _live(row: Job) -> dict[str, Any]:
     ]
     return {
         "row": row,
+        "events": job_views.events(row),
         "final": row.state in Job.FINAL,
         "waiting": row.state in Job.WAITING,
         "actions": job_views.shown(row)["actions"],

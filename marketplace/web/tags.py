@@ -16,7 +16,7 @@ register = template.Library()
 
 SIGNS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
 TONES = {
-    "good": {"running", "succeeded", "active", "paid", "open quote", "published", "good", "placed", "granted", "accepted"},
+    "good": {"running", "succeeded", "active", "paid", "firm", "published", "good", "placed", "granted", "accepted"},
     "wait": {
         "queued", "requeued", "preempting", "intended", "shedding", "starting", "draining", "pending_payment", "ending", "open",
         "draft", "past_due", "unreachable",
@@ -60,7 +60,7 @@ def gpu_hours(milli_gpu_seconds: int | None) -> str:
 
 @register.filter
 def gib(mib: int | None) -> str:
-    return f"{(mib or 0) // 1024} GB"
+    return f"{((mib or 0) + 512) // 1024} GB"
 
 
 @register.filter
@@ -187,3 +187,12 @@ def milli(value: int) -> str:
     """`2500` -> `2.5`."""
     whole, rest = divmod(value, 1000)
     return f"{whole}.{rest:03d}".rstrip("0") if rest else str(whole)
+
+
+@register.filter
+def watts(value: int) -> str:
+    """`1580` -> `1.58 kW`."""
+    if value < 1000:
+        return f"{value} W"
+    whole, rest = divmod(value // 10, 100)
+    return f"{whole:,}.{rest:02d} kW"

@@ -21,7 +21,7 @@ def keep(event: gateway.RemoteEvent, *, now: datetime) -> bool:
             event_id=event.id,
             defaults={
                 "type": event.type[:80],
-                "object_id": subject[:64],
+                "object_id": subject[:255],
                 "livemode": event.livemode,
                 "event_created_at": event.created,
                 "received_at": now,

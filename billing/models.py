@@ -476,7 +476,7 @@ class StripeEvent(models.Model):
 
     event_id = models.CharField(max_length=64, unique=True)
     type = models.CharField(max_length=80)
-    object_id = models.CharField(max_length=64, blank=True)
+    object_id = models.CharField(max_length=255, blank=True)
     livemode = models.BooleanField(default=False)
     event_created_at = models.DateTimeField()
     received_at = models.DateTimeField()

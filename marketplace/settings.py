@@ -77,6 +77,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "csp.middleware.CSPMiddleware",
+    "marketplace.admin.policy.AdminPolicyMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
     "marketplace.actors.ActorMiddleware",
@@ -88,7 +89,7 @@ WSGI_APPLICATION = "marketplace.wsgi.application"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        "DIRS": [BASE_DIR / "marketplace" / "web" / "templates"],
+        "DIRS": [BASE_DIR / "marketplace" / "web" / "templates", BASE_DIR / "marketplace" / "admin" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "builtins": ["marketplace.web.tags", "django.templatetags.static"],
@@ -98,7 +99,7 @@ TEMPLATES = [
                 "django.contrib.messages.context_processors.messages",
                 "csp.context_processors.nonce",
                 "marketplace.actors.context",
-            ]
+            ],
         },
     }
 ]
@@ -256,7 +257,7 @@ X_FRAME_OPTIONS = "DENY"
 
 STATIC_URL = "/static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-STATICFILES_DIRS = [BASE_DIR / "marketplace" / "web" / "static"]
+STATICFILES_DIRS = [BASE_DIR / "marketplace" / "web" / "static", BASE_DIR / "marketplace" / "admin" / "static"]
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
     "staticfiles": {
@@ -266,6 +267,35 @@ STORAGES = {
     },
 }
 WHITENOISE_USE_FINDERS = DEVELOPMENT
+
+# --- the two admins' looks (unfold reads each by its site's `settings_name`; dotted names are called with the request)
+_TEAL = {  # the market's own colour
+    "50": "#f0fafa", "100": "#d5f0f0", "200": "#aee0e1", "300": "#79c9cc", "400": "#43a9ae", "500": "#278b92", "600": "#1f6f78",
+    "700": "#1d5962", "800": "#1d4850", "900": "#1b3c44", "950": "#0b252c",
+}  # fmt: skip
+_ADMIN = {
+    "SITE_ICON": "marketplace.admin.look.icon",
+    "SITE_URL": "/",
+    "SHOW_VIEW_ON_SITE": False,
+    "SHOW_BACK_BUTTON": True,
+    "STYLES": ["marketplace.admin.look.style"],
+    "COLORS": {"primary": _TEAL},
+    "BORDER_RADIUS": "6px",
+}
+UNFOLD_OPERATOR = {
+    **_ADMIN,
+    "SITE_TITLE": "Tailrace operator",
+    "SITE_HEADER": "Tailrace",
+    "SITE_SUBHEADER": "marketplace.admin.look.operator_name",
+    "SIDEBAR": {"navigation": "marketplace.admin.look.operator_navigation"},
+}
+UNFOLD_STAFF = {
+    **_ADMIN,
+    "SITE_TITLE": "Tailrace staff",
+    "SITE_HEADER": "Tailrace",
+    "SITE_SUBHEADER": "Staff",
+    "SIDEBAR": {"navigation": "marketplace.admin.look.staff_navigation"},
+}
 
 LANGUAGE_CODE = "en-us"
 TIME_ZONE = "UTC"
@@ -285,7 +315,7 @@ LOGGING = {
     "formatters": {
         "line": {
             "()": structlog.stdlib.ProcessorFormatter,
-            "processor": structlog.dev.ConsoleRenderer(colors=False)
+            "processor": structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
             if DEVELOPMENT
             else structlog.processors.JSONRenderer(),
             "foreign_pre_chain": _shared,

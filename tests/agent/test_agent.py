@@ -102,8 +102,12 @@ def test_killed_and_restarted_loses_nothing(tmp_path):
         await until(lambda: all(control.state(k) == "running" for k in ("plc_a", "plc_b", "plc_c")), "running")
         await until(lambda: control.text("plc_a"), "some log")
         _, job = job_pids(world, "plc_c")
+        control.place("plc_d", ["sleep", "60"], gpus=(3,))
+        await until(lambda: control.state("plc_d") == "running", "running")
+        _, dropped = job_pids(world, "plc_d")
         boots = {s["boot"] for s in control.syncs}
         world.agent.kill()
+        control.forget("plc_d")
         await asyncio.sleep(2)
         assert psutil.pid_exists(job), "work goes on without its agent"
         world.agent.start()
@@ -115,6 +119,7 @@ def test_killed_and_restarted_loses_nothing(tmp_path):
         assert control.text("plc_a") == "".join(f"line {i}\n" for i in range(400))
         assert control.state("plc_c") == "running"
         assert job_pids(world, "plc_c")[1] == job
+        await until(lambda: not psutil.pid_exists(dropped), "what control dropped meanwhile is ended")
         control.desire("plc_c", "drain")
         await until(lambda: control.state("plc_c") == "exited", "an adopted job can be drained")
 
@@ -366,6 +371,7 @@ def test_soft_limit_holds_wakes_and_a_stale_meter_holds_all(tmp_path):
         await until(lambda: len(control.seen["miners"]) == 3, "miners")
         control.command("m0000", "sleep")
         await until(lambda: control.seen["miners"]["m0000"][3] < 60, "asleep")
+        await until(lambda: control.seen["meters"]["pdu-1"][1] < 9_000, "the meter follows")
         world.site.physics.meter_stale[1] = True
         await until(lambda: "meter_stale" in control.kinds(), "stale")
         control.command("m0000", "normal")
@@ -374,9 +380,12 @@ def test_soft_limit_holds_wakes_and_a_stale_meter_holds_all(tmp_path):
         await until(lambda: control.row("plc_1").get("reason") == "waiting_meter", "no start")
         assert control.seen["miners"]["m0000"][1] == "sleep"
         assert control.seen["hosts"]["h001"]["limits_w"] == [200] * 8
-        safety(control, 9_000)  # about 8.6 kW now: over 95 %
+        control.forget("plc_1")
+        safety(control, round(float(world.site.physics.true_w[1]) / 0.97))
         world.site.physics.meter_stale[1] = False
-        await until(lambda: control.state("plc_1") == "running", "fresh again: control's own grant is obeyed")
+        await until(
+            lambda: control.seen["hosts"]["h001"]["limits_w"] == [700] * 8, "fresh again: control's grant is obeyed"
+        )
         count = len(control.syncs)
         await until(lambda: len(control.syncs) > count + 4, "time passes")
         assert control.seen["miners"]["m0000"][1] == "sleep", "but no wake above 95 %"

@@ -1,15 +1,18 @@
 """Small parts: configuration errors, the store, reports, events, the lease's arithmetic."""
 
+import asyncio
 import json
 
 import pytest
 
 from agent.config import ConfigError, load, parse
 from agent.events import Events
+from agent.miners.fleet import Fleet
 from agent.reports import Reports
 from agent.store import StateBusyError, Store, write_private
 from agent.sync import lease_end
 from agent.times import from_wire, to_wire
+from sandbox.site.spec import miner
 
 pytestmark = pytest.mark.serverless
 
@@ -117,3 +120,28 @@ def test_the_lease_is_counted_by_controls_clock():
     with pytest.raises(ValueError, match="zone"):
         from_wire("2026-03-01T12:00:00")
     assert json.dumps(to_wire(None)) == "null"
+
+
+def test_the_fleet_refuses_older_generations_and_unknown_modes(tmp_path):
+    async def go():
+        store = Store(tmp_path)
+        options = {"poll_s": 1, "timeout_s": 1, "retry_s": 1, "concurrency": 4, "may_wake": lambda _node: True}
+        events = Events(store)
+        fleet = Fleet([miner(0, "S21", "pdu", 4028, 10)], store, Reports(), events, **options)
+        one = fleet.miners["m0000"]
+        fleet.apply([["m0000", "sleep", 5]])
+        fleet.apply([["m0000", "normal", 4], ["m0000", "turbo", 6], ["m9999", "sleep", 9]])
+        assert (one.want, one.generation) == ("sleep", 5)
+        assert [e["kind"] for e in events.batch()] == ["miner_command_refused"]
+        fleet.apply([["m0000", "normal", 7]])
+        fleet.shed(["m0000"], reason="over_cap")
+        assert one.target == "sleep", "latched"
+        fleet.apply([["m0000", "eco", 7]])
+        assert one.target == "sleep"
+        again = Fleet([miner(0, "S21", "pdu", 4028, 10)], store, Reports(), events, **options)
+        assert again.miners["m0000"].target == "sleep", "over a restart too"
+        fleet.apply([["m0000", "eco", 8]])
+        assert one.target == "eco"
+        store.close()
+
+    asyncio.run(go())

@@ -17,11 +17,9 @@ from marketplace.models import Cell, GpuModel, Host, Listing, Organization, Site
 from marketplace.services import accounts, inventory, listings, sites
 from marketplace.tenancy import SCOPES, Actor
 from sandbox.demo.config import agent_config
+from sandbox.demo.people import CUSTOMER, OPERATOR, STAFF
 from sandbox.site.spec import Spec, demo_site
 
-STAFF = "staff@tailrace.example"
-OPERATOR = "operator@tailrace.example"
-CUSTOMER = "customer@tailrace.example"
 SITES = (("bosque", "Bosque County", "us-tx", "ERCOT", 1), ("rockdale", "Rockdale", "us-tx", "ERCOT", 2))
 PRICES = {
     "H100-SXM": {

@@ -10,7 +10,7 @@ coalesced with an unclaimed one of the same topic and key: a thousand submission
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import connection, transaction
@@ -118,3 +118,24 @@ def _postpone(message: OutboxMessage, error: Exception) -> None:
         parked_at=now if gave_up else None,
         last_error=f"{type(error).__name__}: {error}"[:2000],
     )
+
+
+def retry(pk: int, *, now: datetime) -> bool:
+    """A person has looked at a parked message: try it again from the first attempt. False where it is not parked any more.
+
+    A newer twin (same topic and key, unclaimed) does the same work, so the parked one is dropped.
+    """
+    with transaction.atomic():
+        message = OutboxMessage.objects.select_for_update().filter(pk=pk).exclude(parked_at=None).first()
+        if message is None:
+            return False
+        twins = OutboxMessage.objects.filter(topic=message.topic, key=message.key, claimed_until=None, parked_at=None)
+        if message.key and twins.exists():
+            message.delete()
+        else:
+            message.parked_at = message.claimed_until = None
+            message.attempts, message.available_at = 0, now
+            message.save(update_fields=["parked_at", "claimed_until", "attempts", "available_at"])
+        topic = message.topic
+        transaction.on_commit(lambda: nudge(topic), robust=True)
+    return True

@@ -1,1 +1,1 @@
-"""Two admin sites on django-unfold: the operators', narrowed to their own organization, and our own people's, read-only but for a few actions."""
+"""Two admin sites on django-unfold: the operators', narrowed to their own organization, and our own people's."""

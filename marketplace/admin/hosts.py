@@ -1,0 +1,94 @@
+"""GPU hosts: looked at, drained and put back to work. Their shapes come by CSV import or from the site's agent."""
+
+from typing import Any
+
+from django import forms
+from django.contrib import admin
+from unfold.decorators import display
+
+from marketplace.admin import look
+from marketplace.admin.base import RowsInline, TenantAdmin
+from marketplace.admin.doors import operator_site
+from marketplace.admin.moves import Call, Move
+from marketplace.models import Gpu, Host
+from marketplace.services import sites
+
+
+class DrainForm(forms.Form):
+    reason = forms.CharField(max_length=200, help_text="Stands on the host and in the audit trail")
+    evict = forms.BooleanField(
+        required=False,
+        label="Ask what runs to leave, too",
+        help_text="Checkpoint signal, then its grace, then it is queued again. Otherwise jobs run to their end.",
+    )
+
+
+def _drain(call: Call) -> str:
+    sites.drain_host(call.row, actor=call.actor, now=call.now, **call.values)
+    return f"{call.row.name} is draining."
+
+
+def _undrain(call: Call) -> str:
+    sites.undrain_host(call.row, actor=call.actor, now=call.now)
+    return f"{call.row.name} is back at work."
+
+
+class GpuRows(RowsInline):
+    model = Gpu
+    fields = ("index", "serial", "healthy", "last_error")
+    ordering = ("index",)
+
+
+@admin.register(Host, site=operator_site)
+class HostAdmin(look.Shown, TenantAdmin):
+    reads = "sites:read"
+    list_display = (
+        "name",
+        "site",
+        "shown_node",
+        "gpu_model",
+        "shown_gpus",
+        "shown_state",
+        "power_state",
+        "shown_watts",
+        "shown_beat",
+        "listing",
+    )
+    list_select_related = ("site", "power_node__site", "gpu_model", "listing")
+    list_filter = ("site", "state", "power_state", "gpu_model", "listing")
+    search_fields = ("name", "leaf", "site__name")
+    ordering = ("site", "name")
+    inlines = (GpuRows,)
+    fieldsets = (
+        (None, {"fields": ("name", "site", "power_node", "listing", "shown_state", "state_reason", "shown_beat")}),
+        ("Shape", {"fields": ("gpu_model", "shown_gpus", "vram_mib", "vcpu_milli", "ram_mib", "nvme_gib", "leaf", "spine")}),
+        ("Watts", {"fields": (
+            "power_state", "desired_power_state", "shown_watts", "reserved_w", "base_w", "parked_w", "gpu_min_w", "gpu_max_w",
+            "cap_control",
+        )}),
+    )  # fmt: skip
+    readonly_fields = ("shown_state", "shown_gpus", "shown_watts", "shown_beat")
+    moves = (
+        Move(
+            name="drain", label="Drain", action="sites:write", run=_drain, form=DrainForm, icon="do_not_disturb_on", bulk=True,
+            possible=lambda row: row.state == Host.State.ACTIVE, danger=True,
+            question="Nothing new is placed here until it is put back to work.",
+        ),
+        Move(
+            name="undrain", label="Put back to work", action="sites:write", run=_undrain, icon="play_arrow", bulk=True,
+            possible=lambda row: row.state in {Host.State.DRAINING, Host.State.MAINTENANCE, Host.State.LOST},
+            question="Jobs may be placed here again.",
+        ),
+    )  # fmt: skip
+
+    @display(description="GPUs free")
+    def shown_gpus(self, row: Host) -> str:
+        return f"{sum(milli == 1000 for milli in row.gpu_free)} of {row.gpu_count}"
+
+    @display(description="Drawn / booked", ordering="reserved_w")
+    def shown_watts(self, row: Host) -> str:
+        return f"{look.watts(row.measured_w)} / {look.watts(row.reserved_w)}"
+
+    @display(description="Heard", ordering="beat_at")
+    def shown_beat(self, row: Any) -> str:
+        return look.ago(row.beat_at)

@@ -1,0 +1,189 @@
+"""Power nodes and curtailments of an operator's sites."""
+
+from datetime import timedelta
+from typing import Any
+
+from django import forms
+from django.contrib import admin
+from django.http import HttpRequest
+from django.utils import timezone
+from unfold.decorators import display
+
+from marketplace.admin import dashboard, look
+from marketplace.admin.base import DeskForm, TenantAdmin
+from marketplace.admin.doors import operator_site
+from marketplace.admin.moves import Call, Move
+from marketplace.models import Curtailment, PowerNode
+from marketplace.services import curtailments, sites
+
+_FIXED = ("site", "parent", "name", "kind")  # after its making a node keeps its place
+_EDITED = ("cap_w", "fixed_w", "metering", "overhead_gpu_permille", "overhead_miner_permille")
+
+
+class PowerNodeForm(DeskForm):
+    class Meta:
+        model = PowerNode
+        fields = ("parent", "name", "kind", *_EDITED)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "parent" in self.fields:
+            self.fields["parent"].required = True
+            self.fields["parent"].help_text = "The node above: it says at which site this one hangs."
+
+
+@admin.register(PowerNode, site=operator_site)
+class PowerNodeAdmin(look.Shown, TenantAdmin):
+    reads, writes, adds = "sites:read", "sites:write", True
+    form = PowerNodeForm
+    list_display = (
+        "name",
+        "site",
+        "kind",
+        "shown_bar",
+        "shown_booked",
+        "shown_measured",
+        "shown_cap",
+        "shown_limit",
+        "shown_room",
+    )
+    list_select_related = ("site", "parent")
+    list_filter = ("site", "kind", "metering")
+    search_fields = ("name", "site__name")
+    ordering = ("site", "depth", "name")
+    autocomplete_fields = ("parent",)
+
+    @display(description="Booked and measured under the cap")
+    def shown_bar(self, row: PowerNode) -> Any:
+        return dashboard.bar(row)
+
+    @display(description="Booked", ordering="reserved_mw")
+    def shown_booked(self, row: PowerNode) -> str:
+        return look.watts(-(-row.reserved_mw // 1000) + row.fixed_w)
+
+    @display(description="Measured", ordering="measured_w")
+    def shown_measured(self, row: PowerNode) -> str:
+        return look.watts(row.measured_w)
+
+    @display(description="Cap", ordering="cap_w")
+    def shown_cap(self, row: PowerNode) -> str:
+        return look.watts(row.cap_w)
+
+    @display(description="Curtailed to")
+    def shown_limit(self, row: PowerNode) -> str:
+        return look.watts(row.limit_w)
+
+    @display(description="Room")
+    def shown_room(self, row: PowerNode) -> str:
+        return look.watts((row.allowed_mw - row.reserved_mw) // 1000)
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:  # noqa: ARG002
+        if obj is None:
+            return ["parent", "name", "kind", *_EDITED]
+        return [
+            *_FIXED,
+            *_EDITED,
+            "margin_w",
+            "shown_booked",
+            "shown_room",
+            "shown_limit",
+            "shown_measured",
+            "measured_at",
+        ]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [] if obj is None else [name for name in self.get_fields(request, obj) if name not in _EDITED]
+
+    def write(self, request: HttpRequest, form: Any, row: Any | None) -> PowerNode:
+        actor, now, values = self.actor(request), timezone.now(), form.cleaned_data
+        if row is None:
+            return sites.add_power_node(values["parent"].site, actor=actor, now=now, **values)
+        changes = {name: values[name] for name in form.changed_data}
+        return sites.update_power_node(row, actor=actor, now=now, **changes)
+
+
+# --- curtailments
+class CurtailmentForm(DeskForm):
+    class Meta:
+        model = Curtailment
+        fields = ("node", "cap_w", "starts_at", "ends_at", "mandatory", "reference")
+
+    reference = forms.CharField(
+        max_length=80,
+        required=False,
+        help_text="The caller's own number for it; the same twice is the same call. Empty: one is made.",
+    )
+
+
+def _cancel(call: Call) -> str:
+    curtailments.cancel(call.actor, call.row, now=call.now)
+    return f"{call.row}: {call.row.state}."
+
+
+@admin.register(Curtailment, site=operator_site)
+class CurtailmentAdmin(look.Shown, TenantAdmin):
+    reads, writes, adds = "power:read", "power:write", True
+    form = CurtailmentForm
+    list_display = (
+        "shown_id",
+        "site",
+        "node",
+        "shown_cap",
+        "starts_at",
+        "ends_at",
+        "source",
+        "mandatory",
+        "shown_state",
+    )
+    list_select_related = ("site", "node__site")
+    list_filter = ("site", "state", "source")
+    search_fields = ("reference",)
+    ordering = ("-starts_at", "-id")
+    autocomplete_fields = ("node",)
+    moves = (
+        Move(
+            name="cancel", label="Cancel the call", action="power:write", run=_cancel, icon="cancel", danger=True,
+            possible=lambda row: row.state in {"announced", "active"},
+            question="Not begun: it is cancelled. Under way: it ends now, and hashing comes back in steps.",
+        ),
+    )  # fmt: skip
+
+    @display(description="Cap", ordering="cap_w")
+    def shown_cap(self, row: Curtailment) -> str:
+        return look.watts(row.cap_w)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """An announced call is never edited: cancel it and announce another."""
+        return obj is None and super().has_change_permission(request, obj)
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:  # noqa: ARG002
+        if obj is None:
+            return ["node", "cap_w", "starts_at", "ends_at", "mandatory", "reference"]
+        return [
+            "site",
+            "node",
+            "source",
+            "reference",
+            "cap_w",
+            "starts_at",
+            "ends_at",
+            "mandatory",
+            "state",
+            "created_by",
+            "created_at",
+            "settled_at",
+        ]
+
+    def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
+        now = timezone.now().replace(second=0, microsecond=0)
+        return {
+            "starts_at": now + timedelta(minutes=5),
+            "ends_at": now + timedelta(minutes=65),
+            **super().get_changeform_initial_data(request),
+        }
+
+    def write(self, request: HttpRequest, form: Any, row: Any | None) -> Curtailment:
+        assert row is None
+        now, values = timezone.now(), form.cleaned_data
+        reference = values.pop("reference") or f"{values['node'].public_id} {now:%Y-%m-%dT%H:%M:%S}"
+        return curtailments.announce(self.actor(request), now=now, reference=reference, **values)

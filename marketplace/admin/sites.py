@@ -1,0 +1,18 @@
+"""Both admin sites with all their pages; marketplace.urls mounts them at /operator/ and /staff/."""
+
+from marketplace.admin import (  # noqa: F401 - each module registers its pages
+    audit,
+    contracts,
+    facilities,
+    hosts,
+    listings,
+    miners,
+    money,
+    power,
+    staff_market,
+    staff_money,
+    staff_queues,
+)
+from marketplace.admin.doors import operator_site, staff_site
+
+__all__ = ["operator_site", "staff_site"]

@@ -1,0 +1,229 @@
+"""Our own people's view of the market: who, what is offered, agreed and run. To read."""
+
+from typing import Any
+
+from django.contrib import admin
+from unfold.decorators import display
+
+from marketplace.admin import look
+from marketplace.admin.base import RowsInline, StaffAdmin
+from marketplace.admin.contracts import ContractEvents, PlacementEvents
+from marketplace.admin.doors import staff_site
+from marketplace.models import (
+    Contract,
+    Curtailment,
+    Job,
+    JobEvent,
+    Listing,
+    Membership,
+    Organization,
+    Placement,
+    Site,
+    User,
+)
+from scheduler.models import Cycle, Decision
+
+
+class Members(RowsInline):
+    model = Membership
+    fields = ("user", "role", "created_at")
+    verbose_name_plural = "members"
+
+
+@admin.register(Organization, site=staff_site)
+class OrganizationAdmin(look.Shown, StaffAdmin):
+    list_display = (
+        "name",
+        "shown_id",
+        "is_customer",
+        "is_operator",
+        "livemode",
+        "country",
+        "shown_verification",
+        "shown_standing",
+        "created_at",
+    )
+    list_select_related = ("standing",)
+    list_filter = ("is_operator", "is_customer", "livemode", "verification")
+    search_fields = ("name",)
+    ordering = ("-id",)
+    inlines = (Members,)
+
+    @display(description="Verification", label=look.TONES)
+    def shown_verification(self, row: Organization) -> str:
+        return row.verification
+
+    @display(description="Billing", label=look.TONES)
+    def shown_standing(self, row: Any) -> str:
+        return row.standing.state if hasattr(row, "standing") else "–"
+
+
+class Memberships(RowsInline):
+    model = Membership
+    fields = ("organization", "role", "created_at")
+    verbose_name_plural = "memberships"
+
+
+@admin.register(User, site=staff_site)
+class UserAdmin(StaffAdmin):
+    list_display = ("email", "name", "is_active", "is_staff", "last_login", "date_joined")
+    list_filter = ("is_staff", "is_active")
+    search_fields = ("email", "name")
+    ordering = ("-id",)
+    fields = ("email", "name", "is_active", "is_staff", "last_login", "date_joined")
+    inlines = (Memberships,)
+
+
+@admin.register(Site, site=staff_site)
+class StaffSiteAdmin(look.Shown, StaffAdmin):
+    list_display = ("name", "organization", "cell", "region", "shown_power", "shown_mode")
+    list_select_related = ("organization", "cell")
+    list_filter = ("mode", "cell", "organization")
+    search_fields = ("name", "organization__name")
+    ordering = ("name",)
+
+    @display(description="Cap", ordering="contract_power_w")
+    def shown_power(self, row: Site) -> str:
+        return look.watts(row.contract_power_w)
+
+    @display(description="Mode", label=look.TONES)
+    def shown_mode(self, row: Site) -> str:
+        return row.mode
+
+
+@admin.register(Listing, site=staff_site)
+class StaffListingAdmin(look.Shown, StaffAdmin):
+    list_display = ("title", "organization", "site", "gpu_model", "shown_state", "visibility", "version")
+    list_select_related = ("organization", "site", "gpu_model")
+    list_filter = ("state", "organization")
+    search_fields = ("title", "organization__name")
+    ordering = ("-id",)
+
+
+@admin.register(Contract, site=staff_site)
+class StaffContractAdmin(look.Shown, StaffAdmin):
+    list_display = (
+        "shown_id",
+        "organization",
+        "operator",
+        "kind",
+        "gpu_count",
+        "gpu_model",
+        "shown_price",
+        "starts_at",
+        "ends_at",
+        "shown_state",
+    )
+    list_select_related = ("organization", "operator", "gpu_model")
+    list_filter = ("state", "kind")
+    search_fields = ("organization__name", "operator__name", "reference")
+    ordering = ("-id",)
+    inlines = (ContractEvents,)
+
+    @display(description="Per GPU-hour", ordering="price")
+    def shown_price(self, row: Contract) -> str:
+        return look.price(row.price, row.currency)
+
+
+class JobEvents(RowsInline):
+    model = JobEvent
+    fields = ("at", "actor", "from_state", "to_state", "reason")
+    verbose_name_plural = "events"
+
+
+class Decisions(RowsInline):
+    model = Decision
+    fields = ("at", "outcome", "reason", "binding", "suggestion", "earliest_start")
+    verbose_name_plural = "last decision"
+
+
+class Placements(RowsInline):
+    model = Placement
+    fields = ("attempt", "rank", "host", "state", "reason", "running_at", "finished_at")
+    fk_name = "job"
+    verbose_name_plural = "placements"
+
+
+@admin.register(Job, site=staff_site)
+class JobAdmin(look.Shown, StaffAdmin):
+    list_display = ("shown_id", "name", "organization", "replicas", "gpus", "shown_state", "state_reason", "created_at")
+    list_select_related = ("organization",)
+    list_filter = ("state", "cell")
+    search_fields = ("name", "organization__name", "reference")
+    ordering = ("-id",)
+    inlines = (Decisions, Placements, JobEvents)
+
+
+class StaffPlacementEvents(PlacementEvents):
+    fields = ("at", "actor", "from_state", "to_state", "reason")
+
+
+@admin.register(Placement, site=staff_site)
+class StaffPlacementAdmin(look.Shown, StaffAdmin):
+    list_display = (
+        "shown_id",
+        "job",
+        "organization",
+        "site",
+        "host",
+        "shown_state",
+        "desired",
+        "reason",
+        "running_at",
+        "finished_at",
+    )
+    list_select_related = ("job", "organization", "site", "host")
+    list_filter = ("state", "site")
+    search_fields = ("job__name", "host__name", "organization__name")
+    ordering = ("-id",)
+    inlines = (StaffPlacementEvents,)
+
+
+@admin.register(Cycle, site=staff_site)
+class CycleAdmin(look.Shown, StaffAdmin):
+    list_display = (
+        "generation", "cell", "started_at", "jobs_considered", "jobs_placed", "placements", "preempted", "conflicts", "shown_ms",
+    )  # fmt: skip
+    list_select_related = ("cell",)
+    list_filter = ("cell",)
+    ordering = ("-id",)
+
+    @display(description="Snapshot / plan / commit, ms")
+    def shown_ms(self, row: Cycle) -> str:
+        return " / ".join(f"{us / 1000:.1f}" for us in (row.snapshot_us, row.plan_us, row.commit_us))
+
+
+@admin.register(Decision, site=staff_site)
+class DecisionAdmin(look.Shown, StaffAdmin):
+    list_display = ("job", "at", "shown_outcome", "reason", "binding", "suggestion", "earliest_start")
+    list_select_related = ("job", "cycle__cell")
+    list_filter = ("outcome", "reason")
+    search_fields = ("job__name",)
+    ordering = ("-at",)
+
+    @display(description="Outcome", ordering="outcome", label=look.TONES)
+    def shown_outcome(self, row: Decision) -> str:
+        return row.outcome
+
+
+@admin.register(Curtailment, site=staff_site)
+class StaffCurtailmentAdmin(look.Shown, StaffAdmin):
+    list_display = (
+        "shown_id",
+        "site",
+        "node",
+        "shown_cap",
+        "starts_at",
+        "ends_at",
+        "source",
+        "mandatory",
+        "shown_state",
+    )
+    list_select_related = ("site", "node__site")
+    list_filter = ("state", "site", "source")
+    search_fields = ("reference", "site__name")
+    ordering = ("-id",)
+
+    @display(description="Cap", ordering="cap_w")
+    def shown_cap(self, row: Curtailment) -> str:
+        return look.watts(row.cap_w)

@@ -297,4 +297,15 @@ class World:
         )
 
 
-__all__ = ["AgentProcess", "ControlPeer", "World", "demo_site", "small_site", "until", "until_awaited"]
+def drive(folder, check, **options):
+    async def go():
+        async with World(folder, **options) as world:
+            try:
+                await check(world, world.control)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{world.agent.log.read_text()[-4000:]}") from error
+
+    asyncio.run(go())
+
+
+__all__ = ["AgentProcess", "ControlPeer", "World", "demo_site", "drive", "small_site", "until", "until_awaited"]

@@ -1,0 +1,73 @@
+"""One placement as the agent knows it: what control lists, what became of it, and how it is reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.times import to_wire
+
+FAILED = {"host_lost", "start_failed", "gang_member_failed", "supervisor_lost", "power_lost"}
+
+
+@dataclass
+class Placement:
+    id: str
+    spec: dict[str, Any]  # the row of the sync without its secrets
+    generation: int
+    desired: str
+    phase: str = "waiting"
+    listed: bool = True
+    running_at: float | None = None
+    finished_at: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    stop_reason: str = ""
+    secrets: dict[str, str] | None = field(default=None, repr=False)  # memory only; None until control sent them again
+    stopped_at: float = 0.0
+    attached: bool = False
+    unknown: bool = False
+    logs_done: bool = False
+
+    @property
+    def host(self) -> str:
+        return str(self.spec["host"])
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        return tuple(int(g) for g in self.spec.get("gpus") or ())
+
+    @property
+    def grace_s(self) -> float:
+        return float(self.spec.get("grace_s") or 0)
+
+    def document(self) -> dict[str, Any]:
+        keys = (
+            "id",
+            "spec",
+            "generation",
+            "desired",
+            "phase",
+            "listed",
+            "running_at",
+            "finished_at",
+            "exit_code",
+            "reason",
+            "stop_reason",
+        )
+        return {key: getattr(self, key) for key in keys}
+
+    def row(self) -> dict[str, Any]:
+        """As docs/agent-protocol.md reports it."""
+        state = {"waiting": "starting", "ended": "failed" if self.reason in FAILED else "exited"}.get(
+            self.phase, self.phase
+        )
+        return {
+            "id": self.id,
+            "generation": self.generation,
+            "state": "unknown" if self.unknown and self.phase != "ended" else state,
+            "running_at": to_wire(self.running_at),
+            "finished_at": to_wire(self.finished_at),
+            "exit_code": self.exit_code,
+            "reason": self.reason,
+        }

@@ -44,7 +44,6 @@ def seed(accounts: int, records: int) -> None:
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE billing_usagerecord DROP CONSTRAINT usage_no_overlap")
         cursor.execute("ALTER TABLE billing_usagerecord DROP CONSTRAINT usage_event_once")
-        cursor.execute("SET session_replication_role = origin")
         cursor.execute(
             "INSERT INTO billing_usagerecord (organization_id, contract_id, price_version_id, placement_id, meter, revision,"
             " start_s, end_s, rate, quantity, previous, source, event_id, payload_digest)"

@@ -15,7 +15,7 @@ from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from billing import drafts, ledger, usage
-from billing.core import metering
+from billing.core import metering, money
 from billing.drafts import Draft
 from billing.models import BillingAccount, BillingCase, Invoice, InvoiceLine, UsageRecord
 from marketplace import outbox
@@ -210,14 +210,17 @@ def _finalize(invoices: Sequence[Invoice], now: datetime) -> None:
         )
         row = cursor.fetchone()
     assert row is not None
-    credit = _credits(invoices)
+    carried = _carried(invoices)
     for number, invoice in enumerate(invoices, start=row[0] - len(invoices) + 1):
         invoice.number = number
         invoice.finalized_at = now
-        invoice.credit_minor = min(credit.get(invoice.organization_id, 0), max(0, invoice.total_minor))
-        invoice.due_minor = max(0, invoice.total_minor - invoice.credit_minor)
-        invoice.state = Invoice.State.OPEN if invoice.due_minor else Invoice.State.PAID
-        invoice.paid_at = None if invoice.due_minor else now
+        owed = invoice.total_minor + carried.get(invoice.organization_id, 0)
+        small = 0 < owed < money.MINIMUM_CHARGE.get(invoice.currency, 0)
+        invoice.due_minor = 0 if small else max(0, owed)
+        invoice.credit_minor = invoice.total_minor - invoice.due_minor if invoice.total_minor >= 0 else 0
+        # What is too small to charge stays open with nothing due: the next invoice carries and settles it.
+        invoice.state = Invoice.State.OPEN if invoice.due_minor or small else Invoice.State.PAID
+        invoice.paid_at = None if invoice.state == Invoice.State.OPEN else now
     _write_final(invoices, now)
     lines: dict[int, list[InvoiceLine]] = defaultdict(list)
     for line in InvoiceLine.objects.filter(invoice__in=invoices):
@@ -225,6 +228,8 @@ def _finalize(invoices: Sequence[Invoice], now: datetime) -> None:
     ledger.book_many([finalize_booking(invoice, lines[invoice.pk]) for invoice in invoices])
     settled = [invoice for invoice in invoices if invoice.state == Invoice.State.PAID]
     ledger.book_many([collect_booking(invoice, lines[invoice.pk], now) for invoice in settled])
+    for invoice in settled:
+        settle_carried(invoice, now)
     due = [invoice.pk for invoice in invoices if invoice.due_minor]
     OutboxMessage.objects.bulk_create(
         [OutboxMessage(topic=MIRROR, key=str(pk), payload={"invoice": pk}, available_at=now) for pk in due]
@@ -255,16 +260,34 @@ def _write_final(invoices: Sequence[Invoice], now: datetime) -> None:
             raise RuntimeError(f"{len(invoices)} drafts were to be finalized, {cursor.rowcount} were")
 
 
-def _credits(invoices: Sequence[Invoice]) -> dict[int, int]:
-    """What earlier negative invoices left to the organizations' good: the credit side of their receivable."""
+def _carried(invoices: Sequence[Invoice]) -> dict[int, int]:
+    """What earlier invoices left on the organizations' receivable beyond what is being collected, in minor units.
+
+    Negative: a credit. Positive: amounts too small to charge.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT a.organization_id, -SUM(p.amount_minor) FROM billing_ledgeraccount a"
-            " JOIN billing_posting p ON p.account_id = a.id WHERE a.code = 'receivable' AND a.organization_id = ANY(%s)"
-            " GROUP BY 1 HAVING SUM(p.amount_minor) < 0",
+            "SELECT a.organization_id, SUM(p.amount_minor) - COALESCE((SELECT SUM(i.due_minor) FROM billing_invoice i"
+            " WHERE i.organization_id = a.organization_id AND i.state IN ('open', 'uncollectible')), 0)"
+            " FROM billing_ledgeraccount a JOIN billing_posting p ON p.account_id = a.id"
+            " WHERE a.code = 'receivable' AND a.organization_id = ANY(%s) GROUP BY 1",
             [[invoice.organization_id for invoice in invoices]],
         )
-        return {organization: int(credit) for organization, credit in cursor.fetchall()}
+        return {organization: int(amount) for organization, amount in cursor.fetchall()}
+
+
+def settle_carried(invoice: Invoice, now: datetime) -> list[InvoiceLine]:
+    """The invoice is paid, and with it the earlier ones that were too small to charge; returns their lines."""
+    small = Invoice.objects.filter(
+        account_id=invoice.account_id, state=Invoice.State.OPEN, due_minor=0, number__lt=invoice.number
+    )
+    lines: list[InvoiceLine] = []
+    for each in small.order_by("number"):
+        if Invoice.objects.filter(pk=each.pk, state=Invoice.State.OPEN).update(state=Invoice.State.PAID, paid_at=now):
+            mine = list(InvoiceLine.objects.filter(invoice=each))
+            ledger.book(collect_booking(each, mine, now))
+            lines += mine
+    return lines
 
 
 def finalize_booking(invoice: Invoice, lines: Iterable[InvoiceLine]) -> ledger.Booking:

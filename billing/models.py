@@ -189,7 +189,10 @@ class Invoice(TenantModel):
     period_end = models.DateTimeField()
     currency = models.CharField(max_length=3)
     total_minor = models.BigIntegerField(default=0)
-    credit_minor = models.BigIntegerField(default=0, help_text="of earlier negative invoices, applied here")
+    credit_minor = models.BigIntegerField(
+        default=0,
+        help_text="total less due: credit applied or carried on; negative: carried here from earlier invoices",
+    )
     due_minor = models.BigIntegerField(default=0)
     buyer = models.JSONField(default=dict, help_text="name and country as they were when it was issued")
     created_at = models.DateTimeField()

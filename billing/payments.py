@@ -143,7 +143,7 @@ def mirror(invoice_id: int, *, now: datetime) -> None:
     Raises gateway.GatewayError where Stripe does not answer: the outbox repeats it.
     """
     invoice = Invoice.objects.select_related("account__organization").get(pk=invoice_id)
-    if invoice.state != Invoice.State.OPEN:
+    if invoice.state != Invoice.State.OPEN or not invoice.due_minor:
         return
     if BillingCase.objects.filter(kind="mirror", subject=invoice.public_id, closed_at=None).exists():
         return  # a person looks at it
@@ -198,7 +198,8 @@ def lines_for_stripe(invoice: Invoice) -> list[tuple[str, int]]:
     if len(lines) > room:
         lines = [(f"GPU capacity: see invoice {invoice.display_number}", invoice.total_minor)]
     if invoice.credit_minor:
-        lines.append(("Credit of earlier invoices", -invoice.credit_minor))
+        text = "Credit of earlier invoices" if invoice.credit_minor > 0 else "Carried from earlier invoices"
+        lines.append((text, -invoice.credit_minor))
     return lines
 
 
@@ -302,6 +303,8 @@ def pay_again(invoice: Invoice, *, now: datetime) -> bool:
     """The customer asks to be charged again now (the page's button). MarketError names what is in the way."""
     if invoice.state != Invoice.State.OPEN:
         raise MarketError("illegal_transition", f"The invoice is {invoice.state}; only an open one can be paid.")
+    if not invoice.due_minor:
+        raise MarketError("illegal_transition", "The amount is too small to charge; the next invoice carries it.")
     if not invoice.account.payment_method:
         raise MarketError("card_required", "Add a card on the page Payment methods, then pay.")
     try:
@@ -353,6 +356,7 @@ def mark_paid(invoice_id: int, payment_intent: str, *, now: datetime) -> bool:
         invoice = Invoice.objects.select_related("account").get(pk=invoice_id)
         lines = list(InvoiceLine.objects.filter(invoice=invoice))
         ledger.book(invoices.collect_booking(invoice, lines, now))
+        lines += invoices.settle_carried(invoice, now)
         payment = Payment.objects.filter(invoice=invoice).exclude(state="succeeded").order_by("-attempt").first()
         if payment is None:
             payment = Payment(
@@ -397,7 +401,7 @@ def dun(now: datetime) -> int:
     """Take the dunning steps that are due for unpaid invoices, each once; returns how many were taken."""
     taken = 0
     late = Invoice.objects.filter(
-        state=Invoice.State.OPEN, finalized_at__lte=now - timedelta(days=DUNNING[0][0])
+        state=Invoice.State.OPEN, due_minor__gt=0, finalized_at__lte=now - timedelta(days=DUNNING[0][0])
     ).filter(Q(pay_attempts__gt=0) | Q(account__payment_method=""))
     for invoice in late.order_by("id")[:500]:
         assert invoice.finalized_at is not None

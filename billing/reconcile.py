@@ -25,7 +25,7 @@ def sweep(now: datetime) -> dict[str, int]:
     """Every minute: messages that got lost, attempts that are due, dunning, operators that wait. Counts what it found."""
     found = {"mirrored": 0, "paid": 0, "dunned": payments.dun(now), "payouts": 0}
     waiting = Invoice.objects.filter(
-        state=Invoice.State.OPEN, mirrored_at=None, finalized_at__lt=now - timedelta(minutes=5)
+        state=Invoice.State.OPEN, due_minor__gt=0, mirrored_at=None, finalized_at__lt=now - timedelta(minutes=5)
     )
     for invoice in waiting.order_by("id")[:200]:
         known = OutboxMessage.objects.filter(topic=invoices.MIRROR, key=str(invoice.pk), parked_at=None).exists()

@@ -18,6 +18,13 @@ EXPONENTS: dict[str, int] = {
     "KWD": 3, "BHD": 3, "OMR": 3, "JOD": 3, "TND": 3,
 }  # fmt: skip
 
+# The least that Stripe charges, in minor units (docs.stripe.com/currencies, minimum and maximum charge amounts). Less is
+# carried to the next invoice.
+MINIMUM_CHARGE: dict[str, int] = {
+    "USD": 50, "EUR": 50, "GBP": 30, "CAD": 50, "AUD": 50, "NZD": 50, "CHF": 50, "SEK": 300, "NOK": 300, "DKK": 250,
+    "PLN": 200, "CZK": 1500, "SGD": 50, "HKD": 400, "AED": 200, "BRL": 50, "MXN": 1000, "INR": 50, "JPY": 50,
+}  # fmt: skip
+
 MILLIONTHS = 1_000_000
 SECONDS_PER_HOUR = 3600
 MILLI = 1000

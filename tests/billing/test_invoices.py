@@ -108,7 +108,7 @@ def test_late_usage_of_an_earlier_month_is_found_and_a_correction_gives_money_ba
     assert (invoice.state, invoice.due_minor) == ("paid", 0)
     world.ran(december + 2 * DAY, 2 * HOUR)
     following = world.close(december + 3 * DAY)
-    assert (following.total_minor, following.credit_minor, following.due_minor) == (500, 0, 500)
+    assert (following.total_minor, following.credit_minor, following.due_minor) == (500, 250, 250)
     check_now()
     assert_invariants()
 
@@ -125,6 +125,26 @@ def test_a_credit_is_applied_to_the_next_invoice_once_nothing_else_is_owed(world
     world.ran(15 * HOUR, 2 * HOUR)
     fourth = world.close(18 * HOUR)
     assert (fourth.total_minor, fourth.credit_minor, fourth.due_minor) == (500, 250, 250)
+    check_now()
+    assert_invariants()
+
+
+def test_what_is_too_small_to_charge_is_carried_and_settled_with_the_next(world: World):
+    world.ran(0, 600)
+    first = world.close(HOUR)
+    assert (first.total_minor, first.credit_minor, first.due_minor, first.state) == (42, 42, 0, "open")
+    assert not OutboxMessage.objects.filter(topic=invoices.MIRROR).exists()
+    world.ran(HOUR, 60)
+    second = world.close(2 * HOUR)
+    assert (second.total_minor, second.credit_minor, second.due_minor, second.state) == (4, 4, 0, "open")
+    world.ran(2 * HOUR, HOUR)
+    third = world.close(4 * HOUR)
+    assert (third.total_minor, third.credit_minor, third.due_minor) == (250, -46, 296)
+    assert ledger.balance("operator_payable", "USD", world.operator.pk) == 0
+    paid(third)
+    assert set(Invoice.objects.values_list("state", flat=True)) == {"paid"}
+    assert ledger.balance("receivable", "USD", world.customer.pk) == 0
+    assert ledger.balance("operator_accrued", "USD", world.operator.pk) == 0
     check_now()
     assert_invariants()
 

@@ -132,6 +132,7 @@ class Simulation:
             self.now += 10
             self.end()
         self.now += 2 * HOUR
+        self.world.ran(self.now - HOUR, HOUR, gpus=8)  # more than the least that can be charged
         self.world.close(self.now, now=self.now)
         for _ in range(12):
             unclaim()

@@ -21,19 +21,21 @@ setup: ## .venv with the pinned packages (again only when the pins change)
 	@$(PYTHON) sandbox/bootstrap.py
 
 run: setup ## the whole company on this machine, with a demo market; Ctrl-C ends it, the data stays
-	@$(PY) -m sandbox.run
+	@$(PY) -m scheduler.core.warm && $(PY) -m sandbox.run
 
 reset: setup ## forget the data of `make run`
 	@$(PY) -m sandbox.run --reset
 
 test: setup ## the suite (at most 10 minutes on 2 cores)
+	@$(PY) -m scheduler.core.warm
 	@HYPOTHESIS_PROFILE=ci $(SERVERS) --unsafe-fast --owner -- $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not full" $(ARGS)
 
 test-full: setup ## with the sweeps: every seed, theme and width, long simulations
+	@$(PY) -m scheduler.core.warm
 	@HYPOTHESIS_PROFILE=full $(SERVERS) --unsafe-fast --owner -- $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 smoke: setup ## the main job, headless, through public interfaces only; a report
-	@$(PY) -m sandbox.smoke $(ARGS)
+	@$(PY) -m scheduler.core.warm && $(PY) -m sandbox.smoke $(ARGS)
 
 bench: setup ## every claim of the README beside its peer, into benchmarks/results/
 	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS)

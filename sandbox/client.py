@@ -70,7 +70,8 @@ class Client:
                     raise
                 time.sleep(0.5)
                 continue
-            if response.status_code in {429, 503} and attempt < 5:
+            busy = response.status_code == 409 and response.json().get("code") in {"busy", "idempotency_in_flight"}
+            if (busy or response.status_code in {429, 503}) and attempt < 5:
                 time.sleep(float(response.headers.get("Retry-After", "1")))
                 continue
             if response.status_code >= 400:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from django.db import transaction
+from django.db.models import F
 
 from marketplace import outbox
 from marketplace.errors import MarketError
@@ -249,8 +250,7 @@ def _finish(ids: list[int], jobs: dict[int, Job], *, state: str, reason: str, co
     if state == Job.State.REQUEUED:
         moved = transition_many(Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason)
         faulty = [pk for pk in moved if moved[pk] != Job.State.PREEMPTING]
-        for pk in faulty:
-            Job.objects.filter(pk=pk).update(restarts=jobs[pk].restarts + 1)
+        Job.objects.filter(pk__in=faulty).update(restarts=F("restarts") + 1)
     else:
         moved = transition_many(
             Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason,

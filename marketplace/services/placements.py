@@ -6,6 +6,7 @@ Every caller holds the sites' locks (`lock_sites`) before it touches rows; rows 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -85,15 +86,44 @@ def finish(
     ids: Sequence[int], *, to: str, now: datetime, actor: str, reason: str, columns: dict[str, Any] | None = None
 ) -> None:
     """Placements reach a final state: their share of the host and their watts go back, their jobs are settled."""
+    end([Ended(pk, to, reason, columns or {}) for pk in ids], now=now, actor=actor)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A placement's end: the final state, why, and what else is written with it."""
+
+    pk: int
+    to: str
+    reason: str
+    columns: dict[str, Any]
+
+
+def end(wanted: Sequence[Ended], *, now: datetime, actor: str) -> None:
+    """As `finish`, each with its own end; a handful of statements whatever their number."""
     from marketplace.services import jobs
 
-    moved = transition_many(
-        Placement, ids, expected=[s for s in Placement.TRANSITIONS if s not in Placement.FINAL], to=to, now=now, actor=actor,
-        reason=reason, set_columns={"desired": "stop", "reason": reason[:200], "finished_at": now, **(columns or {})},
-    )  # fmt: skip
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for ended in wanted:
+        groups[ended.to, ended.reason[:200]].append(ended.pk)
+    moved: set[int] = set()
+    for (to, reason), pks in groups.items():
+        moved |= set(
+            transition_many(
+                Placement, pks, expected=[s for s in Placement.TRANSITIONS if s not in Placement.FINAL], to=to, now=now,
+                actor=actor, reason=reason, set_columns={"desired": "stop", "reason": reason, "finished_at": now},
+            )
+        )  # fmt: skip
     if not moved:
         return
     rows = list(Placement.objects.filter(pk__in=moved).order_by("pk"))
+    own = {ended.pk: ended.columns for ended in wanted}
+    named = sorted({name for row in rows for name in own[row.pk]})
+    for row in rows:
+        for name, value in own[row.pk].items():
+            setattr(row, name, value)
+    if named:
+        Placement.objects.bulk_update([row for row in rows if own[row.pk]], named, batch_size=500)
     hosts.give_back(rows)
     power.release(rows, now=now)
     touch_sites({p.site_id for p in rows})
@@ -134,27 +164,24 @@ def observe(agent: Agent, reports: list[dict[str, Any]], *, now: datetime) -> No
             actor=agent.name,
             set_columns={"running_at": at},
         )
-    for row, report in ended:
-        at = _bounded(report.get("finished_at"), row.granted_at, now)
-        columns: dict[str, Any] = {"exit_code": report.get("exit_code"), "finished_at": at}
-        if row.running_at is None and (began := report.get("running_at")):
-            columns["running_at"] = min(_bounded(began, row.granted_at, now), at)
-        if row.release_requested_at is None:
-            columns["release_requested_at"] = at
-        code, reason = report.get("exit_code"), str(report.get("reason") or "")[:200]
-        clean = report["state"] == "exited" and (code == 0 or row.state == "draining")
-        finish(
-            [row.pk],
-            to="released" if clean else "failed",
-            now=now,
-            actor=agent.name,
-            reason=reason or row.reason or f"exit code {code}",
-            columns=columns,
-        )
+    end([_end(row, report, now) for row, report in ended], now=now, actor=agent.name)
     job_ids = Placement.objects.filter(pk__in=[pk for ids in running.values() for pk in ids]).values_list(
         "job_id", flat=True
     )
     jobs.settle(job_ids, now=now)
+
+
+def _end(row: Placement, report: dict[str, Any], now: datetime) -> Ended:
+    """What an agent's last word on a placement comes to."""
+    at = _bounded(report.get("finished_at"), row.granted_at, now)
+    columns: dict[str, Any] = {"exit_code": report.get("exit_code"), "finished_at": at}
+    if row.running_at is None and (began := report.get("running_at")):
+        columns["running_at"] = min(_bounded(began, row.granted_at, now), at)
+    if row.release_requested_at is None:
+        columns["release_requested_at"] = at
+    code, reason = report.get("exit_code"), str(report.get("reason") or "")
+    clean = report["state"] == "exited" and (code == 0 or row.state == "draining")
+    return Ended(row.pk, "released" if clean else "failed", reason or row.reason or f"exit code {code}", columns)
 
 
 def _bounded(moment: datetime | None, low: datetime | None, high: datetime) -> datetime:

@@ -1,0 +1,39 @@
+"""Compiles the kernels ahead of their first use: `python -m scheduler.core.warm`. A second call finds them in the cache."""
+
+import numpy as np
+
+from scheduler.core import dispatch, power
+from scheduler.core.plan import plan
+from scheduler.core.types import Fleet, Kind, Level, Policy, Request, Running, Topology
+
+
+def warm() -> None:
+    """One small plan and one small dispatch that pass through every kernel."""
+    node = {"parent": -1, "free_mw": 10**12}
+    host = {"gpus": 8, "vram": 80_000, "cpu_free": 100_000, "ram_free": 10**6, "power_node": 0, "leaf": 1, "spine": 1}
+    fleet = Fleet.build([{**host, "host_id": i + 1} for i in range(4)], [node])
+    full = Fleet.build(
+        [{**host, "host_id": 1, "gpus": 8, "gpu_free": [0] * 8, "vram_free": [0] * 8, "gpu_active": 255}], [node]
+    )
+    shape = {"cpu": 1000, "ram": 1000}
+    wanted = [
+        Request(job=1, gpus=1, gpu_milli=500, **shape),
+        Request(job=2, gpus=2, replicas=3, **shape),
+        Request(job=3, gpus=8, replicas=2, topology=Topology(pack=Level.LEAF, required=True, nvlink=1), **shape),
+        Request(job=4, gpus=0, **shape),
+        Request(job=5, gpus=8, replicas=9, **shape),
+    ]
+    for packer in ("tailrace", "best_fit"):
+        plan(fleet, wanted, policy=Policy(packer=packer))
+    victim = Running(placement=1, job=9, org=1, kind=Kind.SPOT, host=0, gpus=tuple(range(8)), vram=80_000)
+    plan(full, [Request(job=6, gpus=8, kind=Kind.FIRM, **shape)], [victim])
+    tree = power.PowerTree.of([power.NodeSpec("site", None, 100_000)])
+    miners = dispatch.Fleet.of([0, 0], [0, 0], [[(25, 0), (2000, 100_000), (3500, 200_000)]])
+    prices = dispatch.Prices(40_000_000, 40_000_000)
+    budget = np.array([5_000_000], np.int64)
+    dispatch.plan_dispatch(tree, miners, prices, [0, 0], budget_mw=budget, change_limit=1)
+    dispatch.plan_fast(tree, miners, prices, [0, 0], budget_mw=budget)
+
+
+if __name__ == "__main__":
+    warm()

@@ -165,19 +165,18 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "host": host,
             "meter": charts.meter(free.gpus, free.total, label=f"{free.gpus} of {free.total} GPUs free"),
             "prices": _prices(row),
-            "weeks": _weeks(row, now),
+            "weeks": _weeks(row, now, free.total),
             "open": row.state == Listing.State.PUBLISHED,
         },
     )
 
 
-def _weeks(row: Listing, now: datetime) -> list[list[dict[str, Any]]]:
+def _weeks(row: Listing, now: datetime, total: int) -> list[list[dict[str, Any]]]:
     """The most GPUs that can be had for all of each day, in weeks from Monday, each day a link that asks for it."""
     today = now.replace(hour=0, minute=0, second=0, microsecond=0)
     monday = today - timedelta(days=today.weekday())
     end = monday + timedelta(weeks=CALENDAR_WEEKS)
     cells = availability.calendar(row, now=now, starts_at=today, ends_at=end, step_s=86_400)
-    most = max((cell.gpus for cell in cells), default=0)
     days: list[dict[str, Any]] = [{} for _ in range(today.weekday())]
     for cell in cells:
         start = availability.instant(cell.start)
@@ -188,7 +187,7 @@ def _weeks(row: Listing, now: datetime) -> list[list[dict[str, Any]]]:
             {
                 "at": start,
                 "gpus": cell.gpus,
-                "heat": 0 if not most or not cell.gpus else 1 + 3 * cell.gpus // most,
+                "heat": 0 if not total or not cell.gpus else 1 + 3 * cell.gpus // total,
                 "href": f"{reverse('web:quote-new', args=[row.public_id])}?{urlencode(query)}",
             }
         )

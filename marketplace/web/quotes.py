@@ -30,7 +30,8 @@ def new(request: HttpRequest, listing: str) -> HttpResponse:
     form = QuoteForm(request.POST, listing=row)
     if not form.is_valid():
         return _form(request, row, form, status=400)
-    asked = {k: v for k, v in form.cleaned_data.items() if k != "reference"}
+    given = {k: form.cleaned_data[k] for k in ASKED}
+    asked = dict(given)
     asked["limit_price"] = millionths(asked["limit_price"]) if asked["kind"] == Kind.SPOT else None
     try:
         made = quotes.quote(
@@ -38,7 +39,7 @@ def new(request: HttpRequest, listing: str) -> HttpResponse:
         )  # fmt: skip
     except MarketError as error:
         refuse(form, error)
-        options = alternatives(error, row, {k: form.cleaned_data[k] for k in ASKED})
+        options = alternatives(error, row, given)
         return _form(request, row, form, error=error, options=options, status=error.kind.status)
     return done(request, "The price is firm.", reverse("web:quote", args=[made.public_id]))
 

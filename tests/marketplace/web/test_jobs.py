@@ -1,0 +1,199 @@
+"""Jobs on the pages: submit, watch, read the log, see the cost, cancel."""
+
+import re
+from datetime import timedelta
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from marketplace.models import BillingStanding, Job, LogChunk
+from marketplace.web import costs
+from tests import factories
+
+pytestmark = pytest.mark.django_db
+FORM = {"command": "echo one\necho two", "replicas": 2, "gpus": 4, "vcpu": 8, "ram_gib": 32}
+
+
+def text(response) -> str:
+    return response.content.decode()
+
+
+def running(market, **fields):
+    job = factories.job(market.contract(), state="running", started_at=timezone.now(), **fields)
+    began = timezone.now() - timedelta(hours=2)
+    placement = factories.placement(
+        job, market.hosts[0], range(job.gpus), state="running", running_at=began, granted_at=began
+    )
+    return job, placement
+
+
+def test_empty_states_teach_the_next_step(market, browser):
+    client = browser(market.customer)
+    assert "Jobs run under a contract" in text(client.get("/jobs"))
+    assert "First, a contract" in text(client.get("/jobs/new"))
+    market.contract()
+    assert "No job yet" in text(client.get("/jobs"))
+
+
+def test_submit(market, browser):
+    contract = market.contract()
+    client = browser(market.customer)
+    response = client.post(
+        "/jobs/new", {**FORM, "contract": contract.public_id, "env": "A=1\nB=two words", "secrets": "TOKEN=x"}
+    )
+    job = Job.objects.get()
+    assert response["Location"] == f"/jobs/{job.public_id}"
+    assert job.command == ["/bin/sh", "-c", "echo one\necho two"]
+    assert (job.replicas, job.gpus, job.vcpu_milli, job.ram_mib) == (2, 4, 8000, 32_768)
+    assert job.env == {"A": "1", "B": "two words"}
+    page = text(client.get(response["Location"]))
+    assert "Why it waits" in page
+    assert "TOKEN" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"replicas": 100}, "the contract holds 16"),
+        ({"gpus": 9, "replicas": 1}, "the largest has 8"),
+        ({"env": "not a pair"}, "Line 1 is not of the form"),
+        ({"command": ""}, "This field is required"),
+    ],
+)
+def test_a_refused_job_says_why_and_queues_nothing(market, browser, change, said):
+    contract = market.contract()
+    response = browser(market.customer).post("/jobs/new", {**FORM, "contract": contract.public_id, **change})
+    assert response.status_code in {400, 422}
+    assert said in text(response)
+    assert not Job.objects.exists()
+
+
+def test_a_job_under_somebody_elses_contract_is_not_even_a_choice(market, browser):
+    theirs = factories.contract(market.listing)
+    market.contract()
+    response = browser(market.customer).post("/jobs/new", {**FORM, "contract": theirs.public_id})
+    assert response.status_code == 400
+    assert not Job.objects.exists()
+
+
+def test_no_card_no_job(market, browser):
+    contract = market.contract()
+    BillingStanding.objects.filter(organization=market.customer).update(state="no_card")
+    response = browser(market.customer).post("/jobs/new", {**FORM, "contract": contract.public_id})
+    assert response.status_code == 402
+    assert "/billing/card?next=/jobs/new" in text(response)
+
+
+def test_the_price_as_it_is_typed(market, browser):
+    contract = market.contract()
+    client = browser(market.customer)
+    page = text(client.get("/jobs/estimate", {"contract": contract.public_id, "gpus": 4, "replicas": 2}))
+    assert "$20.00" in page  # 8 x 2.50
+    page = text(client.get("/jobs/estimate", {"contract": contract.public_id, "gpus": 8, "replicas": 3}))
+    assert "The contract holds 16 GPUs; this asks for 24." in page
+    assert client.get("/jobs/estimate", {"contract": "nonsense", "gpus": "x"}).status_code == 200
+
+
+def test_the_running_cost_is_what_the_timeline_bills(market):
+    job, placement = running(market, gpus=4)
+    now = placement.running_at + timedelta(minutes=90)
+    cost = costs.of_job(Job.objects.select_related("contract").get(pk=job.pk), now=now)
+    assert cost.used == 4000 * 5400
+    assert cost.minor == 1500  # 4 GPUs x 1.5 h x 2.50
+    assert cost.hourly == 1000
+    placement.release_requested_at = placement.running_at + timedelta(minutes=30)
+    placement.save()
+    cost = costs.of_job(Job.objects.select_related("contract").get(pk=job.pk), now=now)
+    assert (cost.minor, cost.hourly) == (500, 0)
+
+
+def test_the_page_shows_where_it_runs_and_polls_while_it_lives(market, browser):
+    job, placement = running(market)
+    client = browser(market.customer)
+    page = text(client.get(f"/jobs/{job.public_id}"))
+    assert placement.host.name in page
+    assert f'hx-get="/jobs/{job.public_id}/live" hx-trigger="every 2s"' in page
+    live = client.get(f"/jobs/{job.public_id}/live", headers={"HX-Request": "true"})
+    assert live.status_code == 200
+    assert "<html" not in text(live)
+    Job.objects.filter(pk=job.pk).update(state="succeeded", finished_at=timezone.now(), exit_code=0)
+    assert client.get(f"/jobs/{job.public_id}/live", headers={"HX-Request": "true"}).status_code == 286
+    assert "every 2s" not in text(client.get(f"/jobs/{job.public_id}"))
+
+
+def write(placement, offset, data):
+    LogChunk.objects.create(placement=placement, stream="stdout", offset=offset, size=len(data.encode()), data=data)
+
+
+def test_the_log_follows_without_a_gap_and_ends_with_the_job(market, browser):
+    job, placement = running(market)
+    client = browser(market.customer)
+    write(placement, 0, "one <script>\n")
+    page = text(client.get(f"/jobs/{job.public_id}"))
+    assert "one &lt;script&gt;" in page
+    poll = re.search(r'hx-get="(/jobs/[^"]*/log\?offset=13[^"]*)"', page)[1].replace("&amp;", "&")
+    assert text(client.get(poll)).count("offset=13") == 1  # nothing new: the same poller again
+    write(placement, 13, "zwei ü\n")
+    more = text(client.get(poll))
+    assert more.startswith("zwei ü")
+    assert "offset=21" in more
+    placement.state, placement.finished_at = "released", timezone.now()
+    placement.save()
+    assert "hx-get" not in text(client.get(poll))
+
+
+def test_cancel(market, browser):
+    job = factories.job(market.contract())
+    client = browser(market.customer)
+    assert "Cancel the job" in text(client.get(f"/jobs/{job.public_id}"))
+    client.post(f"/jobs/{job.public_id}/cancel")
+    job.refresh_from_db()
+    assert job.state == "cancelled"
+    again = client.post(f"/jobs/{job.public_id}/cancel", follow=True)
+    assert "The job is cancelled already" in text(again)
+
+
+@pytest.mark.parametrize("path", ["", "/live", "/log", "/cancel"])
+def test_strangers_find_nothing(market, browser, path):
+    job = factories.job(market.contract())
+    stranger = browser(factories.organization())
+    send = stranger.post if path == "/cancel" else stranger.get
+    assert send(f"/jobs/{job.public_id}{path}").status_code == 404
+    assert job.public_id not in text(stranger.get("/jobs"))
+    job.refresh_from_db()
+    assert job.state == "queued"
+
+
+def test_viewers_look_and_touch_nothing(market, browser):
+    job = factories.job(market.contract())
+    viewer = browser(market.customer, "viewer")
+    page = text(viewer.get(f"/jobs/{job.public_id}"))
+    assert "Cancel the job" not in page
+    assert viewer.post(f"/jobs/{job.public_id}/cancel").status_code == 403
+    assert viewer.get("/jobs/new").status_code == 403
+    assert viewer.get("/invoices").status_code == 403
+
+
+def test_lists_go_on_by_cursor_and_cost_the_same_queries_however_long(market, browser):
+    contract = market.contract()
+    client = browser(market.customer)
+
+    def queries() -> int:
+        with CaptureQueriesContext(
+            connection,
+        ) as seen:
+            client.get("/jobs")
+        return len(seen)
+
+    factories.job(contract, name="the first")
+    few = queries()
+    for _ in range(30):
+        factories.job(contract)
+    assert queries() == few
+    page = text(client.get("/jobs"))
+    assert "the first" not in page
+    older = re.search(r'href="\?(before=[^"]+)"', page)[1]
+    assert "the first" in text(client.get(f"/jobs?{older}"))
+    assert client.get("/jobs?before=nonsense").status_code == 400

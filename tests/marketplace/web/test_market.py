@@ -1,0 +1,171 @@
+"""The market's front, a listing, and the way from a quote to a contract."""
+
+from datetime import timedelta
+
+import pytest
+from django.test import Client
+from django.utils import timezone
+
+from marketplace.models import Contract, Quote
+from tests import factories
+
+pytestmark = pytest.mark.django_db
+
+
+def text(response) -> str:
+    return response.content.decode()
+
+
+def test_anybody_sees_the_market_with_prices_and_exact_stock(market, browser):
+    page = text(browser().get("/"))
+    assert market.listing.title in page
+    assert "$2.50" in page
+    assert "<strong>16</strong> of 16 GPUs free" in page
+
+
+def test_a_filter_that_leaves_nothing_is_named_with_the_way_out(market, browser):
+    page = text(browser().get("/?gpu_model=B200"))
+    assert "The GPU model filter removed the last 1 offer." in page
+    assert "Without GPU model: 1 offer" in page
+    page = text(browser().get("/?count=17"))
+    assert "The window and number of GPUs filter removed the last 1 offer." in page
+    assert 'href="?count=16"' in page
+    assert market.listing.title in text(browser().get("/?count=16"))
+
+
+def test_a_wrong_filter_is_told_and_breaks_nothing(market, browser):
+    assert "cursor is not one of this search" in text(browser().get("/?cursor=nonsense"))
+    assert browser().get("/?start=2026-12-02T00:00&end=2026-12-01T00:00").status_code == 200
+
+
+def test_a_fragment_for_htmx_is_the_results_alone(market, browser):
+    page = text(browser().get("/", headers={"HX-Request": "true", "HX-Target": "results"}))
+    assert market.listing.title in page
+    assert "<html" not in page
+    assert 'hx-swap-oob="true"' in page  # the facets come along
+
+
+def test_the_live_market_shows_no_test_offers_and_a_house_with_only_test_offers_shows_them(market, browser):
+    test_operator = factories.organization("Test Power", is_operator=True, livemode=False)
+    test_site = factories.site(test_operator)
+    listing = factories.listing(test_site, hosts=[factories.host(test_site)], title="A test offer")
+    assert listing.title not in text(browser().get("/"))
+    assert browser().get(f"/listings/{listing.public_id}").status_code == 404
+    market.listing.state = "paused"
+    market.listing.save()
+    assert listing.title in text(browser().get("/"))
+    assert browser().get(f"/listings/{listing.public_id}").status_code == 200
+
+
+def test_a_listing_shows_terms_and_a_calendar_whose_days_lead_to_a_quote(market, browser):
+    page = text(browser().get(f"/listings/{market.listing.public_id}"))
+    assert "Free, day by day" in page
+    tomorrow = timezone.now() + timedelta(days=1)
+    assert f"starts_at={tomorrow:%Y-%m-%d}T00%3A00" in page
+    assert "H100-SXM" in page
+
+
+def test_who_is_not_logged_in_comes_back_to_the_quote(market, browser):
+    response = browser().get(f"/listings/{market.listing.public_id}/quote")
+    assert response.status_code == 302
+    assert response["Location"] == f"/accounts/login/?next=/listings/{market.listing.public_id}/quote"
+
+
+def test_quote_accept_contract(market, browser):
+    client = browser(market.customer)
+    here = f"/listings/{market.listing.public_id}/quote"
+    response = client.post(here, {"kind": "on_demand", "gpu_count": 8, "level": "host"})
+    quote = Quote.objects.get()
+    assert response["Location"] == f"/quotes/{quote.public_id}"
+    page = text(client.get(response["Location"]))
+    assert "$20.00" in page  # 8 x 2.50 an hour
+    assert "Accept and sign" in page
+    response = client.post(f"/quotes/{quote.public_id}/accept")
+    contract = Contract.objects.get()
+    assert response["Location"] == f"/contracts/{contract.public_id}"
+    assert contract.gpu_count == 8
+    assert "Submit a job" in text(client.get(response["Location"]))
+    again = client.post(f"/quotes/{quote.public_id}/accept")
+    assert again.status_code == 409
+    assert Contract.objects.count() == 1
+
+
+def test_without_a_card_the_quote_asks_for_one_and_signs_nothing(market, browser):
+    poor = factories.organization("New Labs", standing="no_card")
+    quote = factories.quote(market.listing, poor, ends_at=None, firm_until=timezone.now() + timedelta(minutes=15))
+    client = browser(poor)
+    page = text(client.get(f"/quotes/{quote.public_id}"))
+    assert "Accept and sign" not in page
+    assert f'href="/billing/card?next=/quotes/{quote.public_id}"' in page
+    response = client.post(f"/quotes/{quote.public_id}/accept")
+    assert response.status_code == 402
+    assert "Add a card first" in text(response)
+    assert not Contract.objects.exists()
+
+
+def test_a_refused_quote_names_the_reason_and_links_to_what_would_fit(market, browser):
+    other = factories.listing(
+        market.site, hosts=[factories.host(market.site) for _ in range(4)], title="Another hall", spot_floor=None
+    )
+    client = browser(market.customer)
+    end = timezone.now() + timedelta(days=2)
+    asked = {"kind": "reserved", "gpu_count": 24, "level": "site", "ends_at": f"{end:%Y-%m-%dT%H:%M}"}
+    response = client.post(f"/listings/{market.listing.public_id}/quote", asked)
+    page = text(response)
+    assert response.status_code == 409
+    assert "There is not enough free capacity in that window" in page
+    assert "gpu_count=16" in page
+    assert f"/listings/{other.public_id}/quote?" in page
+    assert not Quote.objects.exists()
+
+
+def test_wrong_terms_stand_beside_their_fields(market, browser):
+    client = browser(market.customer)
+    response = client.post(
+        f"/listings/{market.listing.public_id}/quote", {"kind": "reserved", "gpu_count": 8, "level": "site"}
+    )
+    assert response.status_code == 400
+    assert "reserved needs an end" in text(response)
+    response = client.post(
+        f"/listings/{market.listing.public_id}/quote",
+        {"kind": "spot", "gpu_count": 1, "level": "site", "limit_price": "0.10"},
+    )
+    assert "the floor is" in text(response)
+
+
+def test_a_quote_can_be_given_back(market, browser):
+    quote = factories.quote(market.listing, market.customer, firm_until=timezone.now() + timedelta(minutes=15))
+    assert browser(market.customer).post(f"/quotes/{quote.public_id}/release").status_code == 302
+    quote.refresh_from_db()
+    assert quote.state == "released"
+
+
+def test_terminate_says_its_rule_and_does_it(market, browser):
+    contract = market.contract()
+    client = browser(market.customer)
+    assert "It ends at once" in text(client.get(f"/contracts/{contract.public_id}"))
+    client.post(f"/contracts/{contract.public_id}/terminate")
+    contract.refresh_from_db()
+    assert contract.state in {"ending", "terminated", "ended"}
+    assert "Terminate this contract" not in text(client.get(f"/contracts/{contract.public_id}"))
+
+
+def test_the_operator_sees_a_contract_sold_but_cannot_end_it(market, browser):
+    contract = market.contract(reference="our secret note")
+    client = browser(market.operator)
+    page = text(client.get(f"/contracts/{contract.public_id}"))
+    assert "Lumen Labs" in page
+    assert "our secret note" not in page
+    client.post(f"/contracts/{contract.public_id}/terminate")
+    contract.refresh_from_db()
+    assert contract.state == "active"
+
+
+def test_every_post_wants_its_csrf_token(market, browser):
+    contract = market.contract()
+    client: Client = browser(market.customer, enforce_csrf_checks=True)
+    response = client.post(f"/contracts/{contract.public_id}/terminate")
+    assert response.status_code == 403
+    assert "The form has gone stale" in text(response)
+    contract.refresh_from_db()
+    assert contract.state == "active"

@@ -12,7 +12,6 @@ from django.contrib.admin.utils import get_fields_from_path, unquote
 from django.core.exceptions import FieldDoesNotExist, PermissionDenied
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
-from django.template.response import TemplateResponse
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 
@@ -178,16 +177,14 @@ class Desk(MovesMixin, ModelAdmin):
         events = self.rows_of(AuditEvent, request).filter(subject=getattr(row, "public_id", "")).order_by("-id")[:100]
         may = self.actor(request).may("audit:read")
         context = {
-            **self.admin_site.each_context(request),
             "title": f"History of {row}",
-            "opts": self.opts,
             "original": row,
             "object": row,
             "events": events if may else [],
             "may": may,
             **(extra_context or {}),
         }
-        return TemplateResponse(request, self.object_history_template, context)
+        return self.render(request, self.object_history_template, context)
 
 
 class TenantAdmin(Desk):
@@ -231,8 +228,11 @@ class RowsInline(TabularInline):
     extra = 0
     can_delete = False
     show_change_link = False
-    hide_title = True
     per_page = 50
+    ordering = ("pk",)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:  # noqa: ARG002
+        return self.fields
 
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
         return True  # the parent's page has decided

@@ -40,6 +40,7 @@ def _set_mode(mode: str) -> Any:
 
 def _token(call: Call) -> HttpResponse:
     _, token = sites.create_enrolment_token(call.row, actor=call.actor, now=call.now)
+    call.request.current_app = operator_site.name  # type: ignore[attr-defined]
     context = {
         **operator_site.each_context(call.request),
         "title": f"Enrol an agent at {call.row.name}",
@@ -195,9 +196,7 @@ class SiteAdmin(look.Shown, TenantAdmin):
                     return HttpResponseRedirect(self.url_of("change", row))
             form = dress(form.again(text))
         context = {
-            **self.admin_site.each_context(request),
             "title": f"Import into {row.name}",
-            "opts": self.opts,
             "original": row,
             "row": row,
             "form": form,
@@ -205,7 +204,7 @@ class SiteAdmin(look.Shown, TenantAdmin):
             "tables": [(kind, [_column(c) for c in table]) for kind, table in TABLES.items()],
             "back": self.url_of("change", row),
         }
-        return TemplateResponse(request, "desk/import.html", context)
+        return self.render(request, "desk/import.html", context)
 
 
 TABLES = {"power_nodes": columns.POWER_NODES, "hosts": columns.HOSTS, "miners": columns.MINERS}

@@ -157,9 +157,7 @@ class MovesMixin:
         self, request: HttpRequest, move: Move, form: forms.BaseForm, rows: list[Any], back: str, bulk: bool = False
     ) -> HttpResponse:
         context = {
-            **self.admin_site.each_context(request),  # type: ignore[attr-defined]
             "title": move.label,
-            "opts": self.opts,  # type: ignore[attr-defined]
             "move": move,
             "form": form,
             "rows": rows,
@@ -168,7 +166,13 @@ class MovesMixin:
             "bulk": bulk,
             "checkbox": ACTION_CHECKBOX_NAME,
         }
-        return TemplateResponse(request, "desk/move.html", context)
+        return self.render(request, "desk/move.html", context)
+
+    def render(self, request: HttpRequest, template: str, context: dict[str, Any]) -> TemplateResponse:
+        """A page of this noun's own: with the site's frame, whose links lead to this site and not to the other."""
+        request.current_app = self.admin_site.name  # type: ignore[attr-defined]
+        frame = self.admin_site.each_context(request)  # type: ignore[attr-defined]
+        return TemplateResponse(request, template, {**frame, "opts": self.opts, **context})  # type: ignore[attr-defined]
 
     # --- many rows
     def get_actions(self, request: HttpRequest) -> dict[str, Any]:

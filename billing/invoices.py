@@ -140,7 +140,7 @@ def open_case(kind: str, subject: str, detail: str, *, now: datetime, organizati
 
 def close_case(case: BillingCase, *, now: datetime, closed_by: str) -> None:
     """A person has looked at it. The case of a parked account bills it again. MarketError where it is closed already."""
-    if case.kind == BillingCase.Kind.PARKED:
+    if case.kind == BillingCase.Kind.PARKED and case.organization_id is not None:
         account = BillingAccount.objects.filter(organization_id=case.organization_id).first()
         if account is not None and account.public_id == case.subject:
             unpark(account, now=now, closed_by=closed_by)

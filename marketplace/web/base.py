@@ -24,7 +24,7 @@ from django.utils.http import url_has_allowed_host_and_scheme
 
 from marketplace import ids
 from marketplace.errors import MarketError
-from marketplace.models import Listing
+from marketplace.models import Listing, User
 from marketplace.tenancy import Actor
 
 View = Callable[..., HttpResponse]
@@ -69,6 +69,12 @@ def _turned_away(request: HttpRequest, action: str) -> HttpResponse | None:
     if not actor.may(action):
         raise MarketError("forbidden", f"The role {actor.role} may not do {action}. Ask an owner of the organization.")
     return None
+
+
+def person(request: HttpRequest) -> User:
+    """Whoever is signed in, on a page of action "person"."""
+    assert isinstance(request.user, User)
+    return request.user
 
 
 def _htmx_aware(request: HttpRequest, response: Any) -> HttpResponse:

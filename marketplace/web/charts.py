@@ -26,11 +26,11 @@ def bars(days: Sequence[tuple[date, int]], *, label: str, unit: str, per_unit: i
         "", '<rect x="{}" y="{}" width="{}" height="{}" rx="2" class="{}"><title>{}</title></rect>', drawn
     )
     marks = [
-        (f"{i * step + step / 2:.1f}", HEIGHT - 6, f"{day:%-d %b}")
+        (f"{i * step + (step / 2 if i else 0):.1f}", HEIGHT - 6, "middle" if i else "start", f"{day:%-d %b}")
         for i, (day, _) in enumerate(days)
         if i % 7 == len(days) % 7
     ]
-    ticks = format_html_join("", '<text x="{}" y="{}" text-anchor="middle">{}</text>', marks)
+    ticks = format_html_join("", '<text x="{}" y="{}" text-anchor="{}">{}</text>', marks)
     return format_html(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">'
         '<line x1="0" y1="{}" x2="{}" y2="{}" class="axis"/><text x="0" y="10">{} {}</text>{}{}</svg>',

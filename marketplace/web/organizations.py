@@ -9,7 +9,7 @@ from marketplace import actors, ids
 from marketplace.errors import MarketError
 from marketplace.services import accounts
 from marketplace.tenancy import ANONYMOUS
-from marketplace.web.base import back_to, done, has_offers, page
+from marketplace.web.base import back_to, done, has_offers, page, person
 from marketplace.web.forms import JoinForm, OrganizationForm, refuse
 
 
@@ -26,7 +26,7 @@ def new(request: HttpRequest) -> HttpResponse:
         return render(request, "organization_new.html", {"form": form, "next": go_on}, status=400)
     asked = form.cleaned_data
     made = accounts.create_organization(
-        request.user, name=asked["name"], country=asked["country"], currency=asked["currency"],
+        person(request), name=asked["name"], country=asked["country"], currency=asked["currency"],
         livemode=asked["mode"] == "live", now=timezone.now(),
     )  # fmt: skip
     request.session[actors.SESSION_KEY] = made.pk
@@ -37,7 +37,7 @@ def new(request: HttpRequest) -> HttpResponse:
 @page(POST="person")
 def switch(request: HttpRequest, organization: str) -> HttpResponse:
     pk = ids.decode("org", organization) or 0
-    found = accounts.switch_organization(request.user, pk, session=request.session, now=timezone.now())
+    found = accounts.switch_organization(person(request), pk, session=request.session, now=timezone.now())
     return done(request, f"You are acting in {found.organization.name} now.", reverse("web:market"))
 
 
@@ -51,7 +51,7 @@ def join(request: HttpRequest) -> HttpResponse:
         return render(request, "join.html", {"form": form}, status=400)
     now = timezone.now()
     try:
-        made = accounts.accept_invitation(request.user, form.cleaned_data["token"].strip(), now=now)
+        made = accounts.accept_invitation(person(request), form.cleaned_data["token"].strip(), now=now)
     except MarketError as error:
         refuse(form, error)
         return render(request, "join.html", {"form": form, "error": error}, status=error.kind.status)

@@ -54,7 +54,7 @@ def _signed(text: str, currency: str) -> str:
 @register.filter
 def gpu_hours(milli_gpu_seconds: int | None) -> str:
     """Milli-GPU-seconds as GPU-hours, three digits."""
-    thousandths = (milli_gpu_seconds or 0) // 3600
+    thousandths = ((milli_gpu_seconds or 0) + 1800) // 3600  # as the lines of invoices round
     return f"{thousandths // 1000:,}.{thousandths % 1000:03d}"
 
 

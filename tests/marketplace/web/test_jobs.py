@@ -197,3 +197,23 @@ def test_lists_go_on_by_cursor_and_cost_the_same_queries_however_long(market, br
     older = re.search(r'href="\?(before=[^"]+)"', page)[1]
     assert "the first" in text(client.get(f"/jobs?{older}"))
     assert client.get("/jobs?before=nonsense").status_code == 400
+
+
+def test_pages_cost_few_queries(market, browser):
+    """Committed ceilings, session and membership included. A page that needs more says why here."""
+    job, _ = running(market)
+    client = browser(market.customer)
+    ceilings = {
+        "/": 16, f"/listings/{market.listing.public_id}": 25, "/contracts": 8, f"/contracts/{job.contract.public_id}": 9, "/jobs": 7,
+        "/jobs/new": 7, f"/jobs/{job.public_id}": 18, f"/jobs/{job.public_id}/live": 14, f"/jobs/{job.public_id}/log": 10,
+        "/usage": 22, "/invoices": 20, "/team": 9, "/keys": 8,
+    }  # fmt: skip
+    spent = {}
+    for path in ceilings:
+        client.get(path)
+        with CaptureQueriesContext(connection) as seen:
+            assert client.get(path).status_code == 200
+        spent[path] = len(seen)
+    print(spent)
+    over = {path: n for path, n in spent.items() if n > ceilings[path]}
+    assert not over

@@ -4,7 +4,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sandbox.client import DECLINED_CARD, Client, Person, RefusedError, add_card, wait_for
@@ -16,11 +17,12 @@ from sandbox.smoke.work import Arrivals, real_job
 from sandbox.smoke.world import PlantedSite, Tenant, World
 
 TENANTS = 20
+RESERVED_GPUS = 16  # a tenant: what is due must be more than the least that a card can be charged
 REAL_JOBS = 50
 DONE = {"succeeded", "failed", "cancelled"}
 H100 = {"on_demand_price": 2_490_000, "reserved_price": 1_990_000, "spot_floor": 990_000}
 L40S = {"on_demand_price": 890_000, "spot_floor": 390_000}
-MIXED = {"on_demand_price": 1_200_000, "spot_floor": 300_000}
+MIXED = {"on_demand_price": 1_200_000, "reserved_price": 900_000, "spot_floor": 300_000}
 JOBS_S = 170  # by then every job must be over
 
 
@@ -43,7 +45,7 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
         )
         large = world.plant(operator, work.spec, runtime="virtual", prices={"": MIXED})
         for site in (small, large):
-            watched("an agent's first sync", lambda s=site: _alive(operator, s), seconds=60)
+            watched("an agent's first sync", partial(_alive, operator, site), seconds=60)
         seen.append(work.said)
     with report.step(f"{TENANTS} customers sign up; one is declined, all add a card on Stripe's page") as seen:
         tenants = at_once(lambda i: world.tenant(f"Tenant {i:02d}"), range(TENANTS))
@@ -59,12 +61,13 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
 
         def book(tenant: Tenant) -> None:
             tenant.contracts["trace"] = _book(tenant.client, large.listings[""], "on_demand", 1000)
+            tenant.contracts["reserved"] = _book(tenant.client, large.listings[""], "reserved", RESERVED_GPUS)
             tenant.contracts["real"] = _book(tenant.client, small.listings["H100-SXM"], "on_demand", 16)
 
         at_once(book, tenants)
         tenants[0].contracts["spot"] = _book(tenants[0].client, small.listings["L40S"], "spot", 8)
         tenants[1].contracts["l40s"] = _book(tenants[1].client, small.listings["L40S"], "on_demand", 4)
-        seen.append(f"{2 * TENANTS + 2} contracts")
+        seen.append(f"{3 * TENANTS + 2} contracts, {TENANTS} of them reserved")
     with report.step("they submit their jobs") as seen:
         jobs = Submitted()
         jobs.submit_real(tenants)
@@ -100,9 +103,7 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
         world.supervisor.kill(f"agent-{small.files.name}")
         pulse()
         for tenant, job in zip(tenants[2:7], long_jobs, strict=True):
-            watched(
-                "a job to cancel", lambda t=tenant, j=job: _state(t, j) in {"running", "placed", "queued"}, seconds=60
-            )
+            watched("a job to cancel", partial(_cancellable, tenant, job), seconds=60)
             tenant.client.post(f"jobs/{job}/cancel")
         seen.append("both were started again; 5 jobs cancelled")
     with report.step("every job comes to an end") as seen:
@@ -120,7 +121,7 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
     _money(world, report, staff, operator, tenants, watched)
     with report.step("no site was ever over any of its caps, by its own meters; the miners hash again") as seen:
         for site in (small, large):
-            watched("miners to wake", lambda s=site: _hashing(operator, s), seconds=60)
+            watched("miners to wake", partial(_hashing, operator, site), seconds=60)
         seen.extend(checks.sites_stayed_under_their_caps(world))
         seen.extend(checks.hashing(operator, site) for site in (small, large))
 
@@ -134,7 +135,7 @@ def _money(
             staff.post("staff/close-period", {"organization": tenant.id, "through": through})
         watched(
             "the invoices to be paid",
-            lambda: all(i["state"] == "paid" for t in tenants for i in t.client.every("invoices")),
+            lambda: _collected(tenants),
             seconds=90,
         )
         seen.append(f"{sum(len(t.client.every('invoices')) for t in tenants)} invoices paid")
@@ -198,6 +199,8 @@ def _book(api: Client, listing: str, kind: str, gpus: int) -> str:
     body: dict[str, Any] = {"listing": listing, "kind": kind, "gpu_count": gpus}
     if kind == "spot":
         body["limit_price"] = 2_000_000
+    if kind == "reserved":
+        body["ends_at"] = (datetime.now(UTC) + timedelta(hours=24)).isoformat()
     quote = api.post("quotes", body)
     return str(api.post("contracts", {"quote": quote["id"]})["id"])
 
@@ -227,6 +230,10 @@ def _long(tenant: Tenant, seconds: int) -> str:
 
 def _state(tenant: Tenant, job: str) -> str:
     return str(tenant.client.get(f"jobs/{job}")["state"])
+
+
+def _cancellable(tenant: Tenant, job: str) -> bool:
+    return _state(tenant, job) in {"running", "placed", "queued"}
 
 
 def _all_over(tenants: list[Tenant]) -> bool:
@@ -271,6 +278,12 @@ def _hashing(operator: Tenant, site: PlantedSite) -> bool:
     miners = operator.client.get(f"sites/{site.id}/power")["miners"]
     time.sleep(1)
     return bool(miners["awake"] > miners["asleep"])
+
+
+def _collected(tenants: list[Tenant]) -> bool:
+    """Each tenant has an invoice, and all are paid."""
+    each = [t.client.every("invoices") for t in tenants]
+    return all(rows and all(row["state"] == "paid" for row in rows) for rows in each)
 
 
 def _paid_out(operator: Tenant) -> int:

@@ -200,7 +200,7 @@ def _book(api: Client, listing: str, kind: str, gpus: int) -> str:
     if kind == "spot":
         body["limit_price"] = 2_000_000
     if kind == "reserved":
-        body["ends_at"] = (datetime.now(UTC) + timedelta(hours=24)).isoformat()
+        body["ends_at"] = (datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(hours=24)).isoformat()
     quote = api.post("quotes", body)
     return str(api.post("contracts", {"quote": quote["id"]})["id"])
 

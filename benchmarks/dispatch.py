@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +144,11 @@ def run(options: Options) -> Report:
     gaps: list[float] = []
     least: dict[int, float] = {}
     for miners in (20_000, 200_000):
-        kinds = {"own ladders": {}, "identical": {"identical": True}, "caps cut by a third": {"caps": 0.67}}
+        kinds: dict[str, dict[str, Any]] = {
+            "own ladders": {},
+            "identical": {"identical": True},
+            "caps cut by a third": {"caps": 0.67},
+        }
         for name, kind in kinds.items():
             if options.quick and miners > 20_000 and kind:
                 continue

@@ -13,7 +13,7 @@ SESSION_KEY = "organization"
 
 def membership_of(request: HttpRequest) -> Membership | None:
     """The membership chosen in the session, else the person's oldest one; None without any."""
-    mine = Membership.objects.filter(user=request.user).select_related("organization").order_by("created_at", "id")
+    mine = Membership.objects.filter(user=request.user.pk).select_related("organization").order_by("created_at", "id")
     chosen = request.session.get(SESSION_KEY)
     found = mine.filter(organization_id=chosen).first() if chosen else None
     return found or mine.first()

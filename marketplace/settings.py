@@ -275,6 +275,7 @@ _TEAL = {  # the market's own colour
 }  # fmt: skip
 _ADMIN = {
     "SITE_ICON": "marketplace.admin.look.icon",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": "marketplace.admin.look.icon"}],
     "SITE_URL": "/",
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_BACK_BUTTON": True,
@@ -301,9 +302,11 @@ LANGUAGE_CODE = "en-us"
 TIME_ZONE = "UTC"
 USE_TZ = True
 USE_I18N = False
+DATETIME_FORMAT = "Y-m-d H:i:s"  # where a page does not say otherwise: UTC, to the second
+DATE_FORMAT = "Y-m-d"
 
 # --- logs: one JSON object a line in production, readable lines on a development machine
-_shared = [
+_shared: list[structlog.typing.Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.processors.TimeStamper(fmt="iso"),
     structlog.stdlib.add_logger_name,

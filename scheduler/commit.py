@@ -146,7 +146,8 @@ class _Checker:
         return all(row.vram_free[i] >= vram for i in p.gpus)
 
     def _path(self, host_id: int) -> list[Budget]:
-        path, node_id = [], self.node_of[host_id]
+        path: list[Budget] = []
+        node_id: int | None = self.node_of[host_id]
         while node_id is not None:
             b = self.budgets[node_id]
             path.append(

@@ -1,7 +1,7 @@
 """Who calls the API: a key, a person with a session, or an agent; and may they do this?"""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication, SessionAuthentication
@@ -94,7 +94,7 @@ class ActionPermission(BasePermission):
             raise MarketError("method_not_allowed", f"{request.method} {request.path}")
         if action == "public":
             return True
-        actor: Actor | None = request.auth
+        actor = cast("Actor | None", request.auth)
         if actor is None or actor.kind == "anonymous":
             raise MarketError("not_authenticated", "Send an API key as a bearer token, or sign in.")
         if action == "staff":
@@ -122,7 +122,7 @@ class KeyThrottle(SimpleRateThrottle):
     scope = "key"
 
     def get_cache_key(self, request: Request, view: "APIView") -> str | None:  # noqa: ARG002
-        actor: Actor | None = request.auth
+        actor = cast("Actor | None", request.auth)
         if actor is None:
             return f"throttle:ip:{self.get_ident(request)}"
         return f"throttle:{actor.kind}:{actor.key_id or actor.user_id or actor.site_id}"

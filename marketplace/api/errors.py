@@ -58,7 +58,7 @@ def translate(error: Exception) -> MarketError | None:
     if isinstance(error, exceptions.MethodNotAllowed):
         return MarketError("method_not_allowed", str(error))
     if isinstance(error, exceptions.Throttled):
-        return MarketError("rate_limited", "", extra={"retry_after": int(error.wait or 1)})
+        return MarketError("rate_limited", "", extra={"retry_after": int(getattr(error, "wait", None) or 1)})
     if isinstance(error, exceptions.ParseError | exceptions.UnsupportedMediaType):
         return MarketError("invalid_request", str(error))
     if isinstance(error, (OperationalError, InterfaceError)):

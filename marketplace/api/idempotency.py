@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from django.db import connection, transaction
 from django.utils import timezone
@@ -26,7 +26,7 @@ def once(request: Request, effect: Callable[[], Response]) -> Response:
 
     Refusals are not stored: nothing happened, so the same key may try again.
     """
-    actor: Actor = request.auth
+    actor = cast("Actor", request.auth)
     key = request.headers.get("Idempotency-Key", "")
     if not key or actor.organization_id is None:
         with transaction.atomic():

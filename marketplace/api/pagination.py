@@ -43,7 +43,7 @@ def _limit(text: str) -> int:
 
 
 def _encode(row: Any, column: str) -> str:
-    value = getattr(row, column.replace("__", ".")) if "__" not in column else None
+    value: Any = getattr(row, column) if "__" not in column else None
     plain = value.isoformat() if hasattr(value, "isoformat") else value
     return base64.urlsafe_b64encode(json.dumps([plain, row.pk]).encode()).decode()
 

@@ -1,6 +1,6 @@
 """Who: people, organizations, memberships, keys, and what billing lets an organization do."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from django.contrib.auth.models import AbstractUser, BaseUserManager
 from django.contrib.postgres.fields import ArrayField
@@ -10,7 +10,7 @@ from django.db.models.functions import Lower
 from marketplace.tenancy import ROLES, TenantModel, TenantQuerySet
 
 
-class UserManager(BaseUserManager):
+class UserManager(BaseUserManager["User"]):
     """E-mail is the name."""
 
     use_in_migrations = True
@@ -26,15 +26,16 @@ class UserManager(BaseUserManager):
 
 
 class User(AbstractUser):
-    username = None
-    first_name = None
-    last_name = None
+    # None takes an inherited field away, and the inherited manager asks for a username: the stubs know neither.
+    username = None  # type: ignore[assignment]
+    first_name = None  # type: ignore[assignment]
+    last_name = None  # type: ignore[assignment]
     email = models.EmailField("e-mail", unique=True)
     name = models.CharField(max_length=120, blank=True)
 
     USERNAME_FIELD = "email"
     REQUIRED_FIELDS = []
-    objects = UserManager()
+    objects: ClassVar[UserManager] = UserManager()  # type: ignore[assignment]
 
     class Meta:
         constraints = [models.UniqueConstraint(Lower("email"), name="user_email_ci")]
@@ -82,7 +83,7 @@ class Organization(TenantModel):
 
 class Membership(TenantModel):
     PREFIX = "mem"
-    Role = models.TextChoices("Role", [(r.upper(), r) for r in ROLES])
+    Role = models.TextChoices("Role", [(r.upper(), r) for r in ROLES])  # type: ignore[call-overload]  # enum's functional form
 
     user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="memberships")
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="memberships")

@@ -58,7 +58,8 @@ def record(site: Site, *, now: datetime) -> None:
             " spot_w = EXCLUDED.spot_w, idle_gpu_w = EXCLUDED.idle_gpu_w, hashing_w = EXCLUDED.hashing_w,"
             " overhead_w = EXCLUDED.overhead_w,"
             " metered_w = EXCLUDED.metered_w, cap_w = EXCLUDED.cap_w, hashing_ghs = EXCLUDED.hashing_ghs,"
-            " hashing_mwh = marketplace_siteminute.hashing_mwh + EXCLUDED.hashing_mwh, ai_mwh = marketplace_siteminute.ai_mwh + EXCLUDED.ai_mwh,"
+            " hashing_mwh = marketplace_siteminute.hashing_mwh + EXCLUDED.hashing_mwh,"
+            " ai_mwh = marketplace_siteminute.ai_mwh + EXCLUDED.ai_mwh,"
             " hashing_microusd = marketplace_siteminute.hashing_microusd + EXCLUDED.hashing_microusd,"
             " energy_microusd = marketplace_siteminute.energy_microusd + EXCLUDED.energy_microusd",
             [

@@ -6,7 +6,7 @@ moved. `transition` is the same for one row, and refuses with a clear error wher
 
 from collections.abc import Collection, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from django.db import connection, models
 
@@ -61,6 +61,7 @@ def transition_many(
 
 def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor: str, reason: str) -> None:
     event, key = _EVENTS[model]
+    room = cast("models.CharField[str, str]", event._meta.get_field("reason")).max_length
     with connection.cursor() as cursor:
         cursor.execute(
             f"INSERT INTO {event._meta.db_table} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608
@@ -69,7 +70,7 @@ def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor:
                 now,
                 actor[:120],
                 to,
-                reason[: event._meta.get_field("reason").max_length],
+                reason[:room],
                 list(moved),
                 list(moved.values()),
             ],

@@ -97,6 +97,7 @@ def _site(
 def plant_site(actor: Actor, cell: Cell, title: str, region: str, grid: str, spec: Spec, now: datetime) -> Site:
     """The site with its power tree, hosts and miners as its operator would import them."""
     root, *below = spec["nodes"]
+    assert actor.organization_id is not None
     organization = Organization.objects.get(pk=actor.organization_id)
     site = sites.create_site(
         organization, actor=actor, now=now, name=title, region=region, cell=cell, contract_power_w=root["cap_w"],

@@ -96,7 +96,7 @@ class Store:
         row = self._db.execute("SELECT kind, account, body FROM objects WHERE id = ?", (id_,)).fetchone()
         if row is None or (kind is not None and row[0] != kind) or (account is not None and row[1] != account):
             return None
-        return json.loads(row[2])  # type: ignore[no-any-return]
+        return json.loads(row[2])
 
     def delete(self, id_: str) -> None:
         self._db.execute("DELETE FROM objects WHERE id = ?", (id_,))
@@ -168,7 +168,7 @@ class Store:
 
     def remembered(self, scope: str, key: str) -> tuple[str, int, str, str] | None:
         sql = "SELECT fingerprint, status, body, request_id FROM idempotency WHERE scope = ? AND key = ?"
-        return self._db.execute(sql, (scope, key)).fetchone()  # type: ignore[no-any-return]
+        return self._db.execute(sql, (scope, key)).fetchone()
 
     def remember(self, scope: str, key: str, fingerprint: str, status: int, body: str, request_id: str) -> None:
         self._db.execute(

@@ -115,7 +115,13 @@ def test_a_job_waits_for_its_watts_runs_and_gives_them_back(market):
     assert host.desired_limits_w == [200] * 8
     assert host.reserved_w > host.parked_w  # not read back yet
     Host.objects.update(applied_generation=host.desired_generation)
-    for kind, value in (("difficulty", 148 * 10**12), ("btc_usd_cents", 9_000_000), ("block_height", 930_000), ("fees_sat_per_block", 2_000_000)):
+    quoted = {
+        "difficulty": 148 * 10**12,
+        "btc_usd_cents": 9_000_000,
+        "block_height": 930_000,
+        "fees_sat_per_block": 2_000_000,
+    }
+    for kind, value in quoted.items():
         feeds.store(kind, value, source="test", observed_at=end, now=end)
     read_all(site, end, asleep=True)
     woken = 0
@@ -131,7 +137,7 @@ def test_a_job_waits_for_its_watts_runs_and_gives_them_back(market):
 
 
 def test_a_failed_replica_ends_its_gang_and_a_lost_host_requeues_it(market):
-    site, host, miners, agent, contract = market
+    site, host, _miners, agent, contract = market
     Miner.objects.filter(site=site).delete()
     PowerNode.objects.filter(site=site).update(reserved_mw=0)
     second = f.host(site, power_node="pdu-1")
@@ -164,7 +170,7 @@ def test_a_failed_replica_ends_its_gang_and_a_lost_host_requeues_it(market):
 
 
 def test_a_waiting_job_says_what_binds(market):
-    site, host, _, _, contract = market
+    site, _host, _, _, contract = market
     read_all(site, NOW, asleep=False)
     first = submit(contract)
     second = submit(contract)
@@ -176,7 +182,7 @@ def test_a_waiting_job_says_what_binds(market):
 
 
 def test_cancel_while_waiting_and_while_running(market):
-    site, host, miners, agent, contract = market
+    site, _host, _miners, agent, contract = market
     waiting = submit(contract)
     jobs.cancel(f.actor(contract.organization), waiting, now=NOW)
     assert waiting.state == "cancelled"
@@ -214,7 +220,7 @@ def test_two_cycles_of_one_cell_do_not_place_a_job_twice(market):
     from scheduler import commit, snapshot
     from scheduler.core.plan import plan
 
-    site, host, _, _, contract = market
+    _site, _host, _, _, contract = market
     job = submit(contract)
     stale = snapshot.take(contract.cell, now=NOW)
     made = plan(stale.fleet, stale.requests, stale.running, policy=stale.policy, seed=0, now_s=0)

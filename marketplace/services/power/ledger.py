@@ -39,7 +39,7 @@ class Ledger:
             )
             for n in nodes.values()
         )
-        free = np.array([nodes[k].allowed_mw - nodes[k].reserved_mw for k in tree.keys], np.int64)  # type: ignore[index]
+        free = np.array([nodes[k].allowed_mw - nodes[k].reserved_mw for k in tree.keys], np.int64)
         return cls(site_id, nodes, tree, free)
 
     def refuses(self, node_id: int, delta_w: int, kind: int = core.HOST) -> core.Refusal | None:

@@ -221,6 +221,11 @@ class StaffAdmin(Desk):
             return list(self.fields)
         return [f.name for f in self.model._meta.fields if f.name not in {"id", "secrets", "password", "digest", "env"}]
 
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        """Three beside each other: there is much to read."""
+        names = self.get_fields(request, obj)
+        return [(None, {"fields": [tuple(names[i : i + 3]) for i in range(0, len(names), 3)]})]
+
 
 class RowsInline(TabularInline):
     """Rows below their parent, to read."""
@@ -228,6 +233,7 @@ class RowsInline(TabularInline):
     extra = 0
     can_delete = False
     show_change_link = False
+    hide_title = True
     per_page = 50
     ordering = ("pk",)
 

@@ -93,7 +93,7 @@ def _runs(slices: Sequence[Slice], step: timedelta) -> list[list[Slice]]:
     return runs
 
 
-def _line(runs: Iterable[Sequence[Slice]], value, x, y, step: timedelta) -> str:  # type: ignore[no-untyped-def] # noqa: ANN001
+def _line(runs: Iterable[Sequence[Slice]], value, x, y, step: timedelta) -> str:  # noqa: ANN001
     parts = []
     for run in runs:
         points = [f"{x(at)} {y(v)}" for s in run if (v := value(s)) is not None for at in (s.start, s.start + step)]

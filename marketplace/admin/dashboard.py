@@ -37,7 +37,7 @@ def operator(actor: Actor, query: Any) -> dict[str, Any]:
     """Context of the operator's overview. `query`: `window` = 1h | 24h, `site` = the id of one of its own."""
     now = timezone.now()
     sites = list(own(Site, actor).order_by("name"))
-    window = query.get("window") if query.get("window") in WINDOWS else "1h"
+    window = window_of(query)
     chosen = next((s for s in sites if str(s.pk) == query.get("site")), None)
     shown = [chosen] if chosen else sites
     return {
@@ -54,6 +54,12 @@ def operator(actor: Actor, query: Any) -> dict[str, Any]:
         .select_related("site", "node")
         .order_by("starts_at")[:10],
     }
+
+
+def window_of(query: Any) -> str:
+    """A key of WINDOWS."""
+    asked = str(query.get("window"))
+    return asked if asked in WINDOWS else "1h"
 
 
 # --- the chart

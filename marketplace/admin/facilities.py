@@ -6,7 +6,7 @@ from django import forms
 from django.conf import settings
 from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import NON_FIELD_ERRORS, PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
@@ -30,6 +30,10 @@ MODES = {
 }
 
 
+def _is_not(mode: str) -> Any:
+    return lambda row: row.mode != mode
+
+
 def _set_mode(mode: str) -> Any:
     def run(call: Call) -> str:
         sites.set_site_mode(call.row, mode, actor=call.actor, now=call.now)
@@ -40,7 +44,7 @@ def _set_mode(mode: str) -> Any:
 
 def _token(call: Call) -> HttpResponse:
     _, token = sites.create_enrolment_token(call.row, actor=call.actor, now=call.now)
-    call.request.current_app = operator_site.name  # type: ignore[attr-defined]
+    call.request.current_app = operator_site.name
     context = {
         **operator_site.each_context(call.request),
         "title": f"Enrol an agent at {call.row.name}",
@@ -99,7 +103,7 @@ class SiteAdmin(look.Shown, TenantAdmin):
         *(
             Move(
                 name=f"mode-{mode}", label=f"Mode {mode}", question=said, action="power:write", run=_set_mode(mode),
-                possible=lambda row, mode=mode: row.mode != mode, icon=icon, danger=mode in {"shed", "off"},
+                possible=_is_not(mode), icon=icon, danger=mode in {"shed", "off"},
             )
             for mode, (said, icon) in MODES.items()
         ),
@@ -155,7 +159,7 @@ class SiteAdmin(look.Shown, TenantAdmin):
 
     def more(self, request: HttpRequest, row: Any) -> dict[str, Any]:
         actor = self.actor(request)
-        window = request.GET.get("window") if request.GET.get("window") in dashboard.WINDOWS else "1h"
+        window = dashboard.window_of(request.GET)
         return {
             "tree": dashboard.tree(own(PowerNode, actor).filter(site=row)),
             "chart": dashboard.chart(own(SiteMinute, actor).filter(site=row), window, timezone.now()),
@@ -239,8 +243,10 @@ class ImportForm(forms.Form):
         return values
 
     def again(self, text: str) -> "ImportForm":
+        """The text in the box, with what was refused beside it."""
         form = ImportForm({"kind": self.cleaned_data["kind"], "text": text})
-        form._errors = self.errors
+        for name, refused in self.errors.items():
+            form.add_error(None if name == NON_FIELD_ERRORS else name, list(refused))
         return form
 
 

@@ -81,13 +81,13 @@ def dress(form: forms.BaseForm) -> forms.BaseForm:
     """Give a plain form's fields the looks of the rest."""
     for field in form.fields.values():
         kind = type(field.widget)
-        classes = {
+        by_kind: dict[Any, list[str]] = {
             forms.Textarea: widgets.TEXTAREA_CLASSES,
             forms.Select: widgets.SELECT_CLASSES,
             forms.CheckboxInput: widgets.CHECKBOX_CLASSES,
-        }.get(kind, widgets.INPUT_CLASSES)
+        }
         if kind is not forms.ClearableFileInput:
-            field.widget.attrs["class"] = " ".join(classes)
+            field.widget.attrs["class"] = " ".join(by_kind.get(kind, widgets.INPUT_CLASSES))
     return form
 
 

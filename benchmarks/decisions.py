@@ -15,11 +15,12 @@ import numpy as np
 from benchmarks import packing
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes
-from scheduler.core.fit import static_kernel
+from scheduler.core.fit_kernels import static_kernel
 from scheduler.core.jit import kernel
-from scheduler.core.kernels import NO, Cache, State, note_change, refresh_host, score_host, take
+from scheduler.core.kernels import Cache, note_change
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import Tables, tables_for
+from scheduler.core.state import NO, State, refresh_host, score_host, take
 from scheduler.core.types import F64, I32, I64, Fleet
 
 SIZES = {"per_s_1213": 1213, "per_s_10k": 10_000, "per_s_100k": 100_000}

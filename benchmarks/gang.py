@@ -10,9 +10,10 @@ import numpy as np
 
 from benchmarks.harness import Options, Report, best_of, require
 from scheduler.core import gang
-from scheduler.core.fit import HostRow, choose_gpus, fits_one, host_row, request_vector
-from scheduler.core.kernels import State
+from scheduler.core.fit import HostRow, choose_gpus, fits_one, host_row
+from scheduler.core.fit_kernels import request_vector
 from scheduler.core.pack import make_state
+from scheduler.core.state import State
 from scheduler.core.types import Fleet, Level, Reason, Request, Topology
 
 HOSTS, RACK, RACKS_A_BLOCK, REPLICAS = 2500, 16, 16, 2304

@@ -14,11 +14,11 @@ import numpy as np
 from benchmarks import traces
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes, Trace
-from scheduler.core.fit import fit_kernel
+from scheduler.core.fit_kernels import fit_kernel
 from scheduler.core.jit import kernel
-from scheduler.core.kernels import State, refresh_all, take
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import MixEstimate, tables_for
+from scheduler.core.state import State, refresh_all, take
 from scheduler.core.types import I32, I64, Fleet, Request
 
 POINTS = (100, 130)

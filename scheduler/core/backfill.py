@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.core import fit, gang
-from scheduler.core.kernels import State, give
+from scheduler.core import fit_kernels as fit
+from scheduler.core import gang
 from scheduler.core.pack import copy_state
 from scheduler.core.preempt import Held
+from scheduler.core.state import State, give
 from scheduler.core.types import I32, I64, Running, Topology
 
 

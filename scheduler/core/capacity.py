@@ -24,165 +24,35 @@ Nothing else holds capacity: ceilings of on-demand and spot contracts are rates,
 unused may be lent to spot and hashing meanwhile.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-LEVELS = ("host", "leaf", "spine", "site")
-FOREVER = 1 << 62  # the end of a claim whose end nobody knows (a host held by a running on-demand job, an outage)
+from scheduler.core.claims import (
+    FOREVER,
+    LEVELS,
+    CapacityError,
+    Claim,
+    Hosts,
+    Ints,
+    Pool,
+    Shape,
+    check_level,
+    check_window,
+)
 
-Ints = npt.NDArray[np.int64]
+__all__ = [
+    "FOREVER", "FRAGMENTED", "LEVELS", "NEVER_FITS", "NO_CAPACITY", "Admission", "Alternatives", "CalendarCell", "CapacityError",
+    "Claim", "Hosts", "Pool", "Shape", "admit", "claim_window", "free_calendar", "largest", "largest_each", "violations",
+]  # fmt: skip
 
 # Reasons of a refusal, in the order in which they are examined.
 NEVER_FITS = "shape_never_fits"  # not even with every host empty
 NO_CAPACITY = "no_capacity_in_window"  # the GPUs exist; others hold them in this window
-FRAGMENTED = (
-    "fragmented_at_level"  # enough GPUs are free in a wider cell, but not inside one cell of the level asked for
-)
-
-
-class CapacityError(ValueError):
-    """A question that has no meaning: an empty window, an unknown level or host, a count that is no multiple of the
-    chunk.
-    """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a block is made of: GPUs come in chunks of `chunk` on one host (8 = whole 8-GPU hosts, 1 = any)."""
-
-    chunk: int = 1
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise CapacityError(f"chunk {self.chunk}: at least one GPU")
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Columns of the hosts offered, one entry per host, and the cell each belongs to at every level.
-
-    `cell[level]` numbers the cells of a level; cells nest by construction (a leaf's name counts inside its spine, a
-    spine's inside its site). A host with no leaf (None or "") is a leaf of its own, likewise for the spine: adjacency
-    nobody declared is not promised.
-    """
-
-    ids: tuple[Hashable, ...]
-    gpus: Ints
-    cell: dict[str, Ints]
-    sites: tuple[Hashable, ...]
-    position: dict[Hashable, int] = field(repr=False)
-
-    @staticmethod
-    def of(rows: Iterable[Sequence[Hashable]]) -> "Hosts":
-        """Rows of (host id, gpus, leaf, spine) or (host id, gpus, leaf, spine, site); a host that is down counts 0
-        GPUs.
-        """
-        ids: list[Hashable] = []
-        gpus: list[int] = []
-        codes: dict[str, list[int]] = {level: [] for level in LEVELS}
-        known: dict[str, dict[Hashable, int]] = {level: {} for level in LEVELS}
-        for row in rows:
-            host, count, leaf, spine = row[:4]
-            if not isinstance(count, int | np.integer) or count < 0:
-                raise CapacityError(f"host {host!r}: {count!r} GPUs")
-            site: Hashable = row[4] if len(row) > 4 else None
-            spine_key: Hashable = (site, spine) if spine not in {None, ""} else (site, "host", host)
-            leaf_key: Hashable = (spine_key, leaf) if leaf not in {None, ""} else (spine_key, "host", host)
-            ids.append(host)
-            gpus.append(int(count))
-            for level, key in zip(LEVELS, (host, leaf_key, spine_key, site), strict=True):
-                codes[level].append(known[level].setdefault(key, len(known[level])))
-        if len(known["host"]) != len(ids):
-            raise CapacityError("a host id appears twice")
-        return Hosts(
-            ids=tuple(ids),
-            gpus=np.array(gpus, np.int64),
-            cell={level: np.array(codes[level], np.int64) for level in LEVELS},
-            sites=tuple(known["site"]),
-            position=dict(known["host"]),
-        )
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Capacity promised: `hold` = ((host id, GPUs), ...) during [start, end), inside one cell of `level`, in chunks of
-    `chunk`.
-
-    Maintenance, a listing's closed hours and a live quote's hold are claims too; `key` names the row it came from.
-    """
-
-    key: Hashable
-    start: int
-    end: int
-    hold: tuple[tuple[Hashable, int], ...]
-    level: str = "site"
-    chunk: int = 1
-
-    @property
-    def gpus(self) -> int:
-        return sum(count for _, count in self.hold)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Hosts and every claim on them; immutable. Holds on hosts that are not in `hosts` are left out of the columns."""
-
-    hosts: Hosts
-    claims: tuple[Claim, ...]
-    at: Ints = field(repr=False)
-    starts: Ints = field(repr=False)
-    ends: Ints = field(repr=False)
-    held: Ints = field(repr=False)
-
-    @staticmethod
-    def build(hosts: Hosts, claims: Iterable[Claim] = ()) -> "Pool":
-        kept = tuple(claims)
-        columns: list[tuple[int, int, int, int]] = []
-        for claim in kept:
-            if claim.start >= claim.end:
-                raise CapacityError(f"claim {claim.key!r}: empty window [{claim.start}, {claim.end})")
-            for host, count in claim.hold:
-                at = hosts.position.get(host)
-                if at is not None and count > 0:
-                    columns.append((at, claim.start, claim.end, count))
-        table = np.array(columns, np.int64).reshape(-1, 4)
-        return Pool(hosts, kept, *(np.ascontiguousarray(table[:, i]) for i in range(4)))
-
-    def plus(self, *claims: Claim) -> "Pool":
-        return Pool.build(self.hosts, (*self.claims, *claims))
-
-    def without(self, keys: Collection[Hashable]) -> "Pool":
-        return Pool.build(self.hosts, (claim for claim in self.claims if claim.key not in keys))
-
-    def peak(self, t1: int, t2: int) -> Ints:
-        """Most GPUs held at one instant of [t1, t2), per host."""
-        _check_window(t1, t2)
-        peak = np.zeros(len(self.hosts.ids), np.int64)
-        near = np.flatnonzero((self.starts < t2) & (self.ends > t1))
-        if near.size == 0:
-            return peak
-        host, held = self.at[near], self.held[near]
-        hosts = np.concatenate((host, host))
-        times = np.concatenate((np.maximum(self.starts[near], t1), self.ends[near]))
-        change = np.concatenate((held, -held))
-        # Per host in time order; at one instant ends come before starts, for windows are half-open.
-        order = np.lexsort((change, times, hosts))
-        hosts, level = hosts[order], np.cumsum(change[order])
-        first = np.flatnonzero(np.r_[True, hosts[1:] != hosts[:-1]])
-        # Every host's changes sum to zero, so the running sum needs no restart at a host's first event.
-        peak[hosts[first]] = np.maximum.reduceat(level, first)
-        return peak
-
-    def free(self, t1: int, t2: int) -> Ints:
-        """GPUs of each host that nobody holds at any instant of [t1, t2); never negative, also where the host
-        shrank.
-        """
-        free: Ints = np.maximum(self.hosts.gpus - self.peak(t1, t2), 0)
-        return free
+FRAGMENTED = "fragmented_at_level"  # enough GPUs are free in a wider cell, but not inside one of the level asked for
 
 
 @dataclass(frozen=True)
@@ -225,21 +95,11 @@ class Admission:
     alternatives: Alternatives | None = None
 
 
-def _check_window(t1: int, t2: int) -> None:
-    if t1 >= t2:
-        raise CapacityError(f"empty window [{t1}, {t2})")
-
-
-def _check_level(level: str) -> None:
-    if level not in LEVELS:
-        raise CapacityError(f"level {level!r} is none of {', '.join(LEVELS)}")
-
-
 def claim_window(start: int, end: int, lead_s: int, now: int) -> tuple[int, int]:
     """When the capacity of a contract over [start, end) must be taken: `lead_s` (notice + checkpoint grace + shed lead)
     early, not in the past.
     """
-    _check_window(start, end)
+    check_window(start, end)
     return min(start, max(now, start - lead_s)), end
 
 
@@ -257,13 +117,13 @@ def largest(pool: Pool, shape: Shape, level: str, t1: int, t2: int) -> int:
     """Most GPUs that one block inside one cell of `level` can hold during all of [t1, t2); exact, a multiple of the
     chunk.
     """
-    _check_level(level)
+    check_level(level)
     return _most(pool.hosts, pool.free(t1, t2) // shape.chunk, level) * shape.chunk
 
 
 def largest_each(pool: Pool, shape: Shape, level: str, t1: int, t2: int) -> dict[Hashable, int]:
     """`largest` for every site of the pool at once: one pass over all hosts of a catalogue."""
-    _check_level(level)
+    check_level(level)
     hosts = pool.hosts
     cells = _by_cell(hosts, pool.free(t1, t2) // shape.chunk, level)
     best = np.zeros(len(hosts.sites), np.int64)
@@ -279,8 +139,8 @@ def free_calendar(
     With `step_s`: per step of that length (the last may be shorter), bookable for the whole step. Without: the exact
     step function, cut where any claim begins or ends, equal neighbours joined.
     """
-    _check_level(level)
-    _check_window(t1, t2)
+    check_level(level)
+    check_window(t1, t2)
     if step_s is not None:
         if step_s < 1:
             raise CapacityError(f"step of {step_s} s")
@@ -434,8 +294,8 @@ def admit(
     and then come back in `moves`.
     Exact without `movable`: refused only if no hold exists. Raises CapacityError for a question without meaning.
     """
-    _check_level(level)
-    _check_window(t1, t2)
+    check_level(level)
+    check_window(t1, t2)
     if gpus < 1 or gpus % shape.chunk:
         raise CapacityError(f"{gpus} GPUs are no positive multiple of the chunk of {shape.chunk}")
     found = _place(pool, shape, level, gpus, t1, t2)

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from scheduler.core import gang
-from scheduler.core.fit import (
+from scheduler.core.fit_kernels import (
     ACTIVE,
     CPU,
     NGPU,
@@ -23,7 +23,7 @@ from scheduler.core.fit import (
     fit_kernel,
 )
 from scheduler.core.jit import kernel
-from scheduler.core.kernels import State
+from scheduler.core.state import State
 from scheduler.core.types import FIT_STAGES, I64, NO_NODE, Decision, Level, Reason, Request
 
 _REASONS: Final = 20

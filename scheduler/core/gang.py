@@ -16,8 +16,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from scheduler.core import fit
-from scheduler.core.fit import (
+from scheduler.core import fit_kernels as fit
+from scheduler.core.fit_kernels import (
     ACTIVE,
     CPU,
     HELD,
@@ -39,7 +39,7 @@ from scheduler.core.fit import (
     watts_bind,
 )
 from scheduler.core.jit import kernel
-from scheduler.core.kernels import State, give, take
+from scheduler.core.state import State, give, take
 from scheduler.core.types import I32, I64, Level, Topology
 
 MANY: Final = 1 << 30

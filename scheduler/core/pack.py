@@ -7,10 +7,12 @@ from typing import Final
 
 import numpy as np
 
-from scheduler.core import fit, kernels
-from scheduler.core.fit import HOST_WIDTH, REQUEST_WIDTH, request_vector
-from scheduler.core.kernels import BLOCK, META_WIDTH, Cache, State
+from scheduler.core import fit_kernels as fit
+from scheduler.core import kernels
+from scheduler.core.fit_kernels import HOST_WIDTH, REQUEST_WIDTH, request_vector
+from scheduler.core.kernels import BLOCK, META_WIDTH, Cache
 from scheduler.core.score import Tables
+from scheduler.core.state import State, give, refresh_all, refresh_host, take
 from scheduler.core.types import I32, I64, Fleet, Request
 
 TABLE_CELLS: Final = 48_000_000  # int32 scores kept at most (192 MB); classes beyond that share slots
@@ -95,7 +97,7 @@ class Packer:
         self.classes = np.ascontiguousarray(classes.reshape(-1, REQUEST_WIDTH))
         self.tables = tables
         self.state = make_state(fleet, order)
-        kernels.refresh_all(self.state, tables)
+        refresh_all(self.state, tables)
         hosts, count = len(fleet), max(1, len(self.classes))
         blocks = -(-hosts // BLOCK) or 1
         tops = -(-blocks // BLOCK)
@@ -150,19 +152,19 @@ class Packer:
 
     def take(self, row: int, k: int, mask: int) -> int:
         """Books one replica of class k on a row; returns W."""
-        delta = int(kernels.take(row, self.classes[k], mask, self.state))
+        delta = int(take(row, self.classes[k], mask, self.state))
         self.touched(row)
         return delta
 
     def give(self, row: int, vector: I64, mask: int) -> int:
         """Gives back what a placement of this vector holds on a row; returns W."""
-        delta = int(kernels.give(row, vector, mask, self.state))
+        delta = int(give(row, vector, mask, self.state))
         self.touched(row)
         return delta
 
     def touched(self, row: int) -> None:
         """Tells the table that a row changed."""
-        kernels.refresh_host(row, self.state, self.tables)
+        refresh_host(row, self.state, self.tables)
         kernels.note_change(row, self.cache)
 
     def watts_returned(self) -> None:

@@ -16,7 +16,8 @@ from itertools import groupby
 
 import numpy as np
 
-from scheduler.core import backfill, explain, fit, gang, kernels
+from scheduler.core import backfill, explain, gang, kernels
+from scheduler.core import fit_kernels as fit
 from scheduler.core.fit import request_error
 from scheduler.core.pack import Packer, Run, bits, classes_of
 from scheduler.core.preempt import Preemptor

@@ -21,10 +21,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from scheduler.core import fit
-from scheduler.core.fit import REQUEST_WIDTH, fit_kernel, static_kernel
+from scheduler.core import fit_kernels as fit
+from scheduler.core.fit_kernels import REQUEST_WIDTH, fit_kernel, static_kernel
 from scheduler.core.jit import kernel
-from scheduler.core.kernels import State, give, take
+from scheduler.core.state import State, give, take
 from scheduler.core.types import I32, I64, WHOLE, Kind, Request, Running
 
 MAX_VICTIM_JOBS: Final = 4096  # jobs looked at for a gang; beyond that only the first in order

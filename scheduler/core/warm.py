@@ -1,5 +1,7 @@
 """Compiles the kernels ahead of their first use: `python -m scheduler.core.warm`. A second call finds them in the cache."""
 
+from typing import Any
+
 import numpy as np
 
 from scheduler.core import dispatch, power
@@ -15,7 +17,7 @@ def warm() -> None:
     full = Fleet.build(
         [{**host, "host_id": 1, "gpus": 8, "gpu_free": [0] * 8, "vram_free": [0] * 8, "gpu_active": 255}], [node]
     )
-    shape = {"cpu": 1000, "ram": 1000}
+    shape: dict[str, Any] = {"cpu": 1000, "ram": 1000}
     wanted = [
         Request(job=1, gpus=1, gpu_milli=500, **shape),
         Request(job=2, gpus=2, replicas=3, **shape),

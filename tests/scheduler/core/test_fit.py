@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.fit import HELD, budgets_of, choose_gpus, fit_kernel, fits_one, host_row, host_watts, request_vector
+from scheduler.core.fit import budgets_of, choose_gpus, fits_one, host_row, host_watts
+from scheduler.core.fit_kernels import HELD, fit_kernel, request_vector
 from scheduler.core.gang import room
 from scheduler.core.pack import bits, make_state
 from scheduler.core.plan import plan

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core import kernels
-from scheduler.core.fit import request_vector
+from scheduler.core.fit_kernels import NODE, choose_kernel, delta_kernel, request_vector, static_kernel, watts_bind
 from scheduler.core.pack import Packer, bits, classes_of, make_state
 from scheduler.core.score import (
     MixEstimate,
@@ -18,6 +17,7 @@ from scheduler.core.score import (
     tables_for,
     typical,
 )
+from scheduler.core.state import NO, fragmentation, score_host
 from scheduler.core.types import Fleet, Request
 from tests.scheduler.core.cells import cell, queue
 
@@ -58,26 +58,26 @@ def test_fragmentation_by_tables_is_the_definition(seed):
     shapes = random_shapes(dice)
     tables, state = tables_for(fleet, shapes, "fgd"), make_state(fleet)
     for h in range(len(fleet)):
-        assert kernels.fragmentation(state.rows[h], state.gfree[h], tables) == plain_fragmentation(fleet, h, shapes)
+        assert fragmentation(state.rows[h], state.gfree[h], tables) == plain_fragmentation(fleet, h, shapes)
 
 
 def plain_best(packer, k):
     """(host, score) by looking at every host: what the table and its arg-max must agree with."""
-    best = (-1, kernels.NO)
+    best = (-1, NO)
     for h in range(len(packer.state.rows)):
         q = packer.classes[k]
-        if kernels.static_kernel(packer.state.rows[h], q):
+        if static_kernel(packer.state.rows[h], q):
             continue
-        value, mask = kernels.score_host(h, q, packer.state, packer.tables)
+        value, mask = score_host(h, q, packer.state, packer.tables)
         if value <= best[1]:
             continue
-        reason, fallback = kernels.choose_kernel(
+        reason, fallback = choose_kernel(
             packer.state.rows[h], packer.state.gfree[h], packer.state.vfree[h], packer.state.nvl[h], q
         )
         s = packer.state
         for m in (mask, fallback) if mask else (fallback,):
-            delta = kernels.delta_kernel(s.rows[h], m)
-            if not reason and kernels.watts_bind(s.rows[h, kernels.NODE], delta, s.parent, s.k, s.budget) < 0:
+            delta = delta_kernel(s.rows[h], m)
+            if not reason and watts_bind(s.rows[h, NODE], delta, s.parent, s.k, s.budget) < 0:
                 best = (h, value)
                 break
     return best

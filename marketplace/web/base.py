@@ -59,12 +59,12 @@ def _turned_away(request: HttpRequest, action: str) -> HttpResponse | None:
         return None
     actor = actor_of(request)
     if not request.user.is_authenticated:
-        return _htmx_aware(request, redirect_to_login(request.get_full_path()))
+        return _htmx_aware(request, redirect_to_login(_page_of(request)))
     if action == "person":
         return None
     if actor.organization_id is None:
         messages.info(request, "First, create the organization that books and pays.")
-        back = request.get_full_path() if request.method == "GET" else "/"
+        back = _page_of(request) if request.method == "GET" else "/"
         return _htmx_aware(request, redirect(f"{reverse('web:organization-new')}?{urlencode({'next': back})}"))
     if not actor.may(action):
         raise MarketError("forbidden", f"The role {actor.role} may not do {action}. Ask an owner of the organization.")
@@ -75,6 +75,12 @@ def person(request: HttpRequest) -> User:
     """Whoever is signed in, on a page of action "person"."""
     assert isinstance(request.user, User)
     return request.user
+
+
+def _page_of(request: HttpRequest) -> str:
+    """The path of the page that asks: a fragment's is that of the page around it."""
+    around = request.htmx.current_url_abs_path if request.htmx else None  # type: ignore[attr-defined]
+    return around or request.get_full_path()
 
 
 def _htmx_aware(request: HttpRequest, response: Any) -> HttpResponse:

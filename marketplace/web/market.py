@@ -9,6 +9,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import path, reverse
 from django.utils import timezone
+from django.utils.cache import patch_vary_headers
 
 from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
@@ -56,12 +57,16 @@ def market(request: HttpRequest) -> HttpResponse:
         "facets": _facets(request, found.facets) if found else [],
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),
-        "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level"} and any(v)),
+        "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level", "view"} and any(v)),
         "livemode": actor.livemode,
+        "table": request.GET.get("view") == "table",
     }
     if getattr(request, "htmx", False) and request.htmx.target == "results":  # type: ignore[attr-defined]
-        return render(request, "part/results.html", context)
-    return render(request, "market.html", {**context, "hero": _hero(actor)})
+        response = render(request, "part/results.html", context)
+    else:
+        response = render(request, "market.html", {**context, "hero": _hero(actor)})
+    patch_vary_headers(response, ["HX-Request", "HX-Target"])  # one address, two answers
+    return response
 
 
 def _hero(actor: Actor) -> dict[str, Any] | None:

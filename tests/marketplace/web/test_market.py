@@ -45,6 +45,22 @@ def test_a_fragment_for_htmx_is_the_results_alone(market, browser):
     assert 'hx-swap-oob="true"' in page  # the facets come along
 
 
+def test_the_table_keeps_the_filters(market, browser):
+    page = text(browser().get("/?gpu_model=H100-SXM&view=table"))
+    assert "<caption" in page
+    assert "16 of 16" in page
+    assert 'href="?gpu_model=H100-SXM"' in page  # back to the cards
+    assert "HX-Request" in browser().get("/")["Vary"]
+
+
+def test_a_fragment_whose_session_is_over_leads_to_log_in_and_back_to_its_page(market, browser):
+    job = factories.job(market.contract())
+    htmx = {"HX-Request": "true", "HX-Current-URL": f"http://testserver/jobs/{job.public_id}?stream=stderr"}
+    response = browser().get(f"/jobs/{job.public_id}/live", headers=htmx)
+    assert response.status_code == 204
+    assert response["HX-Redirect"] == f"/accounts/login/?next=/jobs/{job.public_id}%3Fstream%3Dstderr"
+
+
 def test_the_live_market_shows_no_test_offers_and_a_house_with_only_test_offers_shows_them(market, browser):
     test_operator = factories.organization("Test Power", is_operator=True, livemode=False)
     test_site = factories.site(test_operator)

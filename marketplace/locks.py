@@ -7,6 +7,7 @@ Advisory, transaction-scoped, sorted: two callers that want the same set can nev
 from enum import IntEnum
 
 from django.db import OperationalError, connection
+from psycopg.errors import DeadlockDetected, LockNotAvailable
 
 from marketplace.errors import MarketError
 
@@ -38,6 +39,8 @@ def acquire(*wanted: tuple[Lock, int], timeout_ms: int = 3000) -> None:
             for number in sorted({_number(kind, pk) for kind, pk in wanted}):
                 cursor.execute("SELECT pg_advisory_xact_lock(%s)", [number])
         except OperationalError as error:
+            if not isinstance(error.__cause__, LockNotAvailable | DeadlockDetected):
+                raise  # the server is gone: that is not somebody else at work
             names = ", ".join(f"{kind.name.lower()} {pk}" for kind, pk in sorted(wanted))
             raise MarketError("busy", f"Waited {timeout_ms} ms for {names}.") from error
 

@@ -24,6 +24,8 @@ _handlers: dict[str, Handler] = {}
 
 CLAIM_SECONDS = 150  # longer than a task's hard limit: a live handler is never claimed twice
 MAX_ATTEMPTS = 12
+CAUSE_WAIT_S = 10  # for a transaction that coalesced with a claimed message; then the message waits its turn again
+SOONER_S = 1  # a message delayed by more than this is brought forward by one that is not
 
 
 def handler(topic: str) -> Callable[[Handler], Handler]:
@@ -37,14 +39,48 @@ def handler(topic: str) -> Callable[[Handler], Handler]:
 def emit(topic: str, *, payload: dict[str, Any] | None = None, key: str = "", delay_s: float = 0) -> None:
     """Write the message in the running transaction; after its commit nudge a worker."""
     with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO marketplace_outboxmessage (topic, key, payload, created_at, available_at, attempts, last_error)"
-            " VALUES (%s, %s, %s, now(), clock_timestamp() + make_interval(secs => %s), 0, '')"
-            " ON CONFLICT (topic, key) WHERE claimed_until IS NULL AND parked_at IS NULL AND NOT (key = '') DO NOTHING",
-            [topic, key, _json(payload or {}), delay_s],
-        )
+        while not _insert(cursor, topic, key, payload, delay_s) and not _join(cursor, topic, key, delay_s):
+            pass  # the one that waited has been claimed between the two: now there is room for ours
     if not delay_s:
         transaction.on_commit(lambda: nudge(topic), robust=True)
+
+
+def _insert(cursor: Any, topic: str, key: str, payload: dict[str, Any] | None, delay_s: float) -> bool:
+    cursor.execute(
+        "INSERT INTO marketplace_outboxmessage (topic, key, payload, created_at, available_at, attempts, last_error)"
+        " VALUES (%s, %s, %s, now(), clock_timestamp() + make_interval(secs => %s), 0, '')"
+        " ON CONFLICT (topic, key) WHERE claimed_until IS NULL AND parked_at IS NULL AND NOT (key = '') DO NOTHING",
+        [topic, key, _json(payload or {}), delay_s],
+    )
+    return bool(cursor.rowcount)
+
+
+def _join(cursor: Any, topic: str, key: str, delay_s: float) -> bool:
+    """Coalesce with the message that waits; False where there is none any more.
+
+    The shared lock tells its handler to begin after our commit (`_await_causes`): a message claimed before we commit would
+    otherwise be handled without seeing what we did, and nothing would be left to tell of it. Emitters share it.
+    """
+    cursor.execute(
+        "SELECT id, available_at > clock_timestamp() + make_interval(secs => %s) FROM marketplace_outboxmessage"
+        " WHERE topic = %s AND key = %s AND claimed_until IS NULL AND parked_at IS NULL FOR KEY SHARE",
+        [delay_s + SOONER_S, topic, key],
+    )
+    found = cursor.fetchone()
+    if found and found[1]:
+        cursor.execute(
+            "UPDATE marketplace_outboxmessage SET available_at = clock_timestamp() + make_interval(secs => %s) WHERE id = %s",
+            [delay_s, found[0]],
+        )
+    return found is not None
+
+
+def _await_causes(message: OutboxMessage) -> None:
+    """Wait for the open transactions that have coalesced with a message we claimed; the handler then sees what they did."""
+    if message.key:
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{CAUSE_WAIT_S}s"])
+            cursor.execute("SELECT 1 FROM marketplace_outboxmessage WHERE id = %s FOR UPDATE", [message.pk])
 
 
 def _json(payload: dict[str, Any]) -> str:
@@ -64,14 +100,17 @@ def nudge(topic: str) -> None:
 
 
 def claim(limit: int, topic: str | None = None) -> list[OutboxMessage]:
-    """Claim due messages, oldest first, for CLAIM_SECONDS; rivals skip them."""
+    """Claim due messages, oldest first, for CLAIM_SECONDS; rivals skip them.
+
+    NO KEY UPDATE passes by emitters that are joining a message: a steady stream of them cannot keep it from being claimed.
+    """
     now = timezone.now()
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(
             "UPDATE marketplace_outboxmessage SET claimed_until = %s, attempts = attempts + 1 WHERE id IN ("
             " SELECT id FROM marketplace_outboxmessage WHERE parked_at IS NULL AND available_at <= %s"
             " AND (claimed_until IS NULL OR claimed_until < %s) AND (%s::text IS NULL OR topic = %s)"
-            " ORDER BY available_at, id LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id",
+            " ORDER BY available_at, id LIMIT %s FOR NO KEY UPDATE SKIP LOCKED) RETURNING id",
             [now + timedelta(seconds=CLAIM_SECONDS), now, now, topic, topic, limit],
         )
         ids = [row[0] for row in cursor.fetchall()]
@@ -92,6 +131,7 @@ def drain(*, limit: int = 50, topic: str | None = None) -> int:
 
 def _handle(message: OutboxMessage) -> int:
     try:
+        _await_causes(message)
         _handlers[message.topic](message.payload)
     except Exception as error:
         log.exception("outbox %s %s failed (attempt %d)", message.topic, message.key, message.attempts)

@@ -302,8 +302,7 @@ LANGUAGE_CODE = "en-us"
 TIME_ZONE = "UTC"
 USE_TZ = True
 USE_I18N = False
-DATETIME_FORMAT = "Y-m-d H:i:s"  # where a page does not say otherwise: UTC, to the second
-DATE_FORMAT = "Y-m-d"
+FORMAT_MODULE_PATH = "marketplace.admin.formats"  # where a page does not say otherwise: UTC, to the second
 
 # --- logs: one JSON object a line in production, readable lines on a development machine
 _shared: list[structlog.typing.Processor] = [

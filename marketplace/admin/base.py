@@ -118,6 +118,13 @@ class Desk(MovesMixin, ModelAdmin):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
         return False
 
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        """What is only read stands three beside each other."""
+        if self.fieldsets or obj is None or self.has_change_permission(request, obj):
+            return super().get_fieldsets(request, obj)
+        names = list(self.get_fields(request, obj))
+        return [(None, {"fields": [tuple(names[i : i + 3]) for i in range(0, len(names), 3)]})]
+
     # --- writing: through a service, or not at all
     def write(self, request: HttpRequest, form: Any, row: Any | None) -> Model:  # noqa: ARG002
         """Call the service that makes (`row` is None) or changes the row; returns it. `form` is valid."""
@@ -220,11 +227,6 @@ class StaffAdmin(Desk):
         if self.fields:
             return list(self.fields)
         return [f.name for f in self.model._meta.fields if f.name not in {"id", "secrets", "password", "digest", "env"}]
-
-    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
-        """Three beside each other: there is much to read."""
-        names = self.get_fields(request, obj)
-        return [(None, {"fields": [tuple(names[i : i + 3]) for i in range(0, len(names), 3)]})]
 
 
 class RowsInline(TabularInline):

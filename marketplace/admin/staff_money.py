@@ -99,19 +99,43 @@ class InvoiceLines(RowsInline):
         "position",
         "kind",
         "description",
-        "quantity",
-        "price_millionths",
-        "amount_minor",
-        "operator_minor",
-        "platform_minor",
+        "shown_price",
+        "shown_amount",
+        "shown_operator",
+        "shown_platform",
         "adjustment",
     )
     verbose_name_plural = "lines"
 
+    def get_queryset(self, request: HttpRequest) -> Any:
+        return super().get_queryset(request).select_related("invoice")
 
-class Payments(RowsInline):
+    @display(description="Per GPU-hour")
+    def shown_price(self, row: InvoiceLine) -> str:
+        return look.price(row.price_millionths, row.invoice.currency)
+
+    @display(description="Amount")
+    def shown_amount(self, row: InvoiceLine) -> str:
+        return look.minor(row.amount_minor, row.invoice.currency)
+
+    @display(description="Operator")
+    def shown_operator(self, row: InvoiceLine) -> str:
+        return look.minor(row.operator_minor, row.invoice.currency)
+
+    @display(description="Platform")
+    def shown_platform(self, row: InvoiceLine) -> str:
+        return look.minor(row.platform_minor, row.invoice.currency)
+
+
+class _Amount(look.Shown):
+    @display(description="Amount", ordering="amount_minor")
+    def shown_amount(self, row: Any) -> str:
+        return look.minor(row.amount_minor, row.currency)
+
+
+class Payments(_Amount, RowsInline):
     model = Payment
-    fields = ("attempt", "state", "amount_minor", "stripe_payment_intent", "failure_code", "created_at", "settled_at")
+    fields = ("attempt", "state", "shown_amount", "stripe_payment_intent", "failure_code", "created_at", "settled_at")
     verbose_name_plural = "payments"
 
 
@@ -141,12 +165,6 @@ class InvoiceAdmin(look.Shown, StaffAdmin):
     @display(description="Due", ordering="due_minor")
     def shown_due(self, row: Invoice) -> str:
         return look.minor(row.due_minor, row.currency)
-
-
-class _Amount(look.Shown):
-    @display(description="Amount", ordering="amount_minor")
-    def shown_amount(self, row: Any) -> str:
-        return look.minor(row.amount_minor, row.currency)
 
 
 @admin.register(Payment, site=staff_site)

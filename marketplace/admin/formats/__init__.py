@@ -1,0 +1,1 @@
+"""Formats of dates where a page does not say otherwise (settings.FORMAT_MODULE_PATH)."""

@@ -58,7 +58,6 @@ def market(request: HttpRequest) -> HttpResponse:
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),
         "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level", "view"} and any(v)),
-        "livemode": actor.livemode,
         "table": request.GET.get("view") == "table",
     }
     if getattr(request, "htmx", False) and request.htmx.target == "results":  # type: ignore[attr-defined]

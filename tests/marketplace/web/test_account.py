@@ -198,9 +198,11 @@ def pages() -> list[str]:
 
 def test_the_policy_is_strict_and_the_pages_keep_it(market, browser):
     """No inline style or handler, no script but files of ours, no other host named."""
-    market.contract()
+    job = factories.job(market.contract(), name="x")
+    quote = factories.quote(market.listing, market.customer)
     client: Client = browser(market.customer)
-    for path in (*pages(), f"/listings/{market.listing.public_id}", f"/listings/{market.listing.public_id}/quote"):
+    rows = [f"/{row._meta.model_name}s/{row.public_id}" for row in (market.listing, quote, job, job.contract)]
+    for path in (*pages(), *rows, f"/listings/{market.listing.public_id}/quote", "/?count=99"):
         response = client.get(path)
         policy, page = response["Content-Security-Policy"], text(response)
         assert response.status_code == 200, path

@@ -17,12 +17,13 @@ from sandbox.smoke.work import Arrivals, real_job
 from sandbox.smoke.world import PlantedSite, Tenant, World
 
 TENANTS = 20
-RESERVED_GPUS = 16  # a tenant: what is due must be more than the least that a card can be charged
+RESERVED_GPUS = 16  # a tenant
 REAL_JOBS = 50
 DONE = {"succeeded", "failed", "cancelled"}
 H100 = {"on_demand_price": 2_490_000, "reserved_price": 1_990_000, "spot_floor": 990_000}
 L40S = {"on_demand_price": 890_000, "spot_floor": 390_000}
-MIXED = {"on_demand_price": 1_200_000, "reserved_price": 900_000, "spot_floor": 300_000}
+# Dear on purpose: a run of minutes must come to more than the least that a card can be charged.
+MIXED = {"on_demand_price": 12_000_000, "reserved_price": 9_000_000, "spot_floor": 3_000_000}
 JOBS_S = 170  # by then every job must be over
 
 
@@ -133,11 +134,12 @@ def _money(
         through = datetime.now(UTC).isoformat()
         for tenant in tenants:
             staff.post("staff/close-period", {"organization": tenant.id, "through": through})
-        watched(
-            "the invoices to be paid",
-            lambda: _collected(tenants),
-            seconds=90,
-        )
+        try:
+            watched("the invoices to be paid", lambda: _collected(tenants), seconds=90)
+        except TimeoutError:
+            rows = [row for t in tenants for row in t.client.every("invoices") if row["state"] != "paid"]
+            seen.extend(f"{r['state']} {r['due']} {r['last_error']}" for r in rows[:5])
+            raise
         seen.append(f"{sum(len(t.client.every('invoices')) for t in tenants)} invoices paid")
     with report.step("every running second is billed once, and no other") as seen:
         seen.extend(checks.every_running_second_is_billed_once(tenants))

@@ -16,7 +16,7 @@ from billing import events, invoices, payments, payouts, usage, webhooks
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Contract, Membership
+from marketplace.models import Contract, Membership, Organization
 from marketplace.outbox import handler
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,15 @@ def handle_event(payload: dict[str, Any]) -> None:
     webhooks.handle(payload["event"], now=timezone.now())
 
 
-@handler("billing.contract_accepted")
+@handler("billing.open_account")
 def open_account(payload: dict[str, Any]) -> None:
-    """The first contract opens the customer's billing account."""
+    """A new organization gets its billing account."""
+    invoices.account_of(Organization.objects.get(pk=payload["organization"]), now=timezone.now())
+
+
+@handler("billing.contract_accepted")
+def contract_accepted(payload: dict[str, Any]) -> None:
+    """A contract needs the customer's billing account, should it not be there yet."""
     contract = Contract.objects.select_related("organization").get(pk=payload["contract"])
     invoices.account_of(contract.organization, now=timezone.now())
 

@@ -70,8 +70,14 @@ class Contract(TenantModel):
     class Meta:
         constraints = [
             models.CheckConstraint(
+                condition=Q(
+                    state__in=("pending_payment", "active", "ending", "ended", "terminated", "cancelled", "defaulted")
+                ),
+                name="contract_state",
+            ),
+            models.CheckConstraint(
                 condition=Q(ends_at__isnull=True) | Q(ends_at__gt=F("starts_at")), name="contract_window"
-            )
+            ),
         ]
         indexes = [
             models.Index(fields=["organization", "-created_at", "-id"]),

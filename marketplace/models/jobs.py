@@ -101,6 +101,22 @@ class Job(TenantModel):
 
     class Meta:
         constraints = [
+            models.CheckConstraint(
+                condition=Q(
+                    state__in=(
+                        "draft",
+                        "queued",
+                        "placed",
+                        "running",
+                        "preempting",
+                        "requeued",
+                        "succeeded",
+                        "failed",
+                        "cancelled",
+                    )
+                ),
+                name="job_state",
+            ),
             models.CheckConstraint(condition=Q(gpu_milli__gte=1, gpu_milli__lte=1000), name="job_gpu_milli"),
             models.CheckConstraint(condition=Q(gpu_milli=1000) | Q(gpus=1), name="job_share_of_one_gpu"),
             models.CheckConstraint(condition=Q(replicas__gte=1), name="job_replicas"),

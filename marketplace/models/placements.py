@@ -84,7 +84,27 @@ class Placement(TenantModel):
     objects = PlacementQuerySet.as_manager()
 
     class Meta:
-        constraints = [models.UniqueConstraint(fields=["job", "attempt", "rank"], name="placement_once")]
+        constraints = [
+            models.UniqueConstraint(fields=["job", "attempt", "rank"], name="placement_once"),
+            models.CheckConstraint(
+                condition=Q(
+                    state__in=(
+                        "intended",
+                        "shedding",
+                        "granted",
+                        "starting",
+                        "running",
+                        "draining",
+                        "unreachable",
+                        "parked",
+                        "released",
+                        "failed",
+                        "lost",
+                    )
+                ),
+                name="placement_state",
+            ),
+        ]
         indexes = [
             models.Index(
                 fields=["site"], condition=~Q(state__in=("released", "failed", "lost")), name="placement_live_by_site"

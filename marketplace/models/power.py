@@ -122,7 +122,11 @@ class Curtailment(TenantModel):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["source", "reference"], name="curtailment_once"),
+            models.UniqueConstraint(fields=["site", "source", "reference"], name="curtailment_once"),
+            models.CheckConstraint(
+                condition=Q(state__in=("announced", "active", "restoring", "completed", "failed", "cancelled")),
+                name="curtailment_state",
+            ),
             models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="curtailment_window"),
         ]
 

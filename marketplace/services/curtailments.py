@@ -24,7 +24,7 @@ def announce(
     source: str = "operator",
     mandatory: bool = True,
 ) -> Curtailment:
-    """Record the call, once by (source, reference): announcing the same again answers the same row."""
+    """Record the call, once by (site, source, reference): announcing the same again answers the same row."""
     if ends_at <= max(starts_at, now):
         raise MarketError(
             "invalid_request", f"The window ends at {ends_at:%F %R}; it must end after it begins and after now."
@@ -35,10 +35,11 @@ def announce(
         )
     with transaction.atomic():
         row, created = Curtailment.objects.get_or_create(
+            site_id=node.site_id,
             source=source,
             reference=reference,
             defaults={
-                "site_id": node.site_id, "node": node, "cap_w": cap_w, "starts_at": starts_at, "ends_at": ends_at,
+                "node": node, "cap_w": cap_w, "starts_at": starts_at, "ends_at": ends_at,
                 "mandatory": mandatory, "created_by": actor.label[:120],
             },
         )  # fmt: skip
@@ -87,5 +88,6 @@ def _move(row: Curtailment, to: str, now: datetime) -> None:
         raise MarketError("illegal_transition", f"The curtailment is {row.state}; it cannot become {to}.")
     settled = now if not Curtailment.TRANSITIONS[to] else None
     moved = Curtailment.objects.filter(pk=row.pk, state=row.state).update(state=to, settled_at=settled)
-    if moved:
-        row.state = to
+    if not moved:  # somebody has moved it since `row` was read
+        raise MarketError("illegal_transition", f"The curtailment is not {row.state} any more; look again.")
+    row.state = to

@@ -43,7 +43,7 @@ def transition_many(
         return {}
     columns = {"state": to, **(set_columns or {})}
     if "state_reason" in {f.name for f in model._meta.fields} and reason:
-        columns.setdefault("state_reason", reason)
+        columns.setdefault("state_reason", reason[: model._meta.get_field("state_reason").max_length])
     names = [model._meta.get_field(name).column for name in columns]
     table = model._meta.db_table
     sets = ", ".join(f'"{name}" = %s' for name in names)

@@ -107,10 +107,9 @@ def test_two_that_want_the_same_in_opposite_order_never_wait_in_a_ring():
 
 
 def test_trying_leaves_at_once():
-    with Holder((Lock.CELL, 1)):
-        with transaction.atomic():
-            assert not try_acquire(Lock.CELL, 1)
-            assert try_acquire(Lock.CELL, 2)
+    with Holder((Lock.CELL, 1)), transaction.atomic():
+        assert not try_acquire(Lock.CELL, 1)
+        assert try_acquire(Lock.CELL, 2)
     with transaction.atomic():
         assert try_acquire(Lock.CELL, 1)
 

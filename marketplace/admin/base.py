@@ -61,7 +61,8 @@ class Desk(MovesMixin, ModelAdmin):
 
     # --- whose rows
     def rows_of(self, model: type[Model], request: HttpRequest) -> QuerySet[Any]:
-        raise NotImplementedError
+        """The rows that these pages may show; an operator's own, unless a subclass is for our own people."""
+        return own(model, self.actor(request))
 
     def actor(self, request: HttpRequest) -> Actor:
         found: Actor = self.admin_site.actor_of(request)
@@ -206,9 +207,6 @@ class TenantAdmin(Desk):
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(sorted(broken))}: tenancy is applied in TenantAdmin alone"
             )
-
-    def rows_of(self, model: type[Model], request: HttpRequest) -> QuerySet[Any]:
-        return own(model, self.actor(request))
 
 
 class StaffAdmin(Desk):

@@ -70,7 +70,8 @@ class Door(UnfoldAdminSite):
         return self.actor_of(request) is not ANONYMOUS
 
     def refusal(self) -> Exception:
-        raise NotImplementedError
+        """What a person meets who is signed in and may not enter; here, as if there were nothing."""
+        return Http404("There is no such page.")
 
     def admin_view(self, view: Any, cacheable: bool = False) -> Any:
         """Who is signed in and has no business here is refused, rather than sent to log in again."""
@@ -124,9 +125,6 @@ class StaffDoor(Door):
     settings_name = "UNFOLD_STAFF"
     index_template = "desk/staff.html"
     actor_of = staticmethod(staff_actor)
-
-    def refusal(self) -> Exception:
-        return Http404("There is no such page.")
 
     def index(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> Any:
         from marketplace.admin import dashboard

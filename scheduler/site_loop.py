@@ -21,7 +21,7 @@ from scheduler.core import power as core
 SLOW = timedelta(minutes=5)
 DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
 CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
-WAKE_PERMILLE = 50  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
+WAKE_PERMILLE = 100  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,9 @@ def _staged(
     rise = {i: miners[i].mode_watts[m] - miners[i].reserved_w for i, m in targets.items()}
     ups = [i for i in targets if rise[i] > 0]
     table = core.Miners.of((int(fleet.node[i]), rise[i], 0) for i in ups)
-    step = ledger.tree.cap_w * WAKE_PERMILLE // 1000
+    # At a small node one machine may be more than the step: it still goes, one a turn, and does not hold up other nodes.
+    largest = max((rise[i] for i in ups), default=0) * int(ledger.tree.k.max()) // 1000 + 1
+    step = np.maximum(ledger.tree.cap_w * WAKE_PERMILLE // 1000, largest)
     groups = core.staggered_wake_groups(ledger.tree, table, range(len(ups)), step_w=step)
     now_up = {ups[i] for i in groups[0]} if groups else set()
     return [

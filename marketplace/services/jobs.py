@@ -10,6 +10,7 @@ from django.db.models import F
 
 from marketplace import outbox
 from marketplace.errors import MarketError
+from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Host, Job, Placement
 from marketplace.services import secrets
 from marketplace.services.transitions import record_created, transition_many
@@ -17,7 +18,16 @@ from marketplace.tenancy import Actor
 
 # Reasons of a placement's end that are ours or the site's, not the job's: the job gets another try without a charge.
 FAULTS = frozenset(
-    {"host_lost", "site_lost", "agent_restarted", "start_failed", "power_lost", "lease_ended", "drained"}
+    {
+        "host_lost",
+        "site_lost",
+        "agent_restarted",
+        "start_failed",
+        "power_lost",
+        "lease_ended",
+        "drained",
+        "host drained",
+    }
 )
 CYCLE = "scheduler.run_cycle"
 
@@ -121,6 +131,7 @@ def cancel(actor: Actor, job: Job, *, now: datetime) -> Job:
     from marketplace.services import placements
 
     with transaction.atomic():
+        acquire((Lock.CELL, job.cell_id))  # no commit is under way: the sites that we find are all there are
         site_ids = (
             Placement.objects.filter(job=job).exclude(state__in=Placement.FINAL).values_list("site_id", flat=True)
         )
@@ -166,6 +177,7 @@ def end_contract(contract_id: int, *, now: datetime) -> None:
     """The contract is over: what waits is cancelled, what runs drains."""
     jobs = Job.objects.filter(contract_id=contract_id).exclude(state__in=Job.FINAL)
     with transaction.atomic():
+        acquire((Lock.CELL, Contract.objects.values_list("cell_id", flat=True).get(pk=contract_id)))
         sites = Placement.objects.filter(contract_id=contract_id).exclude(state__in=Placement.FINAL)
         from marketplace.services import placements
 

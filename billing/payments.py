@@ -11,23 +11,19 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 
 from django.db import transaction
-from django.db.models import Q
 
 from billing import gateway, invoices, ledger
-from billing.models import BillingAccount, BillingCase, DunningStep, Invoice, InvoiceLine, Payment
+from billing.models import BillingAccount, BillingCase, Invoice, InvoiceLine, Payment
+from billing.standing import refresh_standing
 from marketplace import outbox
 from marketplace.errors import MarketError
-from marketplace.locks import Lock, acquire
-from marketplace.models import BillingStanding, Membership, Organization
-from marketplace.services import accounts
+from marketplace.models import Membership, Organization
 
 log = logging.getLogger(__name__)
 
 SETTLE = "billing.settle_payouts"
 # Retries after a declined payment, in hours after the attempt before; then the invoice waits for its customer.
 RETRY_HOURS = (24, 72, 120)
-# What happens to an unpaid invoice, in days after it was issued. Each step is taken once (DunningStep).
-DUNNING = ((3, "notify"), (7, "notify"), (14, "suspend"))
 KEY_LIFETIME = timedelta(hours=20)  # Stripe may forget a key after 24 h: look the object up instead
 
 
@@ -372,59 +368,4 @@ def mark_paid(invoice_id: int, payment_intent: str, *, now: datetime) -> bool:
         for operator_id in sorted({line.operator_id for line in lines}):
             outbox.emit(SETTLE, key=str(operator_id), payload={"operator": operator_id})
     refresh_standing(invoice.organization_id, now=now)
-    return True
-
-
-# --- standing and dunning
-
-
-def refresh_standing(organization_id: int, *, now: datetime) -> None:
-    """Tell the market what the organization may do: from its card, its dunning state and what it owes."""
-    account = BillingAccount.objects.filter(organization_id=organization_id).first()
-    if account is None:
-        return
-    if account.dunning == BillingAccount.Dunning.SUSPENDED:
-        state = BillingStanding.State.SUSPENDED
-    elif not account.payment_method:
-        state = BillingStanding.State.NO_CARD
-    elif account.dunning == BillingAccount.Dunning.PAST_DUE:
-        state = BillingStanding.State.PAST_DUE
-    else:
-        state = BillingStanding.State.GOOD
-    owed = ledger.balance(ledger.Code.RECEIVABLE, account.currency, organization_id)
-    accounts.set_billing_standing(
-        organization_id, state=state, available_minor=account.credit_limit_minor - owed, now=now
-    )
-
-
-def dun(now: datetime) -> int:
-    """Take the dunning steps that are due for unpaid invoices, each once; returns how many were taken."""
-    taken = 0
-    late = Invoice.objects.filter(
-        state=Invoice.State.OPEN, due_minor__gt=0, finalized_at__lte=now - timedelta(days=DUNNING[0][0])
-    ).filter(Q(pay_attempts__gt=0) | Q(account__payment_method=""))
-    for invoice in late.order_by("id")[:500]:
-        assert invoice.finalized_at is not None
-        for day, action in DUNNING:
-            if now >= invoice.finalized_at + timedelta(days=day):
-                taken += _dunning_step(invoice, day, action, now)
-    return taken
-
-
-def _dunning_step(invoice: Invoice, day: int, action: str, now: datetime) -> bool:
-    with transaction.atomic():
-        acquire((Lock.WALLET, invoice.organization_id))
-        if not Invoice.objects.filter(pk=invoice.pk, state=Invoice.State.OPEN).exists():
-            return False  # paid meanwhile
-        _, fresh = DunningStep.objects.get_or_create(
-            invoice=invoice, day=day, action=action, defaults={"taken_at": now}
-        )
-        if not fresh:
-            return False
-        if action == "suspend":
-            BillingAccount.objects.filter(pk=invoice.account_id).update(dunning=BillingAccount.Dunning.SUSPENDED)
-        else:
-            outbox.emit("billing.notify", payload={"invoice": invoice.pk, "day": day})
-    if action == "suspend":
-        refresh_standing(invoice.organization_id, now=now)
     return True

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from django.db import connection
 from django.db.models import Q
 
-from billing import events, gateway, invoices, ledger, payments, payouts, usage
+from billing import events, gateway, invoices, ledger, payments, payouts, standing, usage
 from billing.invoices import open_case
 from billing.models import BillingAccount, BillingCase, Invoice, OperatorAccount, Payout, StripeEvent, UsageQuarantine
 from marketplace import outbox
@@ -23,7 +23,7 @@ PROJECTION_LAG = timedelta(hours=1)
 
 def sweep(now: datetime) -> dict[str, int]:
     """Every minute: messages that got lost, attempts that are due, dunning, operators that wait. Counts what it found."""
-    found = {"mirrored": 0, "paid": 0, "dunned": payments.dun(now), "payouts": 0}
+    found = {"mirrored": 0, "paid": 0, "dunned": standing.dun(now), "payouts": 0}
     waiting = Invoice.objects.filter(
         state=Invoice.State.OPEN, due_minor__gt=0, mirrored_at=None, finalized_at__lt=now - timedelta(minutes=5)
     )

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from billing import gateway, invoices, ledger, payments, reconcile, usage
+from billing import invoices, ledger, payments, reconcile, usage
+from billing.gateway import wire
 from billing.models import BillingAccount, Invoice
 from marketplace import outbox
 from marketplace.models import Contract, Host, Organization, OutboxMessage, Placement, PlacementEvent
@@ -159,8 +160,8 @@ def stripe_api(
     _stripe_process: Stripe, settings: Any, transactional_db: None, monkeypatch: pytest.MonkeyPatch
 ) -> Stripe:
     """A forgetful sandbox, and a client that does not repeat by itself: our own repetition is what must be right."""
-    monkeypatch.setattr(gateway, "RETRIES", 0)
-    gateway._client.cache_clear()
+    monkeypatch.setattr(wire, "RETRIES", 0)
+    wire._client.cache_clear()
     settings.STRIPE_BASE_URL = _stripe_process.url
     settings.STRIPE_WEBHOOK_SECRETS = SECRETS
     _stripe_process.control("faults", method="DELETE")

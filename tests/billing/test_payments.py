@@ -15,6 +15,7 @@ from billing.models import (
     Payout,
     StripeCall,
 )
+from billing.standing import dun
 from marketplace.errors import MarketError
 from marketplace.models import BillingStanding
 from tests import factories
@@ -159,17 +160,17 @@ def test_without_a_card_the_invoice_waits_and_dunning_suspends(stripe_api: Strip
     assert (invoice.state, invoice.last_error, Payment.objects.count()) == ("open", "no card", 0)
     day = timedelta(days=1)
     issued = invoice.finalized_at
-    assert payments.dun(issued + 2 * day) == 0
-    assert payments.dun(issued + 3 * day) == 1
-    assert payments.dun(issued + 15 * day) == 2
-    assert payments.dun(issued + 15 * day) == 0
+    assert dun(issued + 2 * day) == 0
+    assert dun(issued + 3 * day) == 1
+    assert dun(issued + 15 * day) == 2
+    assert dun(issued + 15 * day) == 0
     assert list(DunningStep.objects.order_by("day").values_list("action", flat=True)) == ["notify", "notify", "suspend"]
     assert standing(world) == "suspended"
     add_card(stripe_api, world)
     invoice.refresh_from_db()
     assert invoice.state == "paid"
     assert standing(world) == "good"
-    assert payments.dun(issued + 30 * day) == 0
+    assert dun(issued + 30 * day) == 0
 
 
 PATHS = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from django.db import connection
 
-from billing import gateway, invoices, ledger, payments, reconcile, usage
+from billing import gateway, invoices, ledger, reconcile, standing, usage
 from billing.core import metering
 from billing.models import Invoice, InvoiceLine, Payout, UsageRecord
 from marketplace.errors import MarketError
@@ -169,7 +169,7 @@ def test_a_month_of_trouble(stripe_api: Stripe, monkeypatch: pytest.MonkeyPatch,
     )
     assert reconcile.compare_mirror(after(sim.now), since=after(-400 * 24 * HOUR)) == 0
     assert ledger.balance("operator_accrued", "USD", sim.world.operator.pk) == 0
-    assert payments.dun(after(sim.now)) == 0
+    assert standing.dun(after(sim.now)) == 0
 
 
 def test_two_workers_close_one_account_once(stripe_api: Stripe, paying: World):

@@ -5,7 +5,7 @@ from django.db import IntegrityError, connection, transaction
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billing import reconcile, usage
+from billing import ingest, reconcile, usage
 from billing.core import metering
 from billing.models import Meter, PriceVersion, UsageQuarantine, UsageRecord
 from marketplace.models import Placement, PlacementEvent
@@ -131,9 +131,9 @@ def test_the_database_refuses_overlap_change_and_deletion(world: World):
 def test_ingest_answers_each_event(world: World):
     placement = world.ran(0, 100)
 
-    def event(name: str, start: float, end: float, quantity: int = 7, **changes) -> usage.Event:
+    def event(name: str, start: float, end: float, quantity: int = 7, **changes) -> ingest.Event:
         values = {"placement_id": placement.pk, "meter": Meter.ENERGY.value} | changes
-        return usage.Event(event_id=name, start=after(start), end=after(end), quantity=quantity, **values)
+        return ingest.Event(event_id=name, start=after(start), end=after(end), quantity=quantity, **values)
 
     batch = [
         event("a", 0, 60),
@@ -146,13 +146,13 @@ def test_ingest_answers_each_event(world: World):
         event("f", 60, 90),
     ]
     answers = ["accepted", "duplicate", "conflict", *["quarantined"] * 4, "accepted"]
-    assert usage.ingest("partner", batch) == answers
+    assert ingest.ingest("partner", batch) == answers
     again = ["duplicate", "duplicate", "conflict", *["quarantined"] * 4, "duplicate"]
-    assert usage.ingest("partner", batch) == again
+    assert ingest.ingest("partner", batch) == again
     assert UsageQuarantine.objects.count() == 4
     assert UsageRecord.objects.filter(source="partner").count() == 2
     with pytest.raises(ValueError, match="at most 1000"):
-        usage.ingest("partner", batch * 200)
+        ingest.ingest("partner", batch * 200)
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

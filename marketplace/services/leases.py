@@ -39,10 +39,12 @@ def watch(site: Site, *, now: datetime) -> None:
         return
     live = Placement.objects.filter(site=site).exclude(state__in=Placement.FINAL)
     if seen["lease"] < now:
-        gone = list(live.exclude(state="parked").values_list("pk", flat=True))
-        placements.finish(
-            gone, to="lost", now=now, actor="lease", reason="site_lost", columns={"release_requested_at": seen["at"]}
-        )
+        gone = live.exclude(state="parked").values_list("pk", "release_requested_at")
+        ends = [
+            placements.Ended(pk, "lost", "site_lost", {"release_requested_at": min(asked or seen["at"], seen["at"])})
+            for pk, asked in gone
+        ]
+        placements.end(ends, now=now, actor="lease")
     elif now - seen["at"] > SILENT:
         ids = list(live.values_list("pk", flat=True))
         transition_many(

@@ -11,7 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from django.db import transaction
-from django.db.models import F
+from django.db.models import F, Value
+from django.db.models.functions import Coalesce
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Agent, Host, Placement, Site
@@ -75,10 +76,12 @@ def request_release(ids: Sequence[int], *, now: datetime, actor: str, reason: st
     finish(list(unstarted), to="released", now=now, actor=actor, reason=reason)
     moved = transition_many(
         Placement, ids, expected=("granted", "starting", "running", "unreachable"), to="draining", now=now, actor=actor, reason=reason,
-        set_columns={"desired": "drain", "release_requested_at": now, "reason": reason[:200]},
+        set_columns={"desired": "drain", "reason": reason[:200]},
     )  # fmt: skip
-    if moved:
-        Placement.objects.filter(pk__in=moved).update(generation=F("generation") + 1)
+    if moved:  # billing has stopped with the first request, if this one is a second
+        Placement.objects.filter(pk__in=moved).update(
+            generation=F("generation") + 1, release_requested_at=Coalesce("release_requested_at", Value(now))
+        )
         touch_sites(Placement.objects.filter(pk__in=moved).values_list("site_id", flat=True))
 
 
@@ -143,17 +146,23 @@ def observe(agent: Agent, reports: list[dict[str, Any]], *, now: datetime) -> No
     rows = Placement.objects.filter(pk__in=by_id, site_id=agent.site_id).exclude(state__in=Placement.FINAL)
     started: list[int] = []
     running: dict[datetime, list[int]] = defaultdict(list)
+    back: dict[str, list[int]] = defaultdict(list)
     ended: list[tuple[Placement, dict[str, Any]]] = []
     for row in rows:
         report = by_id[row.pk]
         state = report["state"]
-        if state == "starting" and row.state == "granted":
+        if state in {"exited", "failed"} and row.state in Placement.AT_SITE:
+            ended.append((row, report))
+        elif row.state == "unreachable" and state in {"running", "draining"} and row.running_at is not None:
+            # The second in which it was first seen to run stays, and what was asked to leave still is.
+            back["running" if row.release_requested_at is None else "draining"].append(row.pk)
+        elif state == "starting" and row.state in {"granted", "unreachable"}:
             started.append(row.pk)
         elif state == "running" and row.state in {"granted", "starting", "unreachable"}:
             running[_bounded(report.get("running_at"), row.granted_at, now)].append(row.pk)
-        elif state in {"exited", "failed"} and row.state in Placement.AT_SITE:
-            ended.append((row, report))
-    transition_many(Placement, started, expected=("granted",), to="starting", now=now, actor=agent.name)
+    transition_many(Placement, started, expected=("granted", "unreachable"), to="starting", now=now, actor=agent.name)
+    for to, ids in back.items():
+        transition_many(Placement, ids, expected=("unreachable",), to=to, now=now, actor=agent.name, reason="back")
     for at, ids in running.items():
         transition_many(
             Placement,
@@ -177,10 +186,11 @@ def _end(row: Placement, report: dict[str, Any], now: datetime) -> Ended:
     columns: dict[str, Any] = {"exit_code": report.get("exit_code"), "finished_at": at}
     if row.running_at is None and (began := report.get("running_at")):
         columns["running_at"] = min(_bounded(began, row.granted_at, now), at)
-    if row.release_requested_at is None:
+    asked = row.release_requested_at is not None
+    if not asked:
         columns["release_requested_at"] = at
     code, reason = report.get("exit_code"), str(report.get("reason") or "")
-    clean = report["state"] == "exited" and (code == 0 or row.state == "draining")
+    clean = report["state"] == "exited" and (code == 0 or asked)
     return Ended(row.pk, "released" if clean else "failed", reason or row.reason or f"exit code {code}", columns)
 
 

@@ -120,6 +120,9 @@ def set_price(contract: Contract, millionths: int, *, at: datetime, now: datetim
     return version
 
 
+_BEFORE_RUNNING = frozenset({"intended", "shedding", "granted", "starting"})
+
+
 def billable(placement: Placement, events: Iterable[PlacementEvent], *, until: datetime) -> tuple[Interval, ...]:
     """The billable seconds of one placement up to `until`: the columns give the ends, the events the holes.
 
@@ -129,6 +132,8 @@ def billable(placement: Placement, events: Iterable[PlacementEvent], *, until: d
         return ()
     timeline = [metering.Transition(placement.running_at, 0, "running")]
     for event in events:
+        if event.to_state in _BEFORE_RUNNING:  # told late, when the work ran already: the column says since when
+            continue
         at = event.at
         if event.to_state == "unreachable" and (seen := _LAST_BEAT.search(event.reason)):
             at = min(at, datetime.fromisoformat(seen.group(1)))

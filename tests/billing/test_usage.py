@@ -56,6 +56,13 @@ def test_silence_is_free_until_the_agent_proves_it(world: World):
     assert spans(silent) == [(0, 100, 0, 100_000), (100, 800, 0, 700_000)]
 
 
+def test_a_start_that_was_told_late_makes_no_hole(world: World):
+    """The agent says "starting" in one sync and "running since before that" in the next."""
+    placement = world.ran(10, 90, events=[(12, "starting", ""), (13, "running", "")])
+    metered(world, 200)
+    assert spans(placement) == [(10, 90 + 10, 0, 90_000)]
+
+
 def test_a_lost_host_is_not_billed_from_its_last_beat(world: World):
     beat = after(80).isoformat()
     placement = world.ran(0, None, events=[(100, "unreachable", f"silent; last beat {beat}"), (900, "lost", "")])

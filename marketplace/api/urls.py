@@ -1,16 +1,33 @@
-"""Routes under /api/v1/. One line a resource module: each exports its own `urlpatterns`."""
-
-from importlib import import_module
-from importlib.util import find_spec
+"""Routes under /api/v1/: each resource module lists its own."""
 
 from django.urls import URLPattern, URLResolver
 
+from marketplace.api import (
+    agent,
+    contracts,
+    curtailments,
+    health,
+    hosts,
+    invoices,
+    jobs,
+    keys,
+    listings,
+    miners,
+    organizations,
+    payment_methods,
+    payouts,
+    power,
+    quotes,
+    schema,
+    sites,
+    staff,
+    usage,
+    webhooks,
+)
+
 RESOURCES = (
-    "health", "organizations", "keys", "sites", "hosts", "miners", "power", "curtailments", "listings", "quotes",
-    "contracts", "jobs", "usage", "invoices", "payment_methods", "payouts", "agent", "staff", "webhooks", "schema",
+    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, jobs, usage,
+    invoices, payment_methods, payouts, agent, staff, webhooks, schema,
 )  # fmt: skip
 
-urlpatterns: list[URLPattern | URLResolver] = []
-for name in RESOURCES:
-    if find_spec(f"marketplace.api.{name}"):
-        urlpatterns += import_module(f"marketplace.api.{name}").urlpatterns
+urlpatterns: list[URLPattern | URLResolver] = [route for module in RESOURCES for route in module.urlpatterns]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -74,14 +73,12 @@ def _run(house: Path, options: argparse.Namespace) -> int:
     with Cluster() as cluster:
         env = processes.environment(at, house, cluster.environment())
         world = World(house, env, at, say)
-        watching = threading.Event()
         try:
             with report.step("bring the company up") as seen:
                 world.start()
                 seen.append(f"{len(world.supervisor.running)} processes")
             road.walk(world, report, work, pulse=world.supervisor.watch)
         finally:
-            watching.set()
             world.supervisor.stop_all(spare=cluster.pids())
     print(f"{report.kept} steps held in {time.monotonic() - report.began:.0f} s", flush=True)
     print(f"{report.kept} passed, 0 failed", flush=True)

@@ -151,7 +151,7 @@ async def _route(scope: dict[str, Any], receive: Receive, send: Send) -> None:
     _waiting += 1
     try:
         if where == "/api/v1/agent/sync" and method == "POST":
-            await answer(send, 200, await sync(_Headers(scope), await read_json(scope, receive)))
+            await answer(send, 200, await sync(_Headers(scope), await read_json(scope, receive), receive))
         elif where.startswith("/api/v1/jobs/") and where.endswith("/logs/follow") and method == "GET":
             await follow(_Headers(scope), where.split("/")[4], send)
         else:
@@ -185,21 +185,35 @@ async def answer(send: Send, status: int, body: Any, headers: list[tuple[bytes, 
     await send({"type": "http.response.body", "body": raw})
 
 
-async def sync(request: _Headers, body: Any) -> dict[str, Any]:
-    """Take the report in; answer at once when something is new, else when it becomes so, else after `wait_s`."""
+async def sync(request: _Headers, body: Any, receive: Receive) -> dict[str, Any]:
+    """Take the report in; answer at once when something is new, else when it becomes so, else after `wait_s`.
+
+    An agent that hangs up gives its place here to another.
+    """
     agent, report, first = await in_thread(_take_in, request, body)
     if report["wait_s"] <= 0 or first["generation"] != report["known_generation"]:
         return first
     deadline = asyncio.get_running_loop().time() + report["wait_s"]
     async with bell.waiting_for(agent.site_id) as rung:
-        while (left := deadline - asyncio.get_running_loop().time()) > 0:
-            step = left if bell.alive else min(left, POLL_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(rung.wait(), timeout=min(step, 5.0))
-            rung.clear()
-            if await in_thread(_generation, agent.site_id) != report["known_generation"]:
-                break
-    return await in_thread(_desired, agent, report)
+        left_us = asyncio.create_task(_hung_up(receive, rung))
+        try:
+            while (left := deadline - asyncio.get_running_loop().time()) > 0 and not left_us.done():
+                step = left if bell.alive else min(left, POLL_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), timeout=min(step, 5.0))
+                rung.clear()
+                if await in_thread(_generation, agent.site_id) != report["known_generation"]:
+                    break
+        finally:
+            left_us.cancel()
+    return await in_thread(_desired, agent, report, first["inventory_wanted"])
+
+
+async def _hung_up(receive: Receive, rung: asyncio.Event) -> None:
+    """Ends when the peer is gone, and wakes who waits for it."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    rung.set()
 
 
 def _take_in(request: _Headers, body: Any) -> tuple[Agent, dict[str, Any], dict[str, Any]]:
@@ -212,8 +226,8 @@ def _take_in(request: _Headers, body: Any) -> tuple[Agent, dict[str, Any], dict[
     return agent, report, agents.desired(agent, report, now=now, inventory_wanted=wanted)
 
 
-def _desired(agent: Agent, report: dict[str, Any]) -> dict[str, Any]:
-    return agents.desired(agent, {**report, "events": report.get("events")}, now=timezone.now())
+def _desired(agent: Agent, report: dict[str, Any], inventory_wanted: bool) -> dict[str, Any]:
+    return agents.desired(agent, report, now=timezone.now(), inventory_wanted=inventory_wanted)
 
 
 def _generation(site_id: int) -> int:

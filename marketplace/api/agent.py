@@ -17,7 +17,7 @@ from rest_framework.views import APIView
 from marketplace import ids
 from marketplace.api.auth import AgentAuthentication
 from marketplace.api.base import PublicId, Shape
-from marketplace.models import Agent
+from marketplace.models import Agent, Site
 from marketplace.services import agents
 
 
@@ -114,6 +114,43 @@ class LogsShape(Shape):
     chunks = ChunkShape(many=True)
 
 
+class EnrolledShape(serializers.Serializer):
+    agent = serializers.CharField()
+    key = serializers.CharField(help_text="shown once")
+    site = serializers.CharField()
+    site_name = serializers.CharField()
+    stream_url = serializers.CharField(help_text="where to sync")
+
+
+class DesiredShape(serializers.Serializer):
+    """What shall be at the site; the rows are explained in docs/agent-protocol.md."""
+
+    server_time = serializers.DateTimeField()
+    generation = serializers.IntegerField()
+    lease_until = serializers.DateTimeField(
+        help_text="granted work ends by itself before it, unless a sync moves it on"
+    )
+    acknowledged_sequence = serializers.IntegerField()
+    acknowledged_events = serializers.ListField(child=serializers.CharField())
+    mode = serializers.ChoiceField(Site.Mode.choices)
+    inventory_wanted = serializers.BooleanField()
+    placements = serializers.ListField(child=serializers.DictField())
+    hosts = serializers.ListField(child=serializers.DictField())
+    miners = serializers.ListField(child=serializers.ListField(), help_text="rows of name, mode, generation")
+    safety = serializers.DictField(allow_null=True, help_text="null: as the agent knows it")
+
+
+class NextShape(serializers.Serializer):
+    placement = serializers.CharField()
+    stream = serializers.ChoiceField(["stdout", "stderr"])
+    next = serializers.IntegerField(help_text="the byte wanted next")
+    offset = serializers.IntegerField(help_text="the same")
+
+
+class NextsShape(serializers.Serializer):
+    next = NextShape(many=True)
+
+
 def sync(agent: Agent, body: Any, *, now: Any) -> dict[str, Any]:
     """One sync without waiting: take the report in, answer what shall be."""
     report = checked(body)
@@ -134,7 +171,7 @@ class Enrol(APIView):
     authentication_classes = ()
     actions = {"POST": "public"}
 
-    @extend_schema(tags=["agent"], request=EnrolShape, responses={201: dict}, operation_id="agent_enrol")
+    @extend_schema(tags=["agent"], request=EnrolShape, responses={201: EnrolledShape}, operation_id="agent_enrol")
     def post(self, request: Request) -> Response:
         shape = EnrolShape(data=request.data)
         shape.is_valid(raise_exception=True)
@@ -176,13 +213,13 @@ class AgentView(APIView):
 
 
 class Sync(AgentView):
-    @extend_schema(tags=["agent"], request=SyncShape, responses={200: dict}, operation_id="agent_sync")
+    @extend_schema(tags=["agent"], request=SyncShape, responses={200: DesiredShape}, operation_id="agent_sync")
     def post(self, request: Request) -> Response:
         return Response(sync(self.agent, request.data, now=timezone.now()))
 
 
 class Logs(AgentView):
-    @extend_schema(tags=["agent"], request=LogsShape, responses={200: dict}, operation_id="agent_logs")
+    @extend_schema(tags=["agent"], request=LogsShape, responses={200: NextsShape}, operation_id="agent_logs")
     def post(self, request: Request) -> Response:
         shape = LogsShape(data=request.data)
         shape.is_valid(raise_exception=True)

@@ -11,13 +11,14 @@ from rest_framework.response import Response
 
 from marketplace import ids
 from marketplace.api.base import PublicId, Resource, Shape
+from marketplace.api.power_shapes import CurtailmentPage, CurtailmentShape
 from marketplace.errors import MarketError
 from marketplace.models import Curtailment, PowerNode
 from marketplace.services import curtailments
 from marketplace.services.transitions import legal_actions
 
 
-class CurtailmentShape(Shape):
+class CurtailmentRequest(Shape):
     node = PublicId("nod")
     cap_w = serializers.IntegerField(min_value=0)
     starts_at = serializers.DateTimeField()
@@ -51,15 +52,18 @@ class CurtailmentResource(Resource):
 class Curtailments(CurtailmentResource):
     actions = {"GET": "power:read", "POST": "power:write"}
 
-    @extend_schema(tags=["power"], operation_id="curtailments_list", responses={200: dict})
+    @extend_schema(tags=["power"], operation_id="curtailments_list", responses={200: CurtailmentPage})
     def get(self, request: Request) -> Response:
         return self.listing(request)
 
     @extend_schema(
-        tags=["power"], operation_id="curtailments_announce", request=CurtailmentShape, responses={201: dict}
+        tags=["power"],
+        operation_id="curtailments_announce",
+        request=CurtailmentRequest,
+        responses={201: CurtailmentShape},
     )
     def post(self, request: Request) -> Response:  # noqa: ARG002
-        body = self.read(CurtailmentShape)
+        body = self.read(CurtailmentRequest)
         node = PowerNode.objects.owned_by(self.actor.organization_id).filter(pk=body.pop("node")).first()
         if node is None:
             raise MarketError("not_found", "node: there is none of that id.", {"/node": "unknown"})
@@ -73,7 +77,7 @@ class Curtailments(CurtailmentResource):
 class CurtailmentDetail(CurtailmentResource):
     actions = {"GET": "power:read"}
 
-    @extend_schema(tags=["power"], operation_id="curtailments_show", responses={200: dict})
+    @extend_schema(tags=["power"], operation_id="curtailments_show", responses={200: CurtailmentShape})
     def get(self, request: Request, curtailment: str) -> Response:  # noqa: ARG002
         return Response(self.represent(self.row(curtailment)))
 
@@ -81,7 +85,7 @@ class CurtailmentDetail(CurtailmentResource):
 class CurtailmentCancel(CurtailmentResource):
     actions = {"POST": "power:write"}
 
-    @extend_schema(tags=["power"], operation_id="curtailments_cancel", request=None, responses={200: dict})
+    @extend_schema(tags=["power"], operation_id="curtailments_cancel", request=None, responses={200: CurtailmentShape})
     def post(self, request: Request, curtailment: str) -> Response:  # noqa: ARG002
         row = self.row(curtailment)
 

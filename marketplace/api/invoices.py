@@ -13,6 +13,7 @@ from billing import invoices, payments
 from billing.models import Invoice, InvoiceLine
 from marketplace import ids
 from marketplace.api.base import Resource
+from marketplace.api.money_shapes import InvoiceDetailShape, InvoicePage, InvoiceShape, PreviewShape
 from marketplace.api.shapes import amount
 
 
@@ -67,7 +68,7 @@ class InvoiceResource(Resource):
 class Invoices(InvoiceResource):
     actions = {"GET": "billing:read"}
 
-    @extend_schema(tags=["billing"], operation_id="invoices_list", responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="invoices_list", responses={200: InvoicePage})
     def get(self, request: Request) -> Response:
         return self.listing(request)
 
@@ -75,7 +76,7 @@ class Invoices(InvoiceResource):
 class Preview(InvoiceResource):
     actions = {"GET": "billing:read"}
 
-    @extend_schema(tags=["billing"], operation_id="invoices_preview", responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="invoices_preview", responses={200: PreviewShape})
     def get(self, request: Request) -> Response:  # noqa: ARG002
         """What an invoice closed now would say, running seconds included."""
         draft = invoices.preview(self.organization(), timezone.now())
@@ -104,7 +105,7 @@ class Preview(InvoiceResource):
 class InvoiceDetail(InvoiceResource):
     actions = {"GET": "billing:read"}
 
-    @extend_schema(tags=["billing"], operation_id="invoices_show", responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="invoices_show", responses={200: InvoiceDetailShape})
     def get(self, request: Request, invoice: str) -> Response:  # noqa: ARG002
         row = self.row(invoice)
         lines = row.lines.order_by("position")
@@ -114,7 +115,7 @@ class InvoiceDetail(InvoiceResource):
 class InvoicePay(InvoiceResource):
     actions = {"POST": "billing:write"}
 
-    @extend_schema(tags=["billing"], operation_id="invoices_pay", request=None, responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="invoices_pay", request=None, responses={200: InvoiceShape})
     def post(self, request: Request, invoice: str) -> Response:  # noqa: ARG002
         """Try the default card again now."""
         row = self.row(invoice)

@@ -13,6 +13,16 @@ from rest_framework.response import Response
 from marketplace import ids
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.api.errors import translate
+from marketplace.api.job_shapes import (
+    BatchAnswerShape,
+    ExplanationShape,
+    JobDetailShape,
+    JobEventPage,
+    JobPage,
+    JobShape,
+    LogShape,
+    PlacementPage,
+)
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
 from marketplace.services import job_views, jobs
@@ -20,7 +30,16 @@ from marketplace.services import job_views, jobs
 MAX_BATCH = 100
 
 
-class JobShape(Shape):
+def _holds_nul(value: Any) -> bool:
+    """Whether a NUL stands anywhere in a JSON value: PostgreSQL keeps none."""
+    if isinstance(value, str):
+        return "\x00" in value
+    if isinstance(value, dict):
+        return any(_holds_nul(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(_holds_nul(part) for part in value)
+
+
+class JobRequest(Shape):
     contract = PublicId("ctr")
     name = serializers.CharField(max_length=120, required=False, default="")
     image = serializers.CharField(max_length=300, required=False, default="", allow_blank=True)
@@ -37,11 +56,11 @@ class JobShape(Shape):
         min_value=1, max_value=1000, required=False, default=1000, help_text="of each GPU; below 1000 a share of one"
     )
     vram_mib = serializers.IntegerField(
-        min_value=0, required=False, default=0, help_text="per GPU; 0: the device's, by share"
+        min_value=0, max_value=100_000_000, required=False, default=0, help_text="per GPU; 0: the device's, by share"
     )
     vcpu_milli = serializers.IntegerField(min_value=0, max_value=10_000_000, required=False, default=1000)
     ram_mib = serializers.IntegerField(min_value=0, max_value=100_000_000, required=False, default=1024)
-    nvme_gib = serializers.IntegerField(min_value=0, required=False, default=0)
+    nvme_gib = serializers.IntegerField(min_value=0, max_value=100_000_000, required=False, default=0)
     gpu_models = serializers.ListField(child=serializers.CharField(max_length=40), required=False, default=list)
     topology = serializers.ChoiceField(Job.Topology.choices, required=False, default="pack")
     topology_required = serializers.BooleanField(required=False, default=False)
@@ -49,11 +68,14 @@ class JobShape(Shape):
     on_replica_loss = serializers.ChoiceField(Job.OnReplicaLoss.choices, required=False, default="restart_gang")
     max_restarts = serializers.IntegerField(min_value=0, max_value=100, required=False, default=3)
     checkpoint_grace_s = serializers.IntegerField(min_value=0, max_value=3600, required=False, default=30)
-    max_seconds = serializers.IntegerField(min_value=1, required=False, allow_null=True, default=None)
+    max_seconds = serializers.IntegerField(min_value=1, max_value=10**9, required=False, allow_null=True, default=None)
     reference = serializers.CharField(max_length=80, required=False, default="", allow_blank=True)
     metadata = serializers.DictField(required=False, default=dict)
 
     def validate(self, data: dict[str, Any]) -> dict[str, Any]:
+        for name in ("env", "metadata"):
+            if _holds_nul(data[name]):
+                raise serializers.ValidationError({name: "NUL characters are not kept: leave them out"})
         if data["gpu_milli"] < 1000 and data["gpus"] != 1:
             raise serializers.ValidationError(
                 {"gpu_milli": "a share is of one GPU: set gpus to 1, or gpu_milli to 1000"}
@@ -61,7 +83,7 @@ class JobShape(Shape):
         return data
 
 
-class BatchShape(Shape):
+class BatchRequest(Shape):
     jobs = serializers.ListField(child=serializers.DictField(), min_length=1, max_length=MAX_BATCH)
 
 
@@ -86,15 +108,15 @@ class Jobs(JobResource):
     actions = {"GET": "jobs:read", "POST": "jobs:write"}
 
     @extend_schema(
-        tags=["jobs"], operation_id="jobs_list", responses={200: dict},
+        tags=["jobs"], operation_id="jobs_list", responses={200: JobPage},
         parameters=[OpenApiParameter(n, str) for n in ("state", "contract", "reference", "limit", "cursor")],
     )  # fmt: skip
     def get(self, request: Request) -> Response:
         return self.listing(request)
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_submit", request=JobShape, responses={201: dict})
+    @extend_schema(tags=["jobs"], operation_id="jobs_submit", request=JobRequest, responses={201: JobShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
-        spec = self.read(JobShape)
+        spec = self.read(JobRequest)
         contract = self.contract(spec.pop("contract"))
 
         def effect() -> Response:
@@ -106,10 +128,12 @@ class Jobs(JobResource):
 class JobBatch(JobResource):
     actions = {"POST": "jobs:write"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_submit_batch", request=BatchShape, responses={200: dict})
+    @extend_schema(
+        tags=["jobs"], operation_id="jobs_submit_batch", request=BatchRequest, responses={200: BatchAnswerShape}
+    )
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """Up to 100 jobs; each item answers for itself, in order. A refused item does not hold up the others."""
-        wanted = self.read(BatchShape)["jobs"]
+        wanted = self.read(BatchRequest)["jobs"]
         now = timezone.now()
 
         def effect() -> Response:
@@ -122,7 +146,7 @@ class JobBatch(JobResource):
         good: list[tuple[int, Contract, dict[str, Any]]] = []
         contracts: dict[int, Contract] = {}
         for i, body in enumerate(wanted):
-            shape = JobShape(data=body)
+            shape = JobRequest(data=body)
             try:
                 shape.is_valid(raise_exception=True)
                 spec = dict(shape.validated_data)
@@ -153,7 +177,7 @@ def _short(error: Exception) -> dict[str, Any]:
 class JobDetail(JobResource):
     actions = {"GET": "jobs:read"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_show", responses={200: dict})
+    @extend_schema(tags=["jobs"], operation_id="jobs_show", responses={200: JobDetailShape})
     def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
         row = self.row(job)
         return Response({**self.represent(row), "placements": job_views.placements(row)})
@@ -162,7 +186,7 @@ class JobDetail(JobResource):
 class JobCancel(JobResource):
     actions = {"POST": "jobs:write"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_cancel", request=None, responses={200: dict})
+    @extend_schema(tags=["jobs"], operation_id="jobs_cancel", request=None, responses={200: JobShape})
     def post(self, request: Request, job: str) -> Response:  # noqa: ARG002
         row = self.row(job)
         return self.write(lambda: Response(self.represent(jobs.cancel(self.actor, row, now=timezone.now()))))
@@ -171,7 +195,7 @@ class JobCancel(JobResource):
 class JobExplain(JobResource):
     actions = {"GET": "jobs:read"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_explain", responses={200: dict})
+    @extend_schema(tags=["jobs"], operation_id="jobs_explain", responses={200: ExplanationShape})
     def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
         """Why the job waits, or where it runs: hosts left after each stage of the fit rule, what binds, what would help."""
         return Response(job_views.explain(self.row(job)))
@@ -180,7 +204,7 @@ class JobExplain(JobResource):
 class JobEvents(JobResource):
     actions = {"GET": "jobs:read"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_events", responses={200: dict})
+    @extend_schema(tags=["jobs"], operation_id="jobs_events", responses={200: JobEventPage})
     def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
         return Response({"data": job_views.events(self.row(job)), "has_more": False, "cursor": None})
 
@@ -189,7 +213,7 @@ class JobLogs(JobResource):
     actions = {"GET": "jobs:read"}
 
     @extend_schema(
-        tags=["jobs"], operation_id="jobs_logs", responses={200: dict},
+        tags=["jobs"], operation_id="jobs_logs", responses={200: LogShape},
         parameters=[OpenApiParameter("placement", str), OpenApiParameter("stream", str), OpenApiParameter("offset", int)],
     )  # fmt: skip
     def get(self, request: Request, job: str) -> Response:
@@ -197,7 +221,7 @@ class JobLogs(JobResource):
         row = self.row(job)
         query = request.query_params
         offset = query.get("offset", "0")
-        if not offset.isdigit():
+        if not offset.isdecimal():
             raise MarketError(
                 "invalid_request", f"offset is {offset}; it must be a number of bytes.", {"/offset": "not a number"}
             )
@@ -220,7 +244,7 @@ class Placements(Resource):
         return job_views.placement(row)
 
     @extend_schema(
-        tags=["jobs"], operation_id="placements_list", responses={200: dict},
+        tags=["jobs"], operation_id="placements_list", responses={200: PlacementPage},
         parameters=[OpenApiParameter(n, str) for n in ("job", "contract", "state", "site", "limit", "cursor")],
     )  # fmt: skip
     def get(self, request: Request) -> Response:

@@ -12,6 +12,7 @@ from rest_framework.response import Response
 
 from billing import invoices, payments
 from marketplace.api.base import Resource, Shape
+from marketplace.api.money_shapes import LinkShape, PaymentMethodShape
 from marketplace.errors import MarketError
 from marketplace.models import BillingStanding, Organization
 
@@ -40,7 +41,7 @@ class PaymentMethodView(Resource):
 class PaymentMethods(PaymentMethodView):
     actions = {"GET": "billing:read", "POST": "billing:write"}
 
-    @extend_schema(tags=["billing"], operation_id="payment_methods_show", responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="payment_methods_show", responses={200: PaymentMethodShape})
     def get(self, request: Request) -> Response:  # noqa: ARG002
         organization = self.organization()
         account = invoices.account_of(organization, now=timezone.now())
@@ -52,7 +53,7 @@ class PaymentMethods(PaymentMethodView):
             {"object": "payment_method", "card": card, "standing": standing.state if standing else "no_card"}
         )
 
-    @extend_schema(tags=["billing"], operation_id="payment_methods_add", request=SetupShape, responses={201: dict})
+    @extend_schema(tags=["billing"], operation_id="payment_methods_add", request=SetupShape, responses={201: LinkShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """The address of Stripe's page on which the card is added."""
         body = self.read(SetupShape)
@@ -68,7 +69,7 @@ class PaymentMethods(PaymentMethodView):
 class Portal(PaymentMethodView):
     actions = {"POST": "billing:write"}
 
-    @extend_schema(tags=["billing"], operation_id="payment_methods_portal", request=None, responses={201: dict})
+    @extend_schema(tags=["billing"], operation_id="payment_methods_portal", request=None, responses={201: LinkShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
         url = payments.portal_url(
             self.organization(), return_url=settings.PUBLIC_URL + "/billing/card", now=timezone.now()

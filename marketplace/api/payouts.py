@@ -12,6 +12,7 @@ from rest_framework.response import Response
 from billing import payouts
 from billing.models import Payout
 from marketplace.api.base import Resource
+from marketplace.api.money_shapes import LinkShape, PayoutAccountShape, PayoutPage
 from marketplace.api.shapes import amount
 from marketplace.errors import MarketError
 from marketplace.models import Organization
@@ -43,7 +44,7 @@ class PayoutResource(Resource):
 class Payouts(PayoutResource):
     actions = {"GET": "payouts:read"}
 
-    @extend_schema(tags=["payouts"], operation_id="payouts_list", responses={200: dict})
+    @extend_schema(tags=["payouts"], operation_id="payouts_list", responses={200: PayoutPage})
     def get(self, request: Request) -> Response:
         return self.listing(request)
 
@@ -51,7 +52,7 @@ class Payouts(PayoutResource):
 class PayoutAccount(PayoutResource):
     actions = {"GET": "payouts:read", "POST": "payouts:write"}
 
-    @extend_schema(tags=["payouts"], operation_id="payout_account_show", responses={200: dict})
+    @extend_schema(tags=["payouts"], operation_id="payout_account_show", responses={200: PayoutAccountShape})
     def get(self, request: Request) -> Response:  # noqa: ARG002
         operator = self.operator()
         account = payouts.operator_account(operator, now=timezone.now())
@@ -65,7 +66,7 @@ class PayoutAccount(PayoutResource):
             }
         )
 
-    @extend_schema(tags=["payouts"], operation_id="payout_account_onboard", request=None, responses={201: dict})
+    @extend_schema(tags=["payouts"], operation_id="payout_account_onboard", request=None, responses={201: LinkShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """The address of Stripe's onboarding page."""
         back = settings.PUBLIC_URL + "/operator/"

@@ -11,6 +11,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from marketplace.api.base import Resource
+from marketplace.api.power_shapes import PowerNowShape, SiteMinutesShape
 from marketplace.errors import MarketError
 from marketplace.models import PowerGrant, PowerNode, Site
 from marketplace.services import feeds
@@ -27,7 +28,7 @@ class SitePower(Resource):
     model_queryset = Site.objects.all()
     prefix = "sit"
 
-    @extend_schema(tags=["power"], operation_id="site_power", responses={200: dict})
+    @extend_schema(tags=["power"], operation_id="site_power", responses={200: PowerNowShape})
     def get(self, request: Request, site: str) -> Response:  # noqa: ARG002
         row = self.row(site)
         nodes = row.power_nodes.select_related("parent").order_by("depth", "id")
@@ -76,14 +77,14 @@ class SiteMinutes(Resource):
     @extend_schema(
         tags=["power"],
         operation_id="site_minutes",
-        responses={200: dict},
+        responses={200: SiteMinutesShape},
         parameters=[OpenApiParameter("minutes", int)],
     )
     def get(self, request: Request, site: str) -> Response:
         """Watts by use, energy in milliwatt-hours and money in micro-USD, one row a minute, newest last; and their sums."""
         row = self.row(site)
         text = request.query_params.get("minutes", "60")
-        if not text.isdigit() or not 1 <= int(text) <= MAX_MINUTES:
+        if not text.isdecimal() or not 1 <= int(text) <= MAX_MINUTES:
             raise MarketError(
                 "invalid_request", f"minutes is {text}; it must be 1 to {MAX_MINUTES}.", {"/minutes": "out of range"}
             )

@@ -12,6 +12,7 @@ from billing import invoices, ledger, reconcile
 from billing.models import BillingCase, Invoice
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.api.invoices import shown
+from marketplace.api.money_shapes import ClosedShape, InvariantsShape, ReconciliationShape
 from marketplace.models import Job, Organization, OutboxMessage, Placement
 from marketplace.services import audit
 
@@ -29,7 +30,7 @@ class StaffView(Resource):
 class ClosePeriod(StaffView):
     actions = {"POST": "staff"}
 
-    @extend_schema(tags=["staff"], operation_id="staff_close_period", request=CloseShape, responses={200: dict})
+    @extend_schema(tags=["staff"], operation_id="staff_close_period", request=CloseShape, responses={200: ClosedShape})
     def post(self, request: Request) -> Response:
         """Bill an organization through a past instant as an interim invoice; repeating it answers the same invoice."""
         body = self.read(CloseShape)
@@ -48,7 +49,7 @@ class ClosePeriod(StaffView):
 class Health(StaffView):
     actions = {"GET": "staff"}
 
-    @extend_schema(tags=["staff"], operation_id="staff_invariants", responses={200: dict})
+    @extend_schema(tags=["staff"], operation_id="staff_invariants", responses={200: InvariantsShape})
     def get(self, request: Request) -> Response:  # noqa: ARG002
         """Counts that must be zero, the ledger's balances, and what waits."""
         now = timezone.now()
@@ -76,7 +77,7 @@ def _by_state(model: type[Job] | type[Placement]) -> dict[str, int]:
 class Reconcile(StaffView):
     actions = {"POST": "staff"}
 
-    @extend_schema(tags=["staff"], operation_id="staff_reconcile", request=None, responses={200: dict})
+    @extend_schema(tags=["staff"], operation_id="staff_reconcile", request=None, responses={200: ReconciliationShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """Compare with Stripe now: missed events, mirrored invoices, ledger projections."""
         now = timezone.now()

@@ -10,6 +10,7 @@ from rest_framework.response import Response
 from billing.models import UsageRecord
 from marketplace import ids
 from marketplace.api.base import Resource
+from marketplace.api.money_shapes import UsagePage
 
 
 class Usage(Resource):
@@ -33,7 +34,7 @@ class Usage(Resource):
             "source": row.source,
         }
 
-    @extend_schema(tags=["billing"], operation_id="usage_list", responses={200: dict})
+    @extend_schema(tags=["billing"], operation_id="usage_list", responses={200: UsagePage})
     def get(self, request: Request) -> Response:
         return self.listing(request)
 

@@ -1,5 +1,7 @@
 """The OpenAPI document: valid 3.1, no warning, the same as the committed one, and complete enough for a generator."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ from drf_spectacular.drainage import GENERATOR_STATS
 from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.renderers import OpenApiYamlRenderer
 from drf_spectacular.validation import validate_schema
+from jsonschema import Draft202012Validator
 
 from marketplace.errors import CATALOGUE
+from tests.contracts.test_matrix import Cast, cast, knock  # noqa: F401 - the matrix's world, as a fixture
 from tests.matrix import ROUTES
 
 pytestmark = pytest.mark.django_db
@@ -42,8 +46,6 @@ def test_the_committed_document_is_this_one(document):
 
 
 def test_every_api_route_of_the_matrix_is_an_operation(document):
-    import re
-
     named = {(re.sub(r"\{\w+\}", "{}", path), method.upper()) for path, method, _ in operations(document)}
     hidden = {"api/v1/schema", "api/v1/webhooks/stripe"}  # the document itself; Stripe's own contract
     listed = {("/" + re.sub(r"<[^>]+>", "{}", r.path), r.method) for r in ROUTES if r.is_api and r.path not in hidden}
@@ -71,3 +73,48 @@ def test_the_document_is_served_to_anybody():
     response = Client().get("/api/v1/schema", HTTP_ACCEPT="application/vnd.oai.openapi+json")
     assert response.status_code == 200
     assert response.json()["info"]["title"] == "Tailrace API"
+
+
+def undocumented(value, schema, schemas, at="$"):
+    """Keys of an answer that its schema does not name."""
+    if "$ref" in schema:
+        return undocumented(value, schemas[schema["$ref"].rpartition("/")[2]], schemas, at)
+    for part in (*schema.get("allOf", ()), *schema.get("oneOf", ())):
+        if "$ref" in part or "properties" in part:
+            return undocumented(value, part, schemas, at)
+    if isinstance(value, list):
+        return [found for each in value for found in undocumented(each, schema.get("items", {}), schemas, f"{at}[]")]
+    if not isinstance(value, dict) or "properties" not in schema:
+        return []
+    known = schema["properties"]
+    return [
+        found
+        for key, each in value.items()
+        for found in (undocumented(each, known[key], schemas, f"{at}.{key}") if key in known else [f"{at}.{key}"])
+    ]
+
+
+def test_answers_are_what_the_document_says(document, cast: Cast):  # noqa: F811
+    """Every GET of the matrix that answers its own people: all that is required stands there, and nothing that is not named."""
+    told = {(re.sub(r"\{\w+\}", "{}", path), method): op for path, method, op in operations(document)}
+    wrong, seen = [], 0
+    for route in ROUTES:
+        op = told.get(("/" + re.sub(r"<[^>]+>", "{}", route.path), "get")) if route.method == "GET" else None
+        if op is None or not route.is_api:
+            continue
+        response = knock(cast.clients["staff" if route.action == "staff" else "owner"], route, cast.world)
+        if response.status_code != 200 or not response["Content-Type"].startswith("application/json"):
+            continue
+        schema = op["responses"]["200"]["content"]["application/json"]["schema"]
+        answer = json.loads(response.content)
+        whole = {**schema, "components": document["components"]}
+        wrong += [
+            f"{route.id} {e.json_path}: {e.message[:120]}" for e in Draft202012Validator(whole).iter_errors(answer)
+        ]
+        wrong += [
+            f"{route.id} {key} is not documented"
+            for key in undocumented(answer, schema, document["components"]["schemas"])
+        ]
+        seen += 1
+    assert not wrong, "\n".join(wrong)
+    assert seen > 40

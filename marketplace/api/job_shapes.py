@@ -1,0 +1,139 @@
+"""What the API answers about jobs and placements, for the OpenAPI document; `services/job_views` makes the answers."""
+
+from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
+from rest_framework import serializers
+
+from marketplace.api.shapes import page_of
+from marketplace.models import Job, Placement
+
+EXAMPLE = {
+    "id": "job_7k2m9x4q8w3e", "object": "job", "name": "train", "contract": "ctr_5h8j2n6p4r7t", "state": "running", "reason": "",
+    "replicas": 2, "gpus": 8, "gpu_milli": 1000, "vram_mib": 0, "vcpu_milli": 64000, "ram_mib": 524288, "nvme_gib": 0,
+    "gpu_models": ["H100-SXM"], "topology": "leaf", "priority": 0, "image": "", "command": ["python", "train.py"],
+    "env": {"SEED": "1"}, "attempt": 1, "restarts": 0, "exit_code": None, "created_at": "2026-11-22T12:00:00Z",
+    "queued_at": "2026-11-22T12:00:00Z", "started_at": "2026-11-22T12:00:21Z", "finished_at": None, "reference": "run-17",
+    "metadata": {}, "actions": ["cancel"],
+}  # fmt: skip
+
+
+@extend_schema_serializer(examples=[OpenApiExample("running", EXAMPLE, response_only=True)], many=False)
+class JobShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    name = serializers.CharField(allow_blank=True)
+    contract = serializers.CharField()
+    state = serializers.ChoiceField(Job.State.choices)
+    reason = serializers.CharField(allow_blank=True)
+    replicas = serializers.IntegerField()
+    gpus = serializers.IntegerField(help_text="per replica")
+    gpu_milli = serializers.IntegerField(help_text="of each GPU; below 1000 a share of one")
+    vram_mib = serializers.IntegerField()
+    vcpu_milli = serializers.IntegerField()
+    ram_mib = serializers.IntegerField()
+    nvme_gib = serializers.IntegerField()
+    gpu_models = serializers.ListField(child=serializers.CharField())
+    topology = serializers.ChoiceField(Job.Topology.choices)
+    priority = serializers.IntegerField()
+    image = serializers.CharField(allow_blank=True)
+    command = serializers.ListField(child=serializers.CharField())
+    env = serializers.DictField(child=serializers.CharField())
+    attempt = serializers.IntegerField(help_text="grows with each placement")
+    restarts = serializers.IntegerField(help_text="after faults; preemptions do not count")
+    exit_code = serializers.IntegerField(allow_null=True)
+    created_at = serializers.DateTimeField()
+    queued_at = serializers.DateTimeField(allow_null=True)
+    started_at = serializers.DateTimeField(allow_null=True)
+    finished_at = serializers.DateTimeField(allow_null=True)
+    reference = serializers.CharField(allow_blank=True)
+    metadata = serializers.DictField()
+    actions = serializers.ListField(child=serializers.CharField(), help_text="what is legal now")
+
+
+class PlacementShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    job = serializers.CharField()
+    contract = serializers.CharField()
+    attempt = serializers.IntegerField()
+    rank = serializers.IntegerField()
+    site = serializers.CharField(help_text="its name")
+    host = serializers.CharField(help_text="its name")
+    gpus = serializers.ListField(child=serializers.IntegerField(), help_text="indices on the host")
+    gpu_milli = serializers.IntegerField(help_text="of each GPU")
+    state = serializers.ChoiceField(Placement.State.choices)
+    reason = serializers.CharField(allow_blank=True)
+    granted_at = serializers.DateTimeField(allow_null=True)
+    running_at = serializers.DateTimeField(allow_null=True, help_text="billed from here")
+    release_requested_at = serializers.DateTimeField(allow_null=True, help_text="billed to here")
+    finished_at = serializers.DateTimeField(allow_null=True)
+    exit_code = serializers.IntegerField(allow_null=True)
+
+
+class JobDetailShape(JobShape):
+    placements = PlacementShape(many=True, help_text="newest attempt first, at most 200")
+
+
+class RefusalShape(serializers.Serializer):
+    code = serializers.CharField()
+    title = serializers.CharField()
+    detail = serializers.CharField()
+    retry = serializers.CharField()
+
+
+class BatchItemShape(serializers.Serializer):
+    """One of the two."""
+
+    job = JobShape(required=False)
+    error = RefusalShape(required=False)
+
+
+class BatchAnswerShape(serializers.Serializer):
+    data = BatchItemShape(many=True, help_text="one for each job asked for, in order")  # type: ignore[assignment]  # lists are `data`
+
+
+class StageShape(serializers.Serializer):
+    stage = serializers.CharField()
+    hosts_left = serializers.IntegerField()
+
+
+class ExplanationShape(serializers.Serializer):
+    object = serializers.CharField()
+    job = serializers.CharField()
+    state = serializers.ChoiceField(Job.State.choices)
+    outcome = serializers.CharField()
+    reason = serializers.CharField(allow_null=True)
+    text = serializers.CharField(help_text="for people")
+    stages = StageShape(many=True, help_text="hosts left after each stage of the fit rule")
+    binding = serializers.CharField(required=False, allow_blank=True)
+    suggestion = serializers.CharField(required=False, allow_blank=True)
+    earliest_start = serializers.DateTimeField(required=False, allow_null=True)
+    at = serializers.DateTimeField(required=False)
+
+
+# `from` is no name in Python, but it is the field's.
+JobEventShape = type(
+    "JobEventShape",
+    (serializers.Serializer,),
+    {
+        "at": serializers.DateTimeField(),
+        "actor": serializers.CharField(),
+        "from": serializers.CharField(allow_blank=True),
+        "to": serializers.CharField(),
+        "reason": serializers.CharField(allow_blank=True),
+    },
+)
+
+
+class LogShape(serializers.Serializer):
+    object = serializers.CharField()
+    placement = serializers.CharField(allow_null=True)
+    stream = serializers.ChoiceField(["stdout", "stderr"])
+    offset = serializers.IntegerField(help_text="bytes")
+    next = serializers.IntegerField(help_text="where to go on")
+    data = serializers.CharField(allow_blank=True)  # type: ignore[assignment]  # the field's name in the answer
+    complete = serializers.BooleanField(help_text="there will be no more")
+
+
+JobPage = page_of("Job", JobShape)
+PlacementPage = page_of("Placement", PlacementShape)
+JobEventPage = page_of("JobEvent", JobEventShape)

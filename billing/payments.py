@@ -7,7 +7,7 @@ a worker killed anywhere repeats the step with the same key. Our state only move
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from django.db import transaction
@@ -34,36 +34,25 @@ def start_card_setup(organization: Organization, *, success_url: str, cancel_url
     """The URL of Stripe's page where the organization adds a card. MarketError `service_unavailable` without Stripe."""
     account = invoices.account_of(organization, now=now)
     key = f"setup-{account.pk}-{int(now.timestamp() * 1000)}"
-    return _interactive(
-        lambda: gateway.once(
+    with gateway.person_waits():
+        return gateway.once(
             key, "card_setup", organization.pk,
             lambda key: gateway.start_setup(
                 customer=ensure_customer(account), currency=account.currency, success_url=success_url,
                 cancel_url=cancel_url, key=key,
             ),
-        )
-    )  # fmt: skip
+        )  # fmt: skip
 
 
 def portal_url(organization: Organization, *, return_url: str, now: datetime) -> str:
     """The URL of Stripe's portal: cards, receipts. MarketError `service_unavailable` without Stripe."""
     account = invoices.account_of(organization, now=now)
     key = f"portal-{account.pk}-{int(now.timestamp() * 1000)}"
-    return _interactive(
-        lambda: gateway.once(
+    with gateway.person_waits():
+        return gateway.once(
             key, "portal", organization.pk,
             lambda key: gateway.portal(customer=ensure_customer(account), return_url=return_url, key=key),
-        )
-    )  # fmt: skip
-
-
-def _interactive(call: Callable[[], str]) -> str:
-    try:
-        return call()
-    except gateway.Unavailable as error:
-        raise MarketError(
-            "service_unavailable", "The payment service does not answer. Try again in a minute."
-        ) from error
+        )  # fmt: skip
 
 
 def ensure_customer(account: BillingAccount) -> str:
@@ -303,12 +292,8 @@ def pay_again(invoice: Invoice, *, now: datetime) -> bool:
         raise MarketError("illegal_transition", "The amount is too small to charge; the next invoice carries it.")
     if not invoice.account.payment_method:
         raise MarketError("card_required", "Add a card on the page Payment methods, then pay.")
-    try:
+    with gateway.person_waits():
         paid = pay(invoice.pk, now=now)
-    except gateway.Unavailable as error:
-        raise MarketError(
-            "service_unavailable", "The payment service does not answer. Try again in a minute."
-        ) from error
     if not paid:
         invoice.refresh_from_db()
         raise MarketError("payment_failed", invoice.last_error, extra={"pay_url": invoice.pay_url})

@@ -34,17 +34,13 @@ def onboarding_link(organization: Organization, *, refresh_url: str, return_url:
     if not organization.is_operator:
         raise MarketError("forbidden", f"{organization} is no operator: only operators are paid out.")
     account = operator_account(organization, now=now)
-    try:
+    with gateway.person_waits():
         recipient = ensure_recipient(account)
         key = f"onboarding-{account.pk}-{int(now.timestamp() * 1000)}"
         return gateway.once(
             key, "onboarding", organization.pk,
             lambda key: gateway.onboarding_link(recipient, refresh_url=refresh_url, return_url=return_url, key=key),
         )  # fmt: skip
-    except gateway.Unavailable as error:
-        raise MarketError(
-            "service_unavailable", "The payment service does not answer. Try again in a minute."
-        ) from error
 
 
 def ensure_recipient(account: OperatorAccount) -> str:

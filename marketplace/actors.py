@@ -5,7 +5,7 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 
-from marketplace.models import Membership
+from marketplace.models import Membership, User
 from marketplace.tenancy import ANONYMOUS, Actor
 
 SESSION_KEY = "organization"
@@ -26,6 +26,11 @@ def actor_of(request: HttpRequest) -> Actor:
     membership = membership_of(request)
     if membership is None:
         return Actor(kind="user", user_id=user.pk, label=user.email)
+    return member(user, membership)
+
+
+def member(user: User, membership: Membership) -> Actor:
+    """A person in one organization."""
     return Actor(
         kind="user",
         organization_id=membership.organization_id,

@@ -30,7 +30,16 @@ from billing.gateway.invoices import (
     payments_of,
 )
 from billing.gateway.operators import create_recipient, find_transfer, onboarding_link, transfer, transfers_enabled
-from billing.gateway.wire import Declined, GatewayError, Refused, SignatureInvalid, Unavailable, burnt, once
+from billing.gateway.wire import (
+    Declined,
+    GatewayError,
+    Refused,
+    SignatureInvalid,
+    Unavailable,
+    burnt,
+    once,
+    person_waits,
+)
 
 __all__ = [
     "MAX_LINES",
@@ -62,6 +71,7 @@ __all__ = [
     "once",
     "pay_invoice",
     "payments_of",
+    "person_waits",
     "portal",
     "set_default_card",
     "start_setup",

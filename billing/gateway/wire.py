@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from django.db import connection
 from django.utils import timezone
 
 from billing.models import StripeCall
+from marketplace.errors import MarketError
 
 T = TypeVar("T")
 
@@ -128,6 +130,17 @@ def keyed(endpoint: str, key: str, call: Callable[[str], T]) -> T:
             row, _ = StripeCall.objects.get_or_create(key=key, defaults={"operation": endpoint})
             StripeCall.objects.filter(pk=row.pk, burnt=times).update(burnt=times + 1, error=str(error)[:200])
         raise
+
+
+@contextmanager
+def person_waits() -> Iterator[None]:
+    """Around calls that a person waits for: no answer is told at once, as MarketError `service_unavailable`."""
+    try:
+        yield
+    except Unavailable as error:
+        raise MarketError(
+            "service_unavailable", "The payment service does not answer. Try again in a minute."
+        ) from error
 
 
 def burnt(key: str) -> int:

@@ -11,7 +11,7 @@ from django.urls import reverse
 from django.utils.http import urlencode
 from unfold.sites import UnfoldAdminSite
 
-from marketplace.actors import SESSION_KEY
+from marketplace.actors import SESSION_KEY, member
 from marketplace.models import Membership
 from marketplace.tenancy import ANONYMOUS, Actor
 
@@ -42,14 +42,7 @@ def _operator_actor(request: HttpRequest) -> Actor:
     if membership is None:
         return ANONYMOUS
     request.operator_organization = membership.organization  # type: ignore[attr-defined]
-    return Actor(
-        kind="user",
-        organization_id=membership.organization_id,
-        role=membership.role,
-        user_id=user.pk,
-        livemode=membership.organization.livemode,
-        label=user.email,
-    )
+    return member(user, membership)
 
 
 def staff_actor(request: HttpRequest) -> Actor:

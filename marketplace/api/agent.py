@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import json
 from typing import Any, cast
 
 from django.conf import settings
+from django.core.validators import ProhibitNullCharactersValidator
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
@@ -32,13 +34,24 @@ class EnrolShape(Shape):
     )
 
 
+INT, BIGINT = (1 << 31) - 1, (1 << 63) - 1  # what the columns hold
+
+
+class Output(serializers.CharField):
+    """What a process wrote: any character. NUL, which DRF refuses and PostgreSQL does not keep, is replaced when it is stored."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(trim_whitespace=False, allow_blank=True, **options)
+        self.validators = [v for v in self.validators if not isinstance(v, ProhibitNullCharactersValidator)]
+
+
 class HostState(serializers.Serializer):
     name = serializers.CharField()
     beat_at = serializers.DateTimeField()
     power_state = serializers.ChoiceField(["off", "parked", "capped", "full"])
-    generation = serializers.IntegerField(required=False, default=0)
+    generation = serializers.IntegerField(required=False, default=0, min_value=0, max_value=BIGINT)
     limits_w = serializers.ListField(child=serializers.IntegerField(), required=False, default=list)
-    measured_w = serializers.IntegerField(required=False, allow_null=True, default=None)
+    measured_w = serializers.IntegerField(required=False, allow_null=True, default=None, min_value=0, max_value=INT)
     gpu_errors = serializers.ListField(required=False, default=list)
 
 
@@ -48,7 +61,9 @@ class PlacementState(serializers.Serializer):
     state = serializers.ChoiceField(["starting", "running", "draining", "exited", "failed", "unknown"])
     running_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
     finished_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
-    exit_code = serializers.IntegerField(required=False, allow_null=True, default=None)
+    exit_code = serializers.IntegerField(
+        required=False, allow_null=True, default=None, min_value=-INT - 1, max_value=INT
+    )
     reason = serializers.CharField(required=False, allow_blank=True, default="")
 
 
@@ -58,6 +73,11 @@ class EventShape(serializers.Serializer):
     kind = serializers.CharField(max_length=40)
     subject = serializers.CharField(required=False, allow_blank=True, default="")
     data = serializers.DictField(required=False, default=dict)  # type: ignore[assignment]  # the protocol's word
+
+    def validate_data(self, data: dict[str, Any]) -> dict[str, Any]:
+        """An event tells what has happened: a NUL in it, which PostgreSQL does not keep, must not hold up the others."""
+        plain: dict[str, Any] = json.loads(json.dumps(data).replace("\\u0000", "\\ufffd"))
+        return plain
 
 
 class Row(serializers.ListField):
@@ -77,7 +97,7 @@ class SyncShape(serializers.Serializer):
     """Not strict: a newer agent may say more than we know."""
 
     boot = serializers.CharField(max_length=64)
-    sequence = serializers.IntegerField(min_value=0)
+    sequence = serializers.IntegerField(min_value=0, max_value=BIGINT)
     agent_time = serializers.DateTimeField()
     known_generation = serializers.IntegerField(required=False, default=0)
     known_safety = serializers.IntegerField(required=False, default=-1)
@@ -88,14 +108,18 @@ class SyncShape(serializers.Serializer):
         child=Row(
             serializers.CharField(),
             serializers.CharField(allow_blank=True),
-            serializers.IntegerField(),
-            serializers.IntegerField(min_value=0),
-            serializers.IntegerField(min_value=0), serializers.DateTimeField(),
+            serializers.IntegerField(min_value=0, max_value=BIGINT),
+            serializers.IntegerField(min_value=0, max_value=INT),
+            serializers.IntegerField(min_value=0, max_value=INT), serializers.DateTimeField(),
         ),
         required=False, default=list,
     )  # fmt: skip
     meters = serializers.ListField(
-        child=Row(serializers.CharField(), serializers.IntegerField(min_value=0), serializers.DateTimeField()),
+        child=Row(
+            serializers.CharField(),
+            serializers.IntegerField(min_value=0, max_value=BIGINT),
+            serializers.DateTimeField(),
+        ),
         required=False,
         default=list,
     )
@@ -107,7 +131,7 @@ class ChunkShape(serializers.Serializer):
     placement = PublicId("plc", source="pk")
     stream = serializers.ChoiceField(["stdout", "stderr"])
     offset = serializers.IntegerField(min_value=0)
-    data = serializers.CharField(trim_whitespace=False, allow_blank=True, max_length=1 << 20)  # type: ignore[assignment]  # as above
+    data = Output(max_length=1 << 20)  # type: ignore[assignment]  # as above
 
 
 class LogsShape(Shape):

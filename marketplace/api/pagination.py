@@ -35,7 +35,7 @@ def page(queryset: QuerySet[Any], query: dict[str, str], *, order: str = "-id") 
 
 
 def _limit(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= MAX_LIMIT:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_LIMIT:
         raise MarketError(
             "invalid_request", f"limit is {text}; it must be 1 to {MAX_LIMIT}", {"/limit": f"1 to {MAX_LIMIT}"}
         )

@@ -43,11 +43,13 @@ def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datet
 
 def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]], *, now: datetime) -> list[Job]:
     """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller."""
-    largest = {c.pk: _largest_hosts(c) for c in {contract.pk: contract for contract, _ in wanted}.values()}
+    contracts = {contract.pk: contract for contract, _ in wanted}.values()
+    largest = {contract.pk: _largest_hosts(contract) for contract in contracts}
     with transaction.atomic():
+        for contract in contracts:
+            _check_contract(contract, now)
         jobs = []
         for contract, spec in wanted:
-            _check_contract(contract, now)
             plain = {k: v for k, v in spec.items() if k != "secrets"}
             job = Job(
                 organization_id=contract.organization_id,

@@ -98,7 +98,7 @@ def _run(name: str, at: Ports) -> int:
             say_to_terminal(f"ready after {time.monotonic() - began:.0f} s; logs are in {logs}; Ctrl-C ends everything")
             print(words.rstrip(), flush=True)
             while True:
-                supervisor.watch()
+                supervisor.watch(spare)
                 if cluster and (sentence := cluster.stopped()):
                     raise Problem(sentence)
                 time.sleep(0.25)

@@ -144,8 +144,12 @@ class Supervisor:
         self.running[name].send_signal(sign)
         self.running[name].wait()
 
-    def watch(self) -> None:
-        """Passes on the shown rows' new lines; says what has ended and starts it again. Raises Problem on the last straw."""
+    def watch(self, spare: Sequence[int] = ()) -> None:
+        """Passes on the shown rows' new lines; says what has ended and starts it again. Raises Problem on the last straw.
+
+        Orphans that have ended are buried, but for the pids in `spare`, for which somebody else waits.
+        """
+        children.bury({*spare, *(child.pid for child in self.running.values())})
         for name, row in self.rows.items():
             if row.show:
                 self._show(name)

@@ -30,6 +30,7 @@ class Bmc:
         # Loopback or a management network: never through a proxy of the environment.
         self.client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False)
         self.version = 0
+        self.boot = ""
 
     async def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         try:
@@ -52,11 +53,11 @@ class Bmc:
     async def poll(self) -> Poll:
         since = self.version
         state = (await self.call("GET", f"/state?since={since}")).json()
-        if state["version"] < since:
+        if since and (state["boot"] != self.boot or state["version"] < since):
             # The interface was restarted and counts anew: look at everything again.
             since = 0
             state = (await self.call("GET", "/state?since=0")).json()
-        self.version = state["version"]
+        self.version, self.boot = state["version"], state["boot"]
         meters = [(str(node), int(watts), float(at)) for node, watts, at in state["meters"]]
         return Poll(float(state["at"]), [reading(row) for row in state["hosts"]], meters, state["work"], since == 0)
 

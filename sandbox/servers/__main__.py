@@ -84,7 +84,7 @@ def _watch(child: subprocess.Popen[bytes], cluster: Cluster, asked: list[int]) -
         try:
             code = child.wait(0.2)
         except subprocess.TimeoutExpired:
-            pass
+            children.bury({child.pid, *cluster.pids()})
         else:
             return code if code >= 0 else 128 - code
         while handled < len(asked):

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -76,6 +76,22 @@ def stop(child: subprocess.Popen[bytes], *, sign: int, patience: float) -> int:
         except subprocess.TimeoutExpired:
             child.kill()
     return child.wait()
+
+
+def bury(spare: Collection[int]) -> int:
+    """Reaps what was left to this process by its descendants and has ended. Returns how many.
+
+    Whoever adopts orphans must: else each stays a zombie, which others take for alive. `spare`: children that somebody waits for.
+    """
+    buried = 0
+    for pid in map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
+        if pid in spare:
+            continue
+        try:
+            buried += os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            continue
+    return buried
 
 
 def end_descendants(*, patience: float = 5.0, spare: Sequence[int] = ()) -> int:

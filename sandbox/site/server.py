@@ -1,7 +1,7 @@
 """The simulated site's face: BMC, meters and executor over HTTP on loopback, the miners over TCP, and the truth.
 
     GET  /inventory                       hosts, miners, nodes
-    GET  /state?since=V                   {"version", "at", "hosts", "work"} changed after V, and all meters
+    GET  /state?since=V                   {"boot", "version", "at", "hosts", "work"} changed after V, and all meters
     GET  /hosts/NAME                      one host
     POST /hosts/NAME/limits               {"limits_w": [..]} -> what now holds
     POST /hosts/NAME/power                {"state": "on"|"off"}
@@ -25,6 +25,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class SiteServer:
         self.executor = Executor()
         self.httpd = Httpd(self.handle, port)
         self.miners = FleetServer(self.physics.fleet, int(spec.get("miner_port", 0)))
+        self.boot = uuid4().hex  # versions count from here
         self.version = 1
         self.host_version = np.ones(len(spec["hosts"]), dtype=int)
         self.published = np.full((3, len(spec["hosts"])), -1.0)  # W, sum of limits, state of each host as last told
@@ -176,6 +178,7 @@ class SiteServer:
         hosts = [self.host_row(h) for h in np.flatnonzero(self.host_version > since)]
         work = [w.row() for w in self.executor.work.values() if w.version > since]
         return {
+            "boot": self.boot,
             "version": self.version,
             "at": time.time(),
             "hosts": hosts,

@@ -77,7 +77,7 @@ def _run(house: Path, options: argparse.Namespace) -> int:
             with report.step("bring the company up") as seen:
                 world.start()
                 seen.append(f"{len(world.supervisor.running)} processes")
-            road.walk(world, report, work, pulse=world.supervisor.watch)
+            road.walk(world, report, work, pulse=lambda: world.supervisor.watch(cluster.pids()))
         finally:
             world.supervisor.stop_all(spare=cluster.pids())
     print(f"{report.kept} steps held in {time.monotonic() - report.began:.0f} s", flush=True)

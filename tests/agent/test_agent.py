@@ -267,7 +267,7 @@ def test_work_of_a_restarted_executor_is_lost_not_running(tmp_path):
         control.place("plc_1", ["sleep", "60"])
         await until(lambda: control.state("plc_1") == "running", "running")
         world.site.executor.work.clear()
-        world.site.version = 1
+        world.site.boot = "another"
         await until(lambda: control.state("plc_1") == "failed", "failed")
         assert control.row("plc_1")["reason"] == "supervisor_lost"
 

@@ -47,10 +47,6 @@ class ContractAdmin(look.Shown, TenantAdmin):
     def shown_buyer(self, row: Contract) -> str:
         return row.organization.name
 
-    @display(description="Per GPU-hour", ordering="price")
-    def shown_price(self, row: Contract) -> str:
-        return look.price(row.price, row.currency)
-
 
 class PlacementEvents(RowsInline):
     model = PlacementEvent

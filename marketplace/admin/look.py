@@ -94,6 +94,18 @@ class Shown:
     def shown_state(self, row: Any) -> str:
         return str(row.state)
 
+    @display(description="Cap", ordering="cap_w")
+    def shown_cap(self, row: Any) -> str:
+        return watts(row.cap_w)
+
+    @display(description="Amount", ordering="amount_minor")
+    def shown_amount(self, row: Any) -> str:
+        return minor(row.amount_minor, row.currency)
+
+    @display(description="Per GPU-hour", ordering="price")
+    def shown_price(self, row: Any) -> str:
+        return price(row.price, row.currency)
+
     @display(description="At", ordering="at")
     def shown_at(self, row: Any) -> SafeString | str:
         return moment(row.at)

@@ -48,10 +48,6 @@ class PayoutAdmin(look.Shown, TenantAdmin):
     fields = ("shown_id", "shown_amount", "shown_state", "stripe_transfer", "last_error", "created_at", "sent_at")
     readonly_fields = ("shown_id", "shown_amount", "shown_state")
 
-    @display(description="Amount", ordering="amount_minor")
-    def shown_amount(self, row: Payout) -> str:
-        return look.minor(row.amount_minor, row.currency)
-
     def get_urls(self) -> list[URLPattern]:
         view = self.admin_site.admin_view(self.onboarding)
         return [path("onboarding/", view, name=self._name("onboarding")), *super().get_urls()]

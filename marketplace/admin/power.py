@@ -65,10 +65,6 @@ class PowerNodeAdmin(look.Shown, TenantAdmin):
     def shown_measured(self, row: PowerNode) -> str:
         return look.watts(row.measured_w)
 
-    @display(description="Cap", ordering="cap_w")
-    def shown_cap(self, row: PowerNode) -> str:
-        return look.watts(row.cap_w)
-
     @display(description="Curtailed to")
     def shown_limit(self, row: PowerNode) -> str:
         return look.watts(row.limit_w)
@@ -120,10 +116,9 @@ def _cancel(call: Call) -> str:
     return f"{call.row}: {call.row.state}."
 
 
-@admin.register(Curtailment, site=operator_site)
-class CurtailmentAdmin(look.Shown, TenantAdmin):
-    reads, writes, adds = "power:read", "power:write", True
-    form = CurtailmentForm
+class CurtailmentRows(look.Shown):
+    """Curtailments in a list, the operator's and the staff's."""
+
     list_display = (
         "shown_id",
         "site",
@@ -136,6 +131,12 @@ class CurtailmentAdmin(look.Shown, TenantAdmin):
         "shown_state",
     )
     list_select_related = ("site", "node__site")
+
+
+@admin.register(Curtailment, site=operator_site)
+class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
+    reads, writes, adds = "power:read", "power:write", True
+    form = CurtailmentForm
     list_filter = ("site", "state", "source")
     search_fields = ("reference",)
     ordering = ("-starts_at", "-id")
@@ -147,10 +148,6 @@ class CurtailmentAdmin(look.Shown, TenantAdmin):
             question="Not begun: it is cancelled. Under way: it ends now, and hashing comes back in steps.",
         ),
     )  # fmt: skip
-
-    @display(description="Cap", ordering="cap_w")
-    def shown_cap(self, row: Curtailment) -> str:
-        return look.watts(row.cap_w)
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """An announced call is never edited: cancel it and announce another."""

@@ -9,6 +9,7 @@ from marketplace.admin import look
 from marketplace.admin.base import RowsInline, StaffAdmin
 from marketplace.admin.contracts import ContractEvents, PlacementEvents
 from marketplace.admin.doors import staff_site
+from marketplace.admin.power import CurtailmentRows
 from marketplace.models import (
     Contract,
     Curtailment,
@@ -120,10 +121,6 @@ class StaffContractAdmin(look.Shown, StaffAdmin):
     ordering = ("-id",)
     inlines = (ContractEvents,)
 
-    @display(description="Per GPU-hour", ordering="price")
-    def shown_price(self, row: Contract) -> str:
-        return look.price(row.price, row.currency)
-
 
 class JobEvents(RowsInline):
     model = JobEvent
@@ -207,23 +204,7 @@ class DecisionAdmin(look.Shown, StaffAdmin):
 
 
 @admin.register(Curtailment, site=staff_site)
-class StaffCurtailmentAdmin(look.Shown, StaffAdmin):
-    list_display = (
-        "shown_id",
-        "site",
-        "node",
-        "shown_cap",
-        "starts_at",
-        "ends_at",
-        "source",
-        "mandatory",
-        "shown_state",
-    )
-    list_select_related = ("site", "node__site")
+class StaffCurtailmentAdmin(CurtailmentRows, StaffAdmin):
     list_filter = ("state", "site", "source")
     search_fields = ("reference", "site__name")
     ordering = ("-id",)
-
-    @display(description="Cap", ordering="cap_w")
-    def shown_cap(self, row: Curtailment) -> str:
-        return look.watts(row.cap_w)

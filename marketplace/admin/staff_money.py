@@ -127,13 +127,7 @@ class InvoiceLines(RowsInline):
         return look.minor(row.platform_minor, row.invoice.currency)
 
 
-class _Amount(look.Shown):
-    @display(description="Amount", ordering="amount_minor")
-    def shown_amount(self, row: Any) -> str:
-        return look.minor(row.amount_minor, row.currency)
-
-
-class Payments(_Amount, RowsInline):
+class Payments(look.Shown, RowsInline):
     model = Payment
     fields = ("attempt", "state", "shown_amount", "stripe_payment_intent", "failure_code", "created_at", "settled_at")
     verbose_name_plural = "payments"
@@ -168,7 +162,7 @@ class InvoiceAdmin(look.Shown, StaffAdmin):
 
 
 @admin.register(Payment, site=staff_site)
-class PaymentAdmin(_Amount, StaffAdmin):
+class PaymentAdmin(look.Shown, StaffAdmin):
     list_display = (
         "shown_id",
         "organization",
@@ -186,7 +180,7 @@ class PaymentAdmin(_Amount, StaffAdmin):
 
 
 @admin.register(Payout, site=staff_site)
-class StaffPayoutAdmin(_Amount, StaffAdmin):
+class StaffPayoutAdmin(look.Shown, StaffAdmin):
     list_display = ("shown_id", "organization", "shown_amount", "shown_state", "created_at", "sent_at", "last_error")
     list_select_related = ("organization",)
     list_filter = ("state",)

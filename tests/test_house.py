@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,23 @@ def test_every_requirement_is_pinned_and_constrained_alike() -> None:
         if constrained.get(package) != version
     ]
     assert different == []
+
+
+def test_what_is_imported_is_required() -> None:
+    """A package that we import stands in requirements.txt by its own name, not as somebody else's dependency."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    required = {re.sub(r"\[.*\]", "", line.partition("==")[0]).lower().replace("_", "-") for line in lines if line}
+    sold_by = metadata.packages_distributions()
+    missing = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for top in {name.partition(".")[0] for name in names} - {*PACKAGES, "tests", *sys.stdlib_module_names}:
+                if not required & {name.lower().replace("_", "-") for name in sold_by.get(top, ())}:
+                    missing.add(f"{top} (in {path.relative_to(ROOT)})")
+    assert not missing, shown(sorted(missing))
 
 
 def test_every_decision_has_its_parts_and_is_listed() -> None:

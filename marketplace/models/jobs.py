@@ -44,9 +44,9 @@ class Job(TenantModel):
     ON_HOSTS = ("placed", "running", "preempting")
 
     class OnReplicaLoss(models.TextChoices):
+        """What is offered is what is done: replacing one replica and shrinking come with their own placing."""
+
         RESTART_GANG = "restart_gang"
-        REPLACE_REPLICA = "replace_replica"
-        SHRINK = "shrink"
 
     class Topology(models.TextChoices):
         PACK = "pack"

@@ -130,10 +130,6 @@ class JobForm(forms.Form):
                  ("spine", "In one fabric"), ("site", "In one site")],
     )  # fmt: skip
     topology_required = forms.BooleanField(label="Wait until exactly that placement is possible", required=False)
-    on_replica_loss = forms.ChoiceField(
-        label="If a replica is lost", required=False,
-        choices=[("restart_gang", "Restart all"), ("replace_replica", "Replace it"), ("shrink", "Go on with fewer")],
-    )  # fmt: skip
     max_restarts = forms.IntegerField(
         label="Restarts after faults", min_value=0, max_value=100, initial=3, required=False
     )
@@ -183,7 +179,6 @@ class JobForm(forms.Form):
             **{name: asked[name] for name in plain},
             "command": ["/bin/sh", "-c", asked["command"].replace("\r\n", "\n")],
             "topology": asked["topology"] or Job.Topology.PACK,
-            "on_replica_loss": asked["on_replica_loss"] or Job.OnReplicaLoss.RESTART_GANG,
             "vcpu_milli": asked["vcpu"] * 1000,
             "ram_mib": asked["ram_gib"] * 1024,
             "vram_mib": (asked["vram_gib"] or 0) * 1024,

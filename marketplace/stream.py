@@ -8,7 +8,6 @@ Beyond MAX_WAITING waiting requests it answers 503 with Retry-After.
 
 import asyncio
 import contextlib
-import gzip
 import json
 import os
 from collections.abc import Awaitable, Callable
@@ -35,7 +34,6 @@ from marketplace.models import Agent, Job, Placement, Site  # noqa: E402
 from marketplace.services import agents, job_views  # noqa: E402
 
 MAX_WAITING = 2000
-MAX_BODY = 16 << 20
 POLL_S = 1.0
 FOLLOW_S = 600.0
 _pool = ThreadPoolExecutor(max_workers=int(os.environ.get("STREAM_THREADS", "8")), thread_name_prefix="stream")
@@ -166,11 +164,11 @@ async def read_json(scope: dict[str, Any], receive: Receive) -> Any:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > MAX_BODY:
-            raise MarketError("invalid_request", f"The body is larger than {MAX_BODY} bytes.")
+        if len(body) > agent_api.MAX_BODY:
+            raise MarketError("invalid_request", f"The body is larger than {agent_api.MAX_BODY} bytes.")
     try:
         if any(k == b"content-encoding" and v == b"gzip" for k, v in scope["headers"]):
-            body = gzip.decompress(body)
+            body = agent_api.unpacked(body)
         return json.loads(body)
     except (ValueError, OSError, EOFError) as error:
         raise MarketError("invalid_request", f"The body is no JSON: {error}") from error

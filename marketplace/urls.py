@@ -3,10 +3,11 @@
 from django.urls import URLPattern, URLResolver, include, path
 
 from marketplace.admin.sites import operator_site, staff_site
+from marketplace.metrics import metrics
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("accounts/", include("allauth.urls")),
-    path("", include("django_prometheus.urls")),
+    path("metrics", metrics, name="prometheus-django-metrics"),
     path("api/v1/", include("marketplace.api.urls")),
     path("operator/", operator_site.urls),
     path("staff/", staff_site.urls),

@@ -13,12 +13,13 @@ from django.db import transaction
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, PowerGrant, ShedClaim, Site
-from marketplace.services import curtailments, feeds, leases, placements, power, site_minutes
+from marketplace.services import curtailments, feeds, jobs, leases, placements, power, site_minutes
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
 from scheduler.core import power as core
 
 SLOW = timedelta(minutes=5)
+PATIENCE = timedelta(minutes=5)  # for watts that miners were asked for
 DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
 CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
 WAKE_PERMILLE = 100  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
@@ -43,6 +44,7 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         done["lowered_w"] = power.lower_hosts(site_id)
         granted = power.grant_pending(site_id, now=now) if grants_allowed(site) else []
         placements.grant(granted, now=now)
+        give_up(site, now=now)
         done["granted"] = len(granted)
         if granted or changed or done.get("again"):
             placements.touch_sites([site_id])
@@ -57,6 +59,14 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         Site.objects.filter(pk=site_id).update(dispatched_at=now)
     site_minutes.record(site, now=now)
     return done
+
+
+def give_up(site: Site, *, now: datetime) -> None:
+    """Jobs whose watts have not come free for long queue again, and may find them elsewhere. The caller holds the site's lock."""
+    late = Placement.objects.filter(site=site, state="shedding", created_at__lt=now - PATIENCE)
+    late_jobs = sorted(set(late.values_list("job_id", flat=True)))
+    if late_jobs:
+        jobs.preempt(late_jobs, now=now, actor="power", reason="the watts did not come free")
 
 
 def grants_allowed(site: Site) -> bool:

@@ -6,13 +6,13 @@ other's can; the host's open row shows them as taken. `Snapshot.host_of` leads f
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from django.db.models import Q, Sum
-from django.db.models.functions import Coalesce
+from django.db.models import F, Q, Sum, Window
+from django.db.models.functions import Coalesce, RowNumber
 
 from marketplace.models import BillingStanding, Cell, Host, Job, Listing, Placement, ReservationBlock, Site
 from marketplace.services.budgets import node_budgets
@@ -73,7 +73,7 @@ def take(cell: Cell, *, now: datetime) -> Snapshot:
         generation=cell.generation,
         now=now,
         fleet=fleet,
-        requests=_requests(jobs, claims, model_of),
+        requests=_requests(jobs, claims, model_of, may_preempt=not _leaving(cell)),
         running=_running(cell, rows, now),
         policy=Policy(shapes=_mix(cell)),
         host_of=[host.pk for host, _, _ in rows],
@@ -210,10 +210,24 @@ def _waiting(cell: Cell, now: datetime) -> list[Job]:
         Q(contract__ends_at=None) | Q(contract__ends_at__gt=now)
     )
     rows = rows.exclude(organization__standing__state=BillingStanding.State.SUSPENDED)
-    return list(rows.select_related("contract", "organization").order_by("-priority", "queued_at", "id")[:MAX_JOBS])
+    # Each contract's first, then each one's second: a customer who queues thousands does not hide the others.
+    turn = Window(RowNumber(), partition_by="contract_id", order_by=[F("priority").desc(), "queued_at", "id"])
+    return list(
+        rows.select_related("contract", "organization")
+        .annotate(turn=turn)
+        .order_by("turn", "queued_at", "id")[:MAX_JOBS]
+    )
 
 
-def _requests(jobs: list[Job], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int]) -> list[Request]:
+def _leaving(cell: Cell) -> bool:
+    """Whether victims of an earlier cycle still drain: until they are gone nobody else is preempted for the same watts and GPUs."""
+    draining = Placement.objects.filter(cell=cell, state__in=("draining", "unreachable"))
+    return draining.filter(job__state=Job.State.PREEMPTING).exists()
+
+
+def _requests(
+    jobs: list[Job], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
+) -> list[Request]:
     from marketplace.models import GpuModel
 
     reserved = {contract for by_contract in claims.values() for contract in by_contract}
@@ -221,7 +235,8 @@ def _requests(jobs: list[Job], claims: dict[int, dict[int, set[int]]], model_of:
     live = Placement.objects.exclude(state__in=Placement.FINAL)
     used = _milli_by(live.filter(contract_id__in={j.contract_id for j in jobs}), "contract_id")
     by_org = _milli_by(live.filter(organization_id__in={j.organization_id for j in jobs}), "organization_id")
-    return [_request(job, reserved, names, model_of, used, by_org) for job in jobs]
+    made = [_request(job, reserved, names, model_of, used, by_org) for job in jobs]
+    return made if may_preempt else [replace(request, may_preempt=False) for request in made]
 
 
 def _milli_by(rows: Any, column: str) -> Counter[int]:

@@ -1,5 +1,6 @@
 """Thin: ids in, one domain call."""
 
+import logging
 from typing import Any
 
 from celery import shared_task
@@ -10,6 +11,8 @@ from marketplace.models import Site
 from marketplace.services import leases
 from marketplace.services.jobs import CYCLE, nudge_cell
 from scheduler import cycle, site_loop
+
+log = logging.getLogger(__name__)
 
 
 @outbox.handler(CYCLE)
@@ -37,4 +40,7 @@ def tick_sites() -> None:
     """Each site's power loop, and our own beat by which leases are counted."""
     leases.pulse(now=timezone.now())
     for site_id in Site.objects.order_by("id").values_list("id", flat=True):
-        site_loop.run(site_id, now=timezone.now())
+        try:
+            site_loop.run(site_id, now=timezone.now())
+        except Exception:  # one site's trouble must not stop the others' loops
+            log.exception("the loop of site %s failed", site_id)

@@ -1,8 +1,8 @@
 """The doors of docs/agent-protocol.md on the web process: enrol, logs, and sync without waiting (the stream process waits)."""
 
-import gzip
 import io
 import json
+import zlib
 from typing import Any, cast
 
 from django.conf import settings
@@ -21,6 +21,8 @@ from marketplace.api.auth import AgentAuthentication
 from marketplace.api.base import PublicId, Shape
 from marketplace.models import Agent, Site
 from marketplace.services import agents
+
+MAX_BODY = 16 << 20
 
 
 class EnrolShape(Shape):
@@ -212,16 +214,25 @@ class Enrol(APIView):
         )
 
 
+def unpacked(raw: bytes) -> bytes:
+    """A gzipped body, at most MAX_BODY bytes packed or unpacked: a small body must not become a large one in our memory."""
+    inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        body = inflate.decompress(raw, MAX_BODY)
+    except zlib.error as error:
+        raise ParseError(f"The body is no gzip: {error}") from error
+    if len(raw) > MAX_BODY or inflate.unconsumed_tail or not inflate.eof:
+        raise ParseError(f"The body is larger than {MAX_BODY} bytes, or cut off.")
+    return body
+
+
 class MaybeGzipped(JSONParser):
     """JSON, or gzipped JSON: agents compress what is large."""
 
     def parse(self, stream: Any, media_type: Any = None, parser_context: Any = None) -> Any:
         request = (parser_context or {}).get("request")
         if request is not None and request.headers.get("Content-Encoding") == "gzip":
-            try:
-                stream = io.BytesIO(gzip.decompress(stream.read()))
-            except (OSError, EOFError) as error:
-                raise ParseError(f"The body is no gzip: {error}") from error
+            stream = io.BytesIO(unpacked(stream.read(MAX_BODY + 1)))
         return super().parse(stream, media_type, parser_context)
 
 

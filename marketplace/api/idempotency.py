@@ -33,7 +33,8 @@ def once(request: Request, effect: Callable[[], Response]) -> Response:
             return effect()
     if len(key) > MAX_KEY:
         raise MarketError("invalid_request", f"Idempotency-Key is longer than {MAX_KEY} characters.")
-    digest = hashlib.sha256(json.dumps(request.data, sort_keys=True, default=str).encode()).hexdigest()
+    asked = [request.query_params.dict(), request.data]  # a dry run is not the run
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     route = f"{request.method} {request.path}"[:200]
     with transaction.atomic():
         if not _lock(actor.organization_id, key):

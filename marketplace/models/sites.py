@@ -82,6 +82,7 @@ class ControlPulse(models.Model):
     """One row: when the control plane was last seen alive. Leases do not run out while it was not (services.leases)."""
 
     at = models.DateTimeField()
+    resumed_at = models.DateTimeField(null=True, help_text="when it was back after its last absence")
 
     def __str__(self) -> str:
         return f"{self.at:%F %T}"

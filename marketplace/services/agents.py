@@ -214,7 +214,8 @@ def _desired_placements(site: Site) -> list[dict[str, Any]]:
 
 def _gang_is_here(row: Placement, gangs: dict[tuple[int, int], list[Placement]]) -> bool:
     """A gang starts when all of it has its watts; members that already run stay listed."""
-    return row.state != "granted" or len(gangs[row.job_id, row.attempt]) >= row.job.replicas or row.job.replicas == 1
+    begun = row.state not in {"granted", "unreachable"} or row.running_at or row.release_requested_at
+    return bool(begun) or len(gangs[row.job_id, row.attempt]) >= row.job.replicas
 
 
 def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q
 
-from marketplace.models import Miner, PowerGrant, PowerNode
+from marketplace.models import Miner, PowerGrant, PowerNode, ShedClaim
 from scheduler.core.power import HOST, MINER
 
 
@@ -32,7 +32,7 @@ def node_budgets(site_ids: Iterable[int]) -> dict[int, NodeBudget]:
         HOST,
     )
     sleepable = Miner.objects.filter(site_id__in=ids, state=Miner.State.OK, manual=False).filter(
-        Q(desired_mode__gt=0) | Q(shed_claims__state="commanded")
+        Q(desired_mode__gt=0) | Exists(ShedClaim.objects.filter(miner=OuterRef("pk"), state="commanded"))
     )
     awake = (
         (node, max(0, w - modes[0]))

@@ -224,7 +224,9 @@ def actions(contract: Contract, actor: Actor) -> list[str]:
     mine = actor.organization_id == contract.organization_id
     if not mine or contract.state not in {Contract.State.ACTIVE, Contract.State.PENDING_PAYMENT}:
         return []
-    return ["terminate"] if contract.state == Contract.State.PENDING_PAYMENT else ["submit_job", "terminate"]
+    if contract.state == Contract.State.PENDING_PAYMENT:
+        return ["terminate"]
+    return ["submit_job"] if contract.kind in HOLDING and terms.ended_early(contract) else ["submit_job", "terminate"]
 
 
 def terminate(
@@ -242,6 +244,8 @@ def terminate(
             _cancel([fresh.pk], now=now, actor=actor.label, reason=reason)
         elif fresh.state != Contract.State.ACTIVE:
             raise MarketError("illegal_transition", f"The contract is {fresh.state}.")
+        elif fresh.kind in HOLDING and terms.ended_early(fresh):
+            raise MarketError("illegal_transition", f"It was terminated already; it ends at {fresh.ends_at:%F %R} UTC.")
         elif fresh.kind in HOLDING:
             _shorten(fresh, terms.termination(fresh, now), now=now, actor=actor, reason=reason)
         else:

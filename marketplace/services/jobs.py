@@ -17,18 +17,15 @@ from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
 
 # Reasons of a placement's end that are ours or the site's, not the job's: the job gets another try without a charge.
+# (The words are the agent's, docs/agent-protocol.md, and ours.)
 FAULTS = frozenset(
     {
-        "host_lost",
-        "site_lost",
-        "agent_restarted",
-        "start_failed",
-        "power_lost",
-        "lease_ended",
-        "drained",
-        "host drained",
+        "host_lost", "site_lost", "start_failed", "supervisor_lost", "lease_expired", "power_shed", "gang_member_failed",
+        "drained", "host drained", "killed_after_grace", "stopped", "not_started",
     }
-)
+)  # fmt: skip
+# It exited because it was asked to: a checkpoint written, not the work done, whatever its exit code.
+ASKED = frozenset({"drained", "killed_after_grace", "power_shed", "lease_expired", "stopped", "gang_member_failed"})
 CYCLE = "scheduler.run_cycle"
 
 
@@ -243,7 +240,7 @@ def settle(job_ids: Iterable[int], *, now: datetime) -> None:
 def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
     """(state, reason, exit code) of a job whose placements are all final."""
     worst = max((p.exit_code for p in gang if p.exit_code is not None), default=None, key=abs)
-    if all(p.exit_code == 0 for p in gang):
+    if all(p.exit_code == 0 and p.reason.split(":")[0] not in ASKED for p in gang):
         return Job.State.SUCCEEDED, "all replicas exited 0", 0
     if job.cancel_requested_at is not None:
         return Job.State.CANCELLED, job.state_reason or "cancelled", worst

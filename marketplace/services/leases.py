@@ -25,27 +25,29 @@ def pulse(*, now: datetime) -> timedelta:
             ControlPulse.objects.create(at=now)
             return timedelta(0)
         gap = now - row.at
-        ControlPulse.objects.filter(pk=row.pk).update(at=now)
+        ControlPulse.objects.filter(pk=row.pk).update(at=now, resumed_at=row.resumed_at if gap <= GAP else now)
         if gap <= GAP:
             return timedelta(0)
-        Agent.objects.exclude(lease_until=None).update(lease_until=F("lease_until") + gap, last_sync_at=now)
+        Agent.objects.exclude(lease_until=None).update(lease_until=F("lease_until") + gap)
         return gap
 
 
 def watch(site: Site, *, now: datetime) -> None:
     """Move placements and hosts of a silent site along. The caller holds the site's lock."""
-    seen = Agent.objects.filter(site=site, revoked_at=None).aggregate(at=Max("last_sync_at"), lease=Max("lease_until"))
+    seen = Agent.objects.filter(site=site).aggregate(at=Max("last_sync_at"), lease=Max("lease_until"))
     if seen["at"] is None:
         return
     live = Placement.objects.filter(site=site).exclude(state__in=Placement.FINAL)
     if seen["lease"] < now:
+        unstarted = list(live.filter(state__in=("intended", "shedding")).values_list("pk", flat=True))
+        placements.finish(unstarted, to="released", now=now, actor="lease", reason="site_lost")
         gone = live.exclude(state="parked").values_list("pk", "release_requested_at")
         ends = [
             placements.Ended(pk, "lost", "site_lost", {"release_requested_at": min(asked or seen["at"], seen["at"])})
             for pk, asked in gone
         ]
         placements.end(ends, now=now, actor="lease")
-    elif now - seen["at"] > SILENT:
+    elif now - _heard_since(seen["at"]) > SILENT:
         ids = list(live.values_list("pk", flat=True))
         transition_many(
             Placement,
@@ -54,10 +56,16 @@ def watch(site: Site, *, now: datetime) -> None:
             to="unreachable",
             now=now,
             actor="lease",
-            reason="site silent",
+            reason=f"site silent; last beat {seen['at'].isoformat()}",
         )
     else:
         _watch_hosts(site, now)
+
+
+def _heard_since(last: datetime) -> datetime:
+    """The site's last word, or our own return if that is later: while we were away it had nobody to speak to."""
+    resumed = ControlPulse.objects.exclude(resumed_at=None).values_list("resumed_at", flat=True).first()
+    return max(last, resumed) if resumed else last
 
 
 def _watch_hosts(site: Site, now: datetime) -> None:

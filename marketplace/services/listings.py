@@ -242,6 +242,8 @@ def check_complete(listing: Listing, *, now: datetime) -> None:
         missing["/on_demand_price"] = "set at least one price"
     if not listing.title.strip():
         missing["/title"] = "give it a title"
+    if listing.gpu_model_id is not None and any(host.gpu_model_id != listing.gpu_model_id for host in hosts):
+        missing["/gpu_model"] = "is not that of every host in it"
     if hosts:
         missing.update(_chunk_problem(listing, hosts))
     if not listing.site.power_nodes.filter(parent=None).exists():

@@ -191,7 +191,12 @@ def _end(row: Placement, report: dict[str, Any], now: datetime) -> Ended:
         columns["release_requested_at"] = at
     code, reason = report.get("exit_code"), str(report.get("reason") or "")
     clean = report["state"] == "exited" and (code == 0 or asked)
-    return Ended(row.pk, "released" if clean else "failed", reason or row.reason or f"exit code {code}", columns)
+    return Ended(
+        row.pk,
+        "released" if clean else "failed",
+        reason or (row.reason if code else "") or f"exit code {code}",
+        columns,
+    )
 
 
 def _bounded(moment: datetime | None, low: datetime | None, high: datetime) -> datetime:

@@ -169,13 +169,14 @@ def place_gang(state: State, q: I64, replicas: int, topology: Topology) -> Gang 
 
 
 def _levels(topology: Topology) -> list[Level]:
-    """Levels to try, lowest first; Level.NONE is the whole cell."""
+    """Levels to try, lowest first. A gang never spans two sites: each agent starts its own, and fabrics end at the fence."""
     if topology.spread > Level.NONE:
-        return [topology.pack] if topology.required else [topology.pack, Level.NONE]
+        first = topology.pack if topology.pack > Level.NONE else Level.SITE
+        return [first] if topology.required else [first, Level.SITE]
     ladder = [Level.HOST, Level.LEAF, Level.SPINE, Level.SITE]
     if topology.required and topology.pack > Level.NONE:
         return [level for level in ladder if level <= max(topology.pack, Level.HOST)]
-    return [*ladder, Level.NONE]
+    return ladder
 
 
 def _bounded(counts: I64, of: I64, most: int) -> I64:

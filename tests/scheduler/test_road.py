@@ -169,6 +169,22 @@ def test_a_failed_replica_ends_its_gang_and_a_lost_host_requeues_it(market):
     assert (job.state, job.exit_code, job.state_reason) == ("failed", 143, "exit code 3")
 
 
+def test_a_preempted_job_that_saved_its_work_and_exits_0_is_not_done(market):
+    site, _, _, agent, contract = market
+    Miner.objects.filter(site=site).delete()
+    PowerNode.objects.filter(site=site).update(reserved_mw=0)
+    job = submit(contract)
+    cycle.run(job.cell_id, now=NOW)
+    placement = Placement.objects.get(job=job)
+    report(agent, placement, "running", NOW + timedelta(seconds=5))
+    with transaction.atomic():
+        placements.lock_sites([site.pk])
+        jobs.preempt([job.pk], now=NOW + timedelta(seconds=9), actor="test", reason="preempted")
+    report(agent, placement, "exited", NOW + timedelta(seconds=10), exit_code=0, reason="drained")
+    job.refresh_from_db()
+    assert (job.state, job.restarts) == ("requeued", 0)
+
+
 def test_a_waiting_job_says_what_binds(market):
     site, _host, _, _, contract = market
     read_all(site, NOW, asleep=False)

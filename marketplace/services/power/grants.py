@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from django.conf import settings
 from django.db import connection
 from django.db.models import F
 
@@ -39,7 +40,8 @@ def reserve(placements: Sequence[Placement], hosts: dict[int, Host], *, now: dat
         by_site[placement.site_id].append(placement)
     for site_id, rows in by_site.items():
         pending = PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING).exists()
-        modes = Site.objects.values_list("mode", flat=True).get(pk=site_id)
+        mode = Site.objects.values_list("mode", flat=True).get(pk=site_id)
+        may_raise = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not pending
         ledger = Ledger.of(site_id)
         use = _granted_use({p.host_id for p in rows})
         grants = []
@@ -47,9 +49,7 @@ def reserve(placements: Sequence[Placement], hosts: dict[int, Host], *, now: dat
             host = hosts[placement.host_id]
             target = _needed(host, use[host.pk], placement.gpu_indices)
             delta = max(0, target - host.reserved_w)
-            fits = not delta or (
-                not pending and modes == Site.Mode.AUTO and ledger.refuses(host.power_node_id, delta) is None
-            )
+            fits = not delta or (may_raise and ledger.refuses(host.power_node_id, delta) is None)
             if fits:
                 _raise_host(ledger, host, use[host.pk], placement.gpu_indices, target)
                 use[host.pk].append(placement.gpu_indices)

@@ -12,7 +12,7 @@ from sandbox.client import DECLINED_CARD, Client, Person, RefusedError, add_card
 from sandbox.servers import ports
 from sandbox.site.spec import demo_site
 from sandbox.smoke import checks
-from sandbox.smoke.report import Report, expect
+from sandbox.smoke.report import Report, expect, say
 from sandbox.smoke.work import Arrivals, real_job
 from sandbox.smoke.world import PlantedSite, Tenant, World
 
@@ -122,7 +122,7 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
     _money(world, report, staff, operator, tenants, watched)
     with report.step("no site was ever over any of its caps, by its own meters; the miners hash again") as seen:
         for site in (small, large):
-            watched("miners to wake", partial(_hashing, operator, site), seconds=60)
+            watched(f"the miners of {site.files.name} to wake", partial(_hashing, operator, site), seconds=120)
         seen.extend(checks.sites_stayed_under_their_caps(world))
         seen.extend(checks.hashing(operator, site) for site in (small, large))
 
@@ -278,7 +278,8 @@ def _outcomes(tenants: list[Tenant], jobs: Submitted, cancelled: list[str], spot
 
 def _hashing(operator: Tenant, site: PlantedSite) -> bool:
     miners = operator.client.get(f"sites/{site.id}/power")["miners"]
-    time.sleep(1)
+    say(f"{site.files.name}: {miners['awake']} awake, {miners['asleep']} asleep")
+    time.sleep(2)
     return bool(miners["awake"] > miners["asleep"])
 
 

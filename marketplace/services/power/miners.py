@@ -171,15 +171,14 @@ def _meter_drops(ledger: Ledger, miners: list[Miner], claims: dict[int, ShedClai
                 groups[node.pk, claim.commanded_at].append(miner)
                 break
     found: dict[int, core.MeterDrop] = {}
-    settled = _settled_under_meters(ledger, min((at for _, at in groups), default=None))
     for (node_id, commanded_at), members in groups.items():
         node = ledger.nodes[node_id]
         if node.measured_at is None or node.measured_w is None:
             continue
-        # Those that say they sleep: the meter must agree with them, and with all that it confirmed since their command.
-        dropped = [m for m in members if m.low_samples >= 2]
+        dropped = [
+            m for m in members if m.low_samples >= 2
+        ]  # those that say they sleep: the meter must agree with them
         claim_w = sum(claims[m.pk].baseline_w - m.mode_watts[0] for m in dropped)
-        claim_w += sum(watts for where, at, watts in settled if where == node_id and at >= commanded_at)
         for miner in dropped:
             found[miner.pk] = core.MeterDrop(
                 before_w=claims[miner.pk].node_baseline_w or 0,
@@ -187,24 +186,7 @@ def _meter_drops(ledger: Ledger, miners: list[Miner], claims: dict[int, ShedClai
                 after_at=int(node.measured_at.timestamp()),
                 claim_w=claim_w,
             )
-    return found
-
-
-def _settled_under_meters(ledger: Ledger, since: datetime | None) -> list[tuple[int, datetime, int]]:
-    """(metered node, when, watts) of the sleeps that were confirmed since: their drop must not confirm another's."""
-    if since is None:
-        return []
-    rows = ShedClaim.objects.filter(
-        site_id=ledger.site_id, state=ShedClaim.State.CONFIRMED, settled_at__gte=since
-    ).select_related("miner")
-    found = []
-    for claim in rows:
-        for n in ledger.tree.paths[ledger.tree.index[claim.miner.power_node_id]]:
-            node = ledger.nodes[ledger.tree.keys[n]]  # type: ignore[index]
-            if node.metering == PowerNode.Metering.METER:
-                assert claim.settled_at is not None
-                found.append((node.pk, claim.settled_at, claim.baseline_w - claim.miner.mode_watts[0]))
-                break
+        assert commanded_at
     return found
 
 

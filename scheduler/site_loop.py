@@ -46,7 +46,7 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         placements.grant(granted, now=now)
         give_up(site, now=now)
         done["granted"] = len(granted)
-        if granted or changed or done.get("again") or done.get("recovered"):
+        if granted or changed or done.get("again"):
             placements.touch_sites([site_id])
     thought = think(site, now=now)
     if thought.commands:

@@ -13,7 +13,6 @@ from marketplace.services.power.ledger import FRESH_S, Ledger
 from scheduler.core import power as core
 
 SETTLE_S = 20  # a sleep not confirmed by then is commanded once more, then the miner counts as unresponsive
-COOL_S = 60  # an unresponsive miner is tried again after that
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,8 @@ def settle_miners(site_id: int, *, now: datetime) -> dict[str, int]:
         claim = claims.get(miner.pk)
         if claim is not None:
             counts[_settle_claim(miner, claim, drops.get(miner.pk), now)] += 1
-        elif miner.state == Miner.State.OK and _reads_as_commanded(miner, now):
+        elif _reads_as_commanded(miner, now):
             miner.confirmed_w = miner.commanded_w
-        elif miner.state == Miner.State.UNRESPONSIVE and _try_again(miner, now):
-            counts["recovered"] += 1
         _rebook(ledger, miner, now)
         if before != (miner.reserved_w, miner.confirmed_w, miner.state, miner.desired_generation):
             counts["freed_w"] += max(0, before[0] - miner.reserved_w)
@@ -136,21 +133,6 @@ def settle_miners(site_id: int, *, now: datetime) -> dict[str, int]:
         claims.values(), ["state", "reason", "attempts", "settled_at", "commanded_at", "generation"]
     )
     return dict(counts)
-
-
-def _try_again(miner: Miner, now: datetime) -> bool:
-    """After a while a machine whose sleep was not believed is told to run again, within the watts still booked for it.
-
-    Its readings then say what it does. It was never counted as asleep, so nothing is granted on it meanwhile.
-    """
-    fresh = miner.measured_at is not None and now - miner.measured_at < timedelta(seconds=FRESH_S)
-    if not fresh or (miner.changed_at is not None and now - miner.changed_at < timedelta(seconds=COOL_S)):
-        return False
-    mode = max(i for i, watts in enumerate(miner.mode_watts) if i == 0 or watts <= miner.reserved_w)
-    miner.state, miner.desired_mode, miner.commanded_w = Miner.State.OK, mode, miner.mode_watts[mode]
-    miner.desired_generation += 1
-    miner.changed_at, miner.low_samples = now, 0
-    return True
 
 
 def _reads_as_commanded(miner: Miner, now: datetime) -> bool:

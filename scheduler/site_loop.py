@@ -12,7 +12,7 @@ import numpy as np
 from django.db import transaction
 
 from marketplace.locks import Lock, acquire
-from marketplace.models import Miner, Placement, PowerGrant, ShedClaim, Site
+from marketplace.models import Miner, Placement, ShedClaim, Site
 from marketplace.services import curtailments, feeds, jobs, leases, placements, power, site_minutes
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
@@ -101,8 +101,6 @@ def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
     """MW missing at each node: pending grants and meters over their soft cap, less what sleeping machines will soon give."""
     budgets = node_budgets([site.pk])
     need = np.array([max(0, -budgets[k].free_mw) for k in ledger.tree.keys], np.int64)  # type: ignore[index]
-    if not need.any() and not PowerGrant.objects.filter(site=site, state=PowerGrant.State.SHEDDING).exists():
-        need[:] = 0
     for reaction in core.over_cap(ledger.tree, _meters(ledger, now), fresh_s=power.FRESH_S):
         if reaction.action != "freeze":
             at = ledger.tree.index[reaction.node]
@@ -200,8 +198,3 @@ def _dwell_left(miner: Miner, now: datetime) -> int:
     if miner.changed_at is None:
         return 0
     return max(0, DWELL_S - int((now - miner.changed_at).total_seconds()))
-
-
-def live_at(site_id: int) -> int:
-    """Placements that stand at the site, for the operator's page."""
-    return Placement.objects.filter(site_id=site_id, state__in=Placement.AT_SITE).count()

@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from django.db.models import F, Q, Sum, Window
-from django.db.models.functions import Coalesce, RowNumber
+from django.db.models import F, Q, Window
+from django.db.models.functions import RowNumber
 
-from marketplace.models import BillingStanding, Cell, Host, Job, Listing, Placement, ReservationBlock, Site
+from marketplace.models import BillingStanding, Cell, Host, Job, Placement, ReservationBlock, Site
 from marketplace.services.budgets import node_budgets
 from scheduler.core.types import (
     MAX_GPUS,
@@ -343,9 +343,3 @@ def _mix(cell: Cell) -> tuple[tuple[int, int, int, int, int, int], ...] | None:
     for cpu, ram, gpus, milli, replicas in rows:
         counts[cpu, ram, gpus, milli] += replicas
     return tuple((*shape, 0, n) for shape, n in counts.most_common()) or None
-
-
-def listings_of(cell: Cell) -> dict[int, int]:
-    """GPUs offered per listing, for reports."""
-    rows = Listing.objects.filter(hosts__cell=cell).annotate(gpus=Coalesce(Sum("hosts__gpu_count"), 0))
-    return dict(rows.values_list("id", "gpus"))

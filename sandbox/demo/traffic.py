@@ -130,14 +130,17 @@ class Show:
 
     def _at_full_power(self, operator: Person, listing: dict[str, Any]) -> dict[str, int]:
         """Wait until the site hashes with what it has: only then is there something to see."""
+        seen: list[int] = []
 
-        def awake() -> dict[str, int] | None:
+        def settled() -> bool:
+            """Awake as many as this hour's prices make worth it: all but a few, or no more for ten looks in a row."""
             now = self._miners(operator, listing)
-            return now if now["asleep"] <= 6 else None
+            seen.append(now["awake"])
+            return now["asleep"] <= 6 or (len(seen) > 10 and 0 < now["awake"] <= seen[-11])
 
         tell("waking", "the site's miners are metered and woken in groups, under every cap")
         with suppress(TimeoutError):  # on a busy machine it takes longer: then with what is awake
-            wait_for("the miners to wake", awake, seconds=180, every=2)
+            wait_for("the miners to wake", settled, seconds=180, every=2)
         found = self._miners(operator, listing)
         tell("hashing", f"{found['awake']} miners awake, {found['asleep']} asleep")
         return found

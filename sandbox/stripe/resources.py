@@ -18,6 +18,7 @@ MODULES = (
     "balance",
     "transfers",
     "payouts",
+    "topups",
     "accounts",
     "tax",
     "checkout",

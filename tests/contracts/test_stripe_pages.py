@@ -170,6 +170,19 @@ def test_an_unknown_page_is_404(sandbox):
     assert httpx.get(f"{sandbox.url}/nothing").status_code == 404
 
 
+def test_a_topup_makes_a_transfer_possible(stripe_client):
+    account = new_recipient(stripe_client)
+    httpx.post(onboarding_link(stripe_client, account.id).url, data={"result": "complete"})
+    before = sum(b.amount for b in stripe_client.v1.balance.retrieve().available)
+    wanted = {"amount": before + 2_000, "currency": "usd", "destination": account.id}
+    with pytest.raises(stripe.InvalidRequestError) as short:
+        stripe_client.v1.transfers.create(wanted)
+    assert short.value.code == "balance_insufficient"
+    topup = stripe_client.v1.topups.create({"amount": 2_000, "currency": "usd", "description": "float"})
+    assert stripe_client.v1.topups.retrieve(topup.id).status == "succeeded"
+    assert stripe_client.v1.transfers.create(wanted).amount == before + 2_000
+
+
 def test_a_connected_account_pays_out_its_own_balance(stripe_client, buyer):
     account = new_recipient(stripe_client)
     httpx.post(onboarding_link(stripe_client, account.id).url, data={"result": "complete"})

@@ -41,6 +41,7 @@ def earliest(
     replicas: int,
     topology: Topology,
     now: int,
+    where: gang.Where | None = None,
 ) -> Hold | None:
     """When and where the gang will fit, by the ends of `running` that are known and not `gone`; None when they do not
     say.
@@ -58,7 +59,7 @@ def earliest(
                 break
             give(held.row[i], held.vector[i], held.mask[i], trial)
         budget = trial.budget.copy()
-        placed = gang.place_gang(trial, q, replicas, topology)
+        placed = gang.place_gang(trial, q, replicas, topology, where)
         trial.budget[:] = budget - trial.budget  # what the job takes at each node
         return trial, placed
 

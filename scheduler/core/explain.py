@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from scheduler.core import gang
 from scheduler.core.fit_kernels import (
@@ -24,9 +25,10 @@ from scheduler.core.fit_kernels import (
 )
 from scheduler.core.jit import kernel
 from scheduler.core.state import State
-from scheduler.core.types import FIT_STAGES, I64, NO_NODE, Decision, Level, Reason, Request
+from scheduler.core.types import FIT_STAGES, I64, NO_NODE, REASONS, Decision, Level, Reason, Request
 
-_REASONS: Final = 20
+Bools = npt.NDArray[np.bool_]
+_REASONS: Final = REASONS
 
 
 class Look(NamedTuple):
@@ -38,13 +40,15 @@ class Look(NamedTuple):
 
 
 @kernel
-def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
+def look_kernel(s: State, q: I64, allowed: Bools, hosts: I64, short: I64, nodes: I64) -> None:
     """Histogram of reasons [20], least shortage by reason [20] (unit of the resource; W at a node), hosts bound by
     node [N].
     """
     for h in range(len(s.rows)):
         row = s.rows[h]
         reason, _, delta, node = fit_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)
+        if not allowed[h] and (reason == 0 or 6 <= reason <= 14):  # the stages after affinity
+            reason = 22
         hosts[reason] += 1
         lack = np.int64(0)
         if reason == 7:
@@ -75,31 +79,34 @@ def look_kernel(s: State, q: I64, hosts: I64, short: I64, nodes: I64) -> None:
             short[reason] = lack if short[reason] == 0 else min(short[reason], lack)
 
 
-def look(state: State, q: I64) -> Look:
-    """One pass of the fit rule over every host."""
+def look(state: State, q: I64, allowed: Bools | None = None) -> Look:
+    """One pass of the fit rule over every host; those not `allowed` are refused for affinity."""
     hosts, short = np.zeros(_REASONS, np.int64), np.zeros(_REASONS, np.int64)
     nodes = np.zeros(max(1, len(state.parent)), np.int64)
-    look_kernel(state, q, hosts, short, nodes)
+    everywhere = np.ones(len(state.rows), np.bool_)
+    look_kernel(state, q, everywhere if allowed is None else allowed, hosts, short, nodes)
     return Look(hosts.tolist(), short.tolist(), int(nodes.argmax()) if nodes.any() else NO_NODE)
 
 
-def explain(state: State, q: I64, request: Request, earliest: int = 0) -> Decision:
+def explain(state: State, q: I64, request: Request, earliest: int = 0, where: gang.Where | None = None) -> Decision:
     """The decision for a job that waits, on the state as it stood when its turn was over."""
     if not len(state.rows):
         return Decision(request.job, False, Reason.EMPTY_CELL, change="no host in this cell")
-    seen = look(state, q)
+    seen = look(state, q, where.allowed if where is not None else None)
     left, stages = len(state.rows), []
     for stage in FIT_STAGES:
         left -= seen.hosts[stage]
         stages.append((stage, left))
     counts = gang.room(state, q)
+    if where is not None:
+        counts = np.where(where.allowed, counts, 0)
     fitting = int(np.minimum(counts, request.replicas).sum())
     # The binding constraint: of the hosts that came furthest, what stopped them.
     stopped = [stage for stage in FIT_STAGES if seen.hosts[stage]]
     binding = stopped[-1] if stopped else Reason.OK
     reason, node, short = binding, NO_NODE, seen.short[binding]
     if seen.hosts[Reason.OK]:
-        reason, binding, node, short = _gang_reason(state, request, counts, fitting, seen)
+        reason, binding, node, short = _gang_reason(state, q, request, counts, fitting, seen, where)
     elif binding == Reason.NO_WATTS:
         node = seen.node
     return Decision(
@@ -117,17 +124,20 @@ def explain(state: State, q: I64, request: Request, earliest: int = 0) -> Decisi
 
 
 def _gang_reason(
-    state: State, request: Request, counts: I64, fitting: int, seen: Look
+    state: State, q: I64, request: Request, counts: I64, fitting: int, seen: Look, where: gang.Where | None
 ) -> tuple[Reason, Reason, int, int]:
     """Single replicas fit, the gang does not: too few, not in one domain, or no watts for all."""
     if fitting < request.replicas:
         stopped = [stage for stage in FIT_STAGES if seen.hosts[stage] and stage > Reason.HELD_FOR_EARLIER_JOB]
         return Reason.GANG_INCOMPLETE, stopped[-1] if stopped else Reason.OK, NO_NODE, request.replicas - fitting
     t = request.topology
-    if t.required and t.pack > Level.NONE:
-        best = int(np.bincount(gang.domains(state, t.pack), weights=counts).max())
-        if best < request.replicas:
-            return Reason.TOPOLOGY, Reason.TOPOLOGY, NO_NODE, request.replicas - best
+    members = where.members if where is not None else np.zeros(0, np.int64)
+    of = gang.domains(state, gang.bound_level(state, q, request.replicas, t, members))
+    if len(members):  # the replicas that were lost go where the rest of their gang is
+        counts = np.where(np.isin(of, of[members]), counts, 0)
+    best = int(np.bincount(of, weights=counts).max())
+    if best < request.replicas:
+        return Reason.TOPOLOGY, Reason.TOPOLOGY, NO_NODE, request.replicas - best
     if t.spread > Level.NONE and t.max_per_domain:
         sums = np.bincount(gang.domains(state, t.spread), weights=counts)
         most = int(np.minimum(sums, t.max_per_domain).sum())
@@ -150,13 +160,16 @@ def _tightest_node(state: State, counts: I64) -> int:
 
 
 def _change(reason: Reason, binding: Reason, node: int, short: int, request: Request) -> str:
-    level = request.topology.pack.name.lower()
+    level = request.topology.pack.name.lower() if request.topology.pack else "site"
     words = {
         Reason.NOT_IN_POOL: "the contract's listing has no host in this cell",
         Reason.WRONG_SITE: "another site, or any site",
         Reason.WRONG_MODEL: "another GPU model, or any model",
         Reason.HOST_UNSCHEDULABLE: "the hosts that would fit are draining, in maintenance, unreachable or get no grants",
         Reason.HOST_RESERVED_FOR_OWNER: "the hosts that would fit are reserved for another organization",
+        Reason.TAINTED: "a toleration of the hosts' taints, or hosts without them",
+        Reason.LEAVES_TOO_SOON: "the hosts that would fit leave for maintenance first; give a shorter time limit",
+        Reason.AFFINITY: "the hosts that would fit stand where the job's affinity rules do not let it go",
         Reason.HELD_FOR_EARLIER_JOB: "the hosts that would fit are held for a job that waits longer; give a time limit",
         Reason.NO_CPU: f"{short} milli-CPU less a replica",
         Reason.NO_RAM: f"{short} MiB less memory a replica",

@@ -1,16 +1,17 @@
 """The one fit rule: does this shape go on this host now, on which GPUs, and what does it add in watts.
 
 Two forms of the same rule, compared by a property test: `fit_kernels.fit_kernel` (numba, rows of the planner's state) and
-`fits_one` (plain ints: what the committer calls on a host that it has locked). Stages are tested in the order of `Reason`;
+`fits_one` (plain ints: what the committer calls on a host that it has locked). Stages are tested in the order of FIT_STAGES;
 the first that fails is the answer. The GPU choice is deterministic:
     shares: an active device before an idle one (it costs no activation watts), then the least free, then the lowest index;
     whole devices: the smallest NVLink domain with enough idle devices (if asked for), then the lowest indices.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from scheduler.core.types import BLOCKING, MAX_GPUS, NO_NODE, WHOLE, Fleet, HostFlag, Reason, Request
+from scheduler.core.types import BLOCKING, FOREVER, MAX_GPUS, NO_NODE, WHOLE, Fleet, HostFlag, Reason, Request
 
 _SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
 _OFF: Final = int(HostFlag.OFF)
@@ -42,6 +43,8 @@ class HostRow(NamedTuple):
     gpu_min_w: int
     gpu_max_w: int
     cap_control: bool
+    taints: int = 0
+    leaves: int = 0
 
 
 class Fit(NamedTuple):
@@ -90,6 +93,8 @@ def host_row(fleet: Fleet, host: int) -> HostRow:
         gpu_min_w=at("gpu_min_w"),
         gpu_max_w=at("gpu_max_w"),
         cap_control=bool(fleet.cap_control[host]),
+        taints=at("taints"),
+        leaves=at("leaves"),
     )
 
 
@@ -101,6 +106,18 @@ def budgets_of(fleet: Fleet, host: int) -> list[Budget]:
         chain.append(Budget(node, int(fleet.node_k_gpu[node]), free))
         node = int(fleet.node_parent[node])
     return chain
+
+
+def rounded_end(now_s: int, duration_s: int, deadlines: Sequence[int]) -> int:
+    """`Request.until`: the first of the ascending `deadlines` of hosts that leave at or after which the job has ended, FOREVER
+    for a job that names no length or outlasts them all, 0 where no host leaves.
+
+    Rounded up, so that jobs of different lengths share a class wherever the difference decides nothing.
+    """
+    if not deadlines:
+        return 0
+    at = bisect_left(deadlines, now_s + duration_s) if duration_s else len(deadlines)
+    return deadlines[at] if at < len(deadlines) else FOREVER
 
 
 def host_watts(host: HostRow, gpu_active: int, cpu_only: int) -> int:
@@ -209,6 +226,10 @@ def _refusal(host: HostRow, request: Request, held: bool) -> Reason:
         return Reason.HOST_UNSCHEDULABLE
     if host.owner > 0 and host.owner != request.org:
         return Reason.HOST_RESERVED_FOR_OWNER
+    if host.taints & ~request.tolerates:
+        return Reason.TAINTED
+    if host.leaves and request.until > host.leaves:
+        return Reason.LEAVES_TOO_SOON
     if held:
         return Reason.HELD_FOR_EARLIER_JOB
     if host.cpu_free < request.cpu:

@@ -11,10 +11,11 @@ from scheduler.core.types import BLOCKING, I16, I32, I64, HostFlag, Request
 
 # Columns of a state row (int64) and of a request vector (int64).
 CPU, RAM, NVME, MODEL, NGPU, ACTIVE, CPU_ONLY, POOL, SITE, OWNER, NODE, FLAGS = range(12)
-STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, RANK, SPARE = range(12, 24)
+STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, TAINTS, LEAVES = range(12, 24)
 HOST_WIDTH: Final = 24
 Q_POOL, Q_SITE, Q_MODELS, Q_CPU, Q_RAM, Q_NVME, Q_GPUS, Q_MILLI, Q_VRAM, Q_ORG, Q_NVLINK, Q_HOLD = range(12)
-REQUEST_WIDTH: Final = 12
+Q_TOLERATES, Q_UNTIL = range(12, 14)
+REQUEST_WIDTH: Final = 14
 
 _SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
 _OFF: Final = int(HostFlag.OFF)
@@ -30,6 +31,7 @@ def request_vector(request: Request) -> I64:
         [
             *(request.pool, request.site, request.models, request.cpu, request.ram, request.nvme),
             *(request.gpus, milli, vram, request.org, t, 1),
+            *(request.tolerates, request.until),
         ],
         np.int64,
     )
@@ -57,7 +59,7 @@ def watts_kernel(row: I64, active: int, cpu_only: int) -> int:
 
 @kernel
 def static_kernel(row: I64, q: I64) -> int:
-    """The stages that no placement of this plan changes: pool, site, model, flags, owner. A Reason."""
+    """The stages that no placement of this plan changes: pool, site, model, flags, owner, taints, deadline. A Reason."""
     if q[Q_POOL] != 0 and row[POOL] != q[Q_POOL]:
         return 1
     if q[Q_SITE] >= 0 and row[SITE] != q[Q_SITE]:
@@ -68,6 +70,10 @@ def static_kernel(row: I64, q: I64) -> int:
         return 4
     if row[OWNER] > 0 and row[OWNER] != q[Q_ORG]:
         return 5
+    if row[TAINTS] & ~q[Q_TOLERATES]:
+        return 20
+    if row[LEAVES] and q[Q_UNTIL] > row[LEAVES]:
+        return 21
     return 0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core.fit_kernels import (
@@ -44,7 +45,16 @@ from scheduler.core.types import I32, I64, Level, Topology
 
 MANY: Final = 1 << 30
 DOMAIN_TRIES: Final = 64  # domains tried a level when watts refuse one after another
+_LADDER: Final = (Level.HOST, Level.LEAF, Level.SPINE, Level.SITE)
+_NOBODY: Final = np.zeros(0, np.int64)
 _COLUMN: Final = {Level.LEAF: fit.LEAF, Level.SPINE: fit.SPINE, Level.SITE: fit.SITE}
+
+
+class Where(NamedTuple):
+    """Rows that a request may use [H], and rows on which the rest of its gang runs."""
+
+    allowed: npt.NDArray[np.bool_]
+    members: I64
 
 
 class Gang(NamedTuple):
@@ -149,52 +159,100 @@ def domains(state: State, level: Level) -> I64:
     return np.unique(numbers, return_inverse=True)[1].astype(np.int64)
 
 
-def place_gang(state: State, q: I64, replicas: int, topology: Topology) -> Gang | None:
-    """Books a gang on the state, whole, or leaves it as it was and returns None."""
-    counts = np.minimum(room(state, q), replicas)
+def place_gang(
+    state: State, q: I64, replicas: int, topology: Topology, where: Where | None = None, counts: I64 | None = None
+) -> Gang | None:
+    """Books a gang on the state, whole, or leaves it as it was and returns None.
+
+    `where`: the rows that it may use, and those on which the rest of the gang runs already: then these replicas keep to
+    the gang's domain where its topology says so, and to its site in any case. `counts`: `room` of q, where it is known.
+    """
+    counts = np.minimum(room(state, q) if counts is None else counts, replicas)
+    members: I64 = _NOBODY
+    if where is not None:
+        counts, members = np.where(where.allowed, counts, 0), where.members
+    bound = bound_level(state, q, replicas, topology, members)
+    if len(members):
+        of = domains(state, bound)
+        counts[~np.isin(of, of[members])] = 0
     if topology.spread > Level.NONE and topology.max_per_domain:
-        counts = _bounded(counts, domains(state, max(topology.spread, Level.HOST)), topology.max_per_domain)
+        counts = _bounded(counts, domains(state, max(topology.spread, Level.HOST)), topology.max_per_domain, members)
     if counts.sum() < replicas:
         return None
-    for level in _levels(topology):
+    for level in _levels(topology, bound):
         of = domains(state, level)
         sums = np.bincount(of, weights=counts).astype(np.int64)
         enough = np.flatnonzero(sums >= replicas)
-        for domain in enough[np.argsort(sums[enough], kind="stable")][:DOMAIN_TRIES]:
+        if len(members):
+            enough = enough[np.isin(enough, of[members])]
+        for domain in _tightest(state, level, enough, sums)[:DOMAIN_TRIES]:
             rows = np.flatnonzero((of == domain) & (counts > 0))
-            gang = _book(state, q, replicas, topology, level, rows, counts[rows])
+            gang = _book(state, q, replicas, topology, level, rows, counts[rows], members)
             if gang is not None:
                 return gang
     return None
 
 
-def _levels(topology: Topology) -> list[Level]:
+def _tightest(state: State, level: Level, enough: I64, sums: I64) -> I64:
+    """Domains with the least room first; of hosts with equal room the one with the least free GPU."""
+    if level == Level.HOST:
+        return enough[np.lexsort((state.rows[enough, fit.TOTAL], sums[enough]))]
+    return enough[np.argsort(sums[enough], kind="stable")]
+
+
+def bound_level(state: State, q: I64, replicas: int, topology: Topology, members: I64 | None = None) -> Level:
+    """The widest level that one gang of this topology may span."""
+    if not topology.required:
+        return Level.SITE
+    if topology.pack > Level.NONE:
+        return max(topology.pack, Level.HOST)
+    if topology.spread > Level.NONE or not q[Q_GPUS]:
+        return Level.SITE
+    return _ideal_level(state, q, replicas + (0 if members is None else len(members)))
+
+
+def _ideal_level(state: State, q: I64, replicas: int) -> Level:
+    """The smallest level at which the pool could hold so many replicas if all its GPUs were free."""
+    rows = state.rows
+    fits = (q[fit.Q_POOL] == 0) | (rows[:, fit.POOL] == q[fit.Q_POOL])
+    fits &= (q[fit.Q_SITE] < 0) | (rows[:, fit.SITE] == q[fit.Q_SITE])
+    if q[fit.Q_MODELS]:
+        fits &= (rows[:, fit.MODEL] >= 0) & (q[fit.Q_MODELS] >> np.maximum(rows[:, fit.MODEL], 0) & 1 == 1)
+    each = rows[:, NGPU] * (1000 // q[Q_MILLI]) if q[Q_MILLI] < 1000 else rows[:, NGPU] // q[Q_GPUS]
+    counts = np.where(fits, each, 0)
+    for level in _LADDER[:-1]:
+        if len(counts) and np.bincount(domains(state, level), weights=counts).max() >= replicas:
+            return level
+    return Level.SITE
+
+
+def _levels(topology: Topology, bound: Level) -> list[Level]:
     """Levels to try, lowest first. A gang never spans two sites: each agent starts its own, and fabrics end at the fence."""
     if topology.spread > Level.NONE:
         first = topology.pack if topology.pack > Level.NONE else Level.SITE
-        return [first] if topology.required else [first, Level.SITE]
-    ladder = [Level.HOST, Level.LEAF, Level.SPINE, Level.SITE]
-    if topology.required and topology.pack > Level.NONE:
-        return [level for level in ladder if level <= max(topology.pack, Level.HOST)]
-    return ladder
+        return [first] if topology.required else list(dict.fromkeys([max(first, Level.HOST), Level.SITE]))
+    return [level for level in _LADDER if level <= bound]
 
 
-def _bounded(counts: I64, of: I64, most: int) -> I64:
-    """Counts cut so that no domain has more than `most`, the roomiest hosts first."""
+def _bounded(counts: I64, of: I64, most: int, members: I64) -> I64:
+    """Counts cut so that no domain has more than `most`, members included, the roomiest hosts first."""
+    left = np.maximum(0, most - np.bincount(of[members], minlength=int(of.max(initial=0)) + 1))
     order = np.lexsort((np.arange(len(counts)), -counts, of))
     sorted_counts, sorted_of = counts[order], of[order]
     before = np.cumsum(sorted_counts) - sorted_counts
     starts = np.r_[True, sorted_of[1:] != sorted_of[:-1]] if len(order) else np.zeros(0, bool)
     base = np.maximum.accumulate(np.where(starts, before, 0))
     out = np.empty_like(counts)
-    out[order] = np.clip(most - (before - base), 0, sorted_counts)
+    out[order] = np.clip(left[sorted_of] - (before - base), 0, sorted_counts)
     return out
 
 
-def _book(state: State, q: I64, replicas: int, topology: Topology, level: Level, rows: I64, counts: I64) -> Gang | None:
+def _book(
+    state: State, q: I64, replicas: int, topology: Topology, level: Level, rows: I64, counts: I64, members: I64
+) -> Gang | None:
     host, mask, delta = (np.zeros(replicas, np.int32) for _ in range(3))
     if topology.spread > Level.NONE:
-        rows, share = _spread(state, replicas, topology.spread, rows, counts)
+        rows, share = _spread(state, replicas, topology.spread, rows, counts, members)
         done = int(book_kernel(rows, share, q, state, host, mask, delta, 0))
     else:
         order = _filling(state, replicas, level, rows, counts)
@@ -246,19 +304,22 @@ def _tight(replicas: int, room_of: I64) -> I64:
     return np.concatenate([order[:last], [tight], rest[rest != tight]])
 
 
-def _spread(state: State, replicas: int, level: Level, rows: I64, counts: I64) -> tuple[I64, I64]:
-    """(rows, replicas on each): as even over the domains of `level` as their room allows."""
-    _, local = np.unique(domains(state, max(level, Level.HOST))[rows], return_inverse=True)
+def _spread(state: State, replicas: int, level: Level, rows: I64, counts: I64, members: I64) -> tuple[I64, I64]:
+    """(rows, replicas on each): as even over the domains of `level`, members included, as their room allows."""
+    of = domains(state, max(level, Level.HOST))
+    names, local = np.unique(of[rows], return_inverse=True)
     sums = np.bincount(local, weights=counts).astype(np.int64)
-    low, high = 0, replicas
+    have = np.bincount(of[members], minlength=int(of.max(initial=0)) + 1)[names]
+    low, high = 0, replicas + len(members)
     while low < high:  # the smallest bound per domain that holds all
         mid = (low + high) // 2
-        if np.minimum(sums, mid).sum() >= replicas:
+        if np.minimum(sums, np.maximum(0, mid - have)).sum() >= replicas:
             high = mid
         else:
             low = mid + 1
-    each = np.minimum(sums, low)
-    for domain in np.flatnonzero(each == low)[: int(each.sum()) - replicas]:
+    each = np.minimum(sums, np.maximum(0, low - have))
+    full = np.flatnonzero((each > 0) & (each + have == low))
+    for domain in full[: int(each.sum()) - replicas]:
         each[domain] -= 1
     order = np.lexsort((-counts, local))
     left, share = each.copy(), np.zeros(len(order), np.int64)

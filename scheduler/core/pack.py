@@ -37,6 +37,8 @@ _COPY: Final = (
     (fit.CAPCTL, "cap_control"),
     (fit.LEAF, "leaf"),
     (fit.SPINE, "spine"),
+    (fit.TAINTS, "taints"),
+    (fit.LEAVES, "leaves"),
 )
 
 
@@ -205,6 +207,8 @@ def classes_of(requests: Sequence[Request], owners: frozenset[int] = frozenset()
             r.vram,
             r.org if r.org in owners else 0,
             r.topology.nvlink,
+            r.tolerates,
+            r.until,
         )
         k = index.get(key)
         if k is None:

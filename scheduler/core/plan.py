@@ -22,6 +22,7 @@ from scheduler.core.fit import request_error
 from scheduler.core.pack import Packer, Run, bits, classes_of
 from scheduler.core.preempt import Preemptor
 from scheduler.core.score import Shape, shapes_of, tables_for
+from scheduler.core.ties import Ties
 from scheduler.core.types import (
     Decision,
     Fleet,
@@ -76,6 +77,7 @@ class _Planner:
         steps = sum(r.replicas for r in requests) + 2 * len(running) + 64
         classes = np.concatenate([vectors, free])
         self.packer = Packer(fleet, classes, tables, order=order, steps=min(steps, 1 << 20))
+        self.ties = Ties(fleet, self.packer.state, order)
         rank = np.argsort(order) if order is not None else None
         self.preemptor = Preemptor(self.packer.state, running, lambda h: int(rank[h]) if rank is not None else h)
         self.holds: list[backfill.Hold] = []
@@ -120,7 +122,7 @@ class _Planner:
                 self.out.decisions.append(refusal)
             elif not self._charge(r):
                 late.append(i)
-            elif r.replicas > 1:
+            elif r.replicas > 1 or r.tied:
                 self._singles(singles)
                 singles = []
                 self._gang(i)
@@ -185,7 +187,8 @@ class _Planner:
     def _gang(self, i: int) -> None:
         r, q = self.requests[i], self.packer.classes[self._class(i)]
         if self._key(i) not in self.hopeless:
-            placed = gang.place_gang(self.packer.state, q, r.replicas, r.topology)
+            topology, where = self.ties.topology(r), self.ties.where(r)
+            placed = gang.place_gang(self.packer.state, q, r.replicas, topology, where)
             if placed is not None:
                 self._placed(i, placed)
                 return
@@ -195,6 +198,9 @@ class _Planner:
         r = self.requests[i]
         for row in dict.fromkeys(where.host.tolist()):
             self.packer.touched(row)
+        if r.joins:
+            self.ties.placed(r, where.host.tolist())
+            self.hopeless.clear()  # whoever must stand near it may now have a place
         for replica, (row, mask, delta) in enumerate(zip(*(column.tolist() for column in where), strict=True)):
             self._place(r, replica, row, mask, delta)
         self.out.decisions.append(Decision(r.job, True, Reason.OK))
@@ -205,7 +211,7 @@ class _Planner:
     def _key(self, i: int) -> Hashable:
         r = self.requests[i]
         who = (r.kind == Kind.SPOT, r.org, r.priority) if self._preempts(r) else None
-        return self._class(i), r.replicas, r.topology, who
+        return self._class(i), r.replicas, r.topology, who, r.near, r.apart, r.members
 
     def _other_ways(self, i: int) -> bool:
         """For a job that fits nowhere: preempt, else get a start time, else wait. True when a hold was made."""
@@ -218,7 +224,7 @@ class _Planner:
                 state, gone = self.packer.state, self.preemptor.gone
                 hold = backfill.earliest(
                     *(state, self.running, self.preemptor.held, gone, self.packer.classes[self._class(i)]),
-                    *(r.replicas, r.topology, self.now),
+                    *(r.replicas, self.ties.topology(r), self.now, self.ties.where(r)),
                 )
                 if hold is not None:
                     self._wait(i, hold.start)
@@ -237,21 +243,23 @@ class _Planner:
         k = self._class(i)
         q = self.packer.classes[k]
 
+        topology, where = self.ties.topology(r), self.ties.where(r)
+
         def fits() -> bool:
-            trial = gang.place_gang(state, q, r.replicas, r.topology)
+            trial = gang.place_gang(state, q, r.replicas, topology, where)
             if trial is not None:
                 gang.release_kernel(q, state, trial.host, trial.mask, r.replicas)
             return trial is not None
 
-        victims = self.preemptor.for_replica(r, q) if r.replicas == 1 else None
-        if victims is None and (r.replicas > 1 or explain.look(state, q).hosts[Reason.NO_WATTS]):
+        victims = self.preemptor.for_replica(r, q) if r.replicas == 1 and not r.tied else None
+        if victims is None and (r.replicas > 1 or r.tied or explain.look(state, q).hosts[Reason.NO_WATTS]):
             victims = self.preemptor.for_all(r, fits)
         if victims is None:
             return False
         for row in self.preemptor.evict(victims):
             self.packer.touched(row)
         self.packer.watts_returned()
-        placed = gang.place_gang(state, q, r.replicas, r.topology)
+        placed = gang.place_gang(state, q, r.replicas, topology, where)
         assert placed is not None, f"job {r.job}: victims were found, but it does not fit without them"
         self._placed(i, placed)
         for v in victims:
@@ -265,14 +273,16 @@ class _Planner:
         r, k = self.requests[i], self._class(i)
         if r.quota_id in self.quota:
             self.quota[r.quota_id] += r.replicas * r.gpus * r.gpu_milli
-        key = (k, r.replicas, r.topology)
+        key = (k, r.replicas, r.topology, r.near, r.apart, r.members)
         known = self.explained.get(key)
         if known is None:
             if not self.policy.explain or len(self.explained) >= self.policy.explain_limit:
                 reason = Reason.GANG_INCOMPLETE if r.replicas > 1 else Reason.NO_GPU if r.gpus else Reason.NO_CPU
                 self.out.decisions.append(Decision(r.job, False, reason, earliest_start=start))
                 return
-            known = self.explained[key] = explain.explain(self.packer.state, self.packer.classes[k], r)
+            known = self.explained[key] = explain.explain(
+                self.packer.state, self.packer.classes[k], r, where=self.ties.where(r)
+            )
         self.out.decisions.append(Decision(r.job, *known[1:-1], start))
 
 

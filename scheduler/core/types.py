@@ -75,9 +75,24 @@ class Reason(IntEnum):
     PRICE_LIMIT = 17
     INVALID = 18
     EMPTY_CELL = 19
+    # More stages of the fit rule; numbers are stored, so the order stands in FIT_STAGES.
+    TAINTED = 20
+    LEAVES_TOO_SOON = 21
+    AFFINITY = 22
 
 
-FIT_STAGES: Final = tuple(Reason(i) for i in range(1, 15))
+FIT_STAGES: Final = (
+    Reason.NOT_IN_POOL,
+    Reason.WRONG_SITE,
+    Reason.WRONG_MODEL,
+    Reason.HOST_UNSCHEDULABLE,
+    Reason.HOST_RESERVED_FOR_OWNER,
+    Reason.TAINTED,
+    Reason.LEAVES_TOO_SOON,
+    Reason.AFFINITY,
+    *(Reason(i) for i in range(6, 15)),
+)
+REASONS: Final = 1 + max(Reason)  # length of a histogram of reasons
 
 
 class HostFlag(IntFlag):
@@ -117,11 +132,12 @@ class Level(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Topology:
     """`pack`: all replicas in one domain of `level`; `required` refuses otherwise, else the smallest domain that fits
-    is taken.
+    is taken. Required without a level and without a spread: no domain wider than the smallest level at which the empty
+    pool could hold the gang.
 
     `nvlink`: the GPUs of one replica share an NVLink domain (0 no, 1 preferred, 2 required).
-    `spread`: the level over which replicas are spread (failure domains); `max_per_domain` bounds replicas in each (0
-    = no bound).
+    `spread`: the level over which replicas are spread (failure domains), as evenly as room allows; `max_per_domain`
+    bounds replicas in each, always (0 = no bound).
     """
 
     pack: Level = Level.NONE
@@ -132,11 +148,28 @@ class Topology:
 
 
 ANYWHERE: Final = Topology()
+FOREVER: Final = 1 << 62  # seconds: the end of a job that names none
+
+
+class Tie(NamedTuple):
+    """Where some group of jobs stands: `rows` (hosts of the fleet) when the plan begins, and wherever the plan puts requests
+    that join `group`. What is near or apart shares, or does not share, a domain of `level` with one of them.
+    """
+
+    level: Level
+    group: int
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Request:
-    """One job: `replicas` times the same shape, all or nothing. The planner does not change it."""
+    """One job: `replicas` times the same shape, all or nothing. The planner does not change it.
+
+    `near`, `apart`: every replica stands in a domain with one of the group, or with none of it. `joins`: groups that the
+    job itself belongs to. A group that stands nowhere yet does not bind a job of its own: its replicas stay together.
+    `members`: hosts where the rest of this gang runs; the request is for the replicas that it lost, and they keep to
+    its topology. `until`: see `fit.rounded_end`.
+    """
 
     job: int
     org: int = 0
@@ -161,6 +194,17 @@ class Request:
     price_ok: bool = True
     may_preempt: bool = True
     duration_s: int = 0  # upper bound on the run time, 0 = unknown
+    tolerates: int = 0  # bit i = taint i of the cell
+    until: int = 0  # seconds by which it has left its hosts, rounded up; 0 = no host of the cell leaves
+    near: tuple[Tie, ...] = ()
+    apart: tuple[Tie, ...] = ()
+    joins: tuple[int, ...] = ()
+    members: tuple[int, ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """Whether where it may go depends on where other replicas stand."""
+        return bool(self.near or self.apart or self.joins or self.members)
 
 
 @dataclass(slots=True)
@@ -277,6 +321,8 @@ _HOST_COLUMNS: Final[dict[str, Any]] = {
     "cap_control": np.int8,
     "gpu_active": np.int32,
     "cpu_only": np.int32,
+    "taints": np.int64,
+    "leaves": np.int64,
 }
 _GPU_COLUMNS: Final[dict[str, Any]] = {"gpu_free": np.int32, "vram_free": np.int32, "nvlink": np.int16}
 _NODE_COLUMNS: Final[dict[str, Any]] = {
@@ -324,9 +370,13 @@ class Fleet:
     node_k_gpu: I32  # per mille
     node_free_mw: I64
     node_reclaimable_mw: I64
+    taints: I64 = None  # type: ignore[assignment]  # bit i: only requests that tolerate taint i; none when left out
+    leaves: I64 = None  # type: ignore[assignment]  # seconds: what may run longer does not start here; 0 = stays
 
     def __post_init__(self) -> None:
         hosts = len(self.host_id)
+        self.taints = np.zeros(hosts, np.int64) if self.taints is None else self.taints
+        self.leaves = np.zeros(hosts, np.int64) if self.leaves is None else self.leaves
         nodes = len(self.node_parent)
         for columns, shape in ((_HOST_COLUMNS, (hosts,)), (_GPU_COLUMNS, (hosts, MAX_GPUS)), (_NODE_COLUMNS, (nodes,))):
             for name, dtype in columns.items():

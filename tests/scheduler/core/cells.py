@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 
 from scheduler.core.fit import host_row, host_watts
-from scheduler.core.types import Fleet, HostFlag, Kind, Level, Plan, Request, Running, Topology
+from scheduler.core.types import FOREVER, Fleet, HostFlag, Kind, Level, Plan, Request, Running, Topology
 
 
 def cell(dice: random.Random, hosts: int = 12, *, watts: bool = True, tight: float = 0.6) -> tuple[Fleet, list[dict]]:
@@ -28,7 +28,7 @@ def cell(dice: random.Random, hosts: int = 12, *, watts: bool = True, tight: flo
             "nvlink": [j // 4 if gpus == 8 else -1 for j in range(gpus)],
             "leaf": i // 3,
             "spine": i // 6,
-            "site": i // 9,
+            "site": i // 12,
             "pool": dice.choice((7, 7, 8)),
             "owner": dice.choice((0, 0, 0, 3)),
             "flags": int(HostFlag.SCHEDULABLE) | dice.choice((0, 0, 0, 0, int(HostFlag.DRAINING), int(HostFlag.OFF))),
@@ -38,6 +38,8 @@ def cell(dice: random.Random, hosts: int = 12, *, watts: bool = True, tight: flo
             "gpu_min_w": 100,
             "gpu_max_w": 700,
             "cap_control": dice.choice((1, 1, 1, 0)),
+            "taints": dice.choice((0, 0, 0, 0b1, 0b10, 0b11)),
+            "leaves": dice.choice((0, 0, 0, 700, 2000)),
         }
         if nodes:
             row["power_node"] = 1 + i % pdus
@@ -82,6 +84,8 @@ def queue(dice: random.Random, jobs: int = 25) -> list[Request]:
                 ),
                 queued_at=dice.randrange(1000),
                 duration_s=dice.choice((0, 0, 600)),
+                tolerates=dice.choice((0, 0b1, 0b11, 0b11)),
+                until=dice.choice((0, 700, 2000, FOREVER)),
                 quota_id=dice.choice((0, 0, 5)),
                 quota_milli=4000,
             )
@@ -187,6 +191,8 @@ def check(fleet: Fleet, plan: Plan, requests: list[Request], running: list[Runni
         assert fleet.flags[p.host] & HostFlag.SCHEDULABLE
         assert not fleet.flags[p.host] & HostFlag.DRAINING
         assert fleet.owner[p.host] in {0, r.org}
+        assert not fleet.taints[p.host] & ~r.tolerates
+        assert not fleet.leaves[p.host] or r.until <= fleet.leaves[p.host]
         if r.topology.nvlink == 2 and r.gpus > 1:
             assert len({int(fleet.nvlink[p.host, g]) for g in p.gpus}) == 1
     quotas = defaultdict(int)
@@ -195,6 +201,7 @@ def check(fleet: Fleet, plan: Plan, requests: list[Request], running: list[Runni
         assert sorted(p.replica for p in places) == list(range(r.replicas)), f"job {job} is not whole"
         t = r.topology
         of = {Level.HOST: lambda h: h, Level.LEAF: lambda h: fleet.leaf[h], Level.SPINE: lambda h: fleet.spine[h]}
+        assert len({int(fleet.site[p.host]) for p in places}) == 1, "a gang stays at one site"
         if t.required and t.pack != Level.NONE and r.replicas > 1:
             assert len({int(of[t.pack](p.host)) for p in places}) == 1
         if t.spread == Level.HOST and t.max_per_domain and r.replicas > 1:

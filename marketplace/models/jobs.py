@@ -6,7 +6,7 @@ from django.db.models import Q
 
 from marketplace.models.accounts import Organization
 from marketplace.models.contracts import Contract
-from marketplace.models.sites import Cell
+from marketplace.models.sites import Cell, Site
 from marketplace.tenancy import TenantModel, TenantQuerySet
 
 
@@ -44,9 +44,23 @@ class Job(TenantModel):
     ON_HOSTS = ("placed", "running", "preempting")
 
     class OnReplicaLoss(models.TextChoices):
-        """What is offered is what is done: replacing one replica and shrinking come with their own placing."""
+        """When a replica is lost by no fault of its own: all start again; that one is placed again; the rest goes on without."""
 
         RESTART_GANG = "restart_gang"
+        REPLACE_REPLICA = "replace_replica"
+        SHRINK = "shrink"
+
+    class Nvlink(models.TextChoices):
+        ANY = "any"
+        PREFERRED = "preferred"
+        REQUIRED = "required"
+
+    class Level(models.TextChoices):
+        """Failure domains; a gang never leaves its site."""
+
+        HOST = "host"
+        LEAF = "leaf"
+        SPINE = "spine"
 
     class Topology(models.TextChoices):
         PACK = "pack"
@@ -82,12 +96,34 @@ class Job(TenantModel):
     gpu_models = ArrayField(models.CharField(max_length=40), default=list, blank=True)
     topology = models.CharField(max_length=8, choices=Topology, default=Topology.PACK)
     topology_required = models.BooleanField(default=False)
+    nvlink = models.CharField(
+        max_length=9, choices=Nvlink, default=Nvlink.ANY, help_text="the GPUs of a replica in one NVLink domain"
+    )
+    spread_level = models.CharField(max_length=5, choices=Level, blank=True, help_text="failure domains to spread over")
+    max_per_domain = models.PositiveIntegerField(null=True, blank=True, help_text="replicas in one failure domain")
+    site = models.ForeignKey(Site, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
+    region = models.CharField(max_length=40, blank=True)
+    price_limit = models.BigIntegerField(null=True, blank=True, help_text="millionths of the major unit per GPU-hour")
+    labels = ArrayField(models.CharField(max_length=130), default=list, blank=True, help_text="name=value")
+    affinity = models.JSONField(default=list, blank=True, help_text="[{rule: near|apart, level, labels: [name=value]}]")
+    tolerations = ArrayField(models.CharField(max_length=80), default=list, blank=True, help_text="taints of hosts")
+    ruled = models.BooleanField(
+        default=False, editable=False, help_text="has any of the rules above: the scheduler reads them"
+    )
     priority = models.SmallIntegerField(default=0)
     on_replica_loss = models.CharField(max_length=20, choices=OnReplicaLoss, default=OnReplicaLoss.RESTART_GANG)
     max_restarts = models.PositiveSmallIntegerField(default=3)
     # life
     attempt = models.PositiveIntegerField(default=0, help_text="grows with each placement")
     restarts = models.PositiveIntegerField(default=0, help_text="after faults; preemptions do not count")
+    epoch = models.PositiveIntegerField(default=0, help_text="grows when replicas of a running gang change")
+    lost_ranks = ArrayField(
+        models.PositiveIntegerField(),
+        default=list,
+        blank=True,
+        help_text="gone: to be placed again, or for good (shrink)",
+    )
+    repair_since = models.DateTimeField(null=True, blank=True, help_text="lost ranks wait to be placed again")
     cancel_requested_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField()
     queued_at = models.DateTimeField(null=True, blank=True)
@@ -120,11 +156,16 @@ class Job(TenantModel):
             models.CheckConstraint(condition=Q(gpu_milli__gte=1, gpu_milli__lte=1000), name="job_gpu_milli"),
             models.CheckConstraint(condition=Q(gpu_milli=1000) | Q(gpus=1), name="job_share_of_one_gpu"),
             models.CheckConstraint(condition=Q(replicas__gte=1), name="job_replicas"),
+            models.CheckConstraint(
+                condition=Q(min_replicas__isnull=True) | Q(min_replicas__gte=1, min_replicas__lte=models.F("replicas")),
+                name="job_min_replicas",
+            ),
         ]
         indexes = [
             models.Index(
                 fields=["cell", "queued_at"], condition=Q(state__in=("queued", "requeued")), name="job_waiting"
             ),
+            models.Index(fields=["cell"], condition=Q(repair_since__isnull=False), name="job_repair"),
             models.Index(fields=["organization", "-created_at", "-id"], name="job_of_organization"),
             models.Index(fields=["contract", "state"], name="job_of_contract"),
         ]

@@ -60,6 +60,9 @@ class Placement(TenantModel):
     cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="placements")
     attempt = models.PositiveIntegerField()
     rank = models.PositiveIntegerField()
+    epoch = models.PositiveIntegerField(
+        default=0, db_default=0, help_text="the job's, when it was placed: a lost rank comes again in a later one"
+    )
     gpu_indices = ArrayField(models.PositiveSmallIntegerField())
     gpu_milli = models.PositiveSmallIntegerField(help_text="of each GPU")
     vram_mib = models.PositiveIntegerField(help_text="of each GPU")
@@ -85,7 +88,7 @@ class Placement(TenantModel):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["job", "attempt", "rank"], name="placement_once"),
+            models.UniqueConstraint(fields=["job", "attempt", "rank", "epoch"], name="placement_once"),
             models.CheckConstraint(
                 condition=Q(
                     state__in=(

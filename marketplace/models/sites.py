@@ -180,6 +180,15 @@ class Host(TenantModel):
     name = models.CharField(max_length=60)
     state = models.CharField(max_length=12, choices=State, default=State.ACTIVE)
     state_reason = models.CharField(max_length=200, blank=True)
+    leaves_at = models.DateTimeField(
+        null=True, blank=True, help_text="while draining: until then it takes what ends before; empty: nothing new"
+    )
+    taints = ArrayField(
+        models.CharField(max_length=80),
+        default=list,
+        blank=True,
+        help_text="only jobs that tolerate all of them come here",
+    )
     leaf = models.CharField(max_length=40, blank=True)
     spine = models.CharField(max_length=40, blank=True)
     gpu_count = models.PositiveSmallIntegerField()

@@ -16,7 +16,7 @@ from marketplace.models import Cell, Host, Job, Placement
 from marketplace.services import hosts as host_rows
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from marketplace.services.budgets import node_budgets
+from marketplace.services.budgets import node_table
 from marketplace.services.transitions import transition_many
 from scheduler.core.fit import Budget, HostRow, fits_one
 from scheduler.core.types import HostFlag, Plan, Reason, Request
@@ -121,8 +121,9 @@ class _Checker:
         self.rows = {pk: _host_row(host) for pk, host in hosts.items()}
         self.node_of = {pk: host.power_node_id for pk, host in hosts.items()}
         self.vram = {pk: host.vram_mib for pk, host in hosts.items()}
-        self.budgets = node_budgets({host.site_id for host in hosts.values()})
-        self.spent: dict[int, int] = defaultdict(int)  # node id -> mW
+        self.nodes = node_table({host.site_id for host in hosts.values()})
+        self.position = {pk: i for i, pk in enumerate(self.nodes.ids.tolist())}
+        self.spent: dict[int, int] = defaultdict(int)  # position -> mW
 
     def admit(self, request: Request, planned: Sequence[Planned]) -> Reason:
         """All replicas or none."""
@@ -147,13 +148,11 @@ class _Checker:
 
     def _path(self, host_id: int) -> list[Budget]:
         path: list[Budget] = []
-        node_id: int | None = self.node_of[host_id]
-        while node_id is not None:
-            b = self.budgets[node_id]
-            path.append(
-                Budget(node_id, b.node.overhead_gpu_permille, b.free_mw + b.reclaimable_mw - self.spent[node_id])
-            )
-            node_id = b.parent_id
+        at, nodes = self.position[self.node_of[host_id]], self.nodes
+        while at >= 0:
+            free = int(nodes.free_mw[at] + nodes.reclaimable_mw[at]) - self.spent[at]
+            path.append(Budget(at, int(nodes.k_gpu[at]), free))
+            at = int(nodes.parent[at])
         return path
 
     def _subtract(self, host_id: int, request: Request, p: Planned, watts: int) -> None:

@@ -1,45 +1,84 @@
-"""Rows -> core arrays: the only reader. A fixed number of queries whatever the size of the cell.
+"""Rows -> core arrays: the only reader. A fixed number of statements whatever the size of the cell.
 
-A reserved contract's GPUs stand in rows of their own (pool = minus the contract's id), so that its jobs find them and no
-other's can; the host's open row shows them as taken. `Snapshot.host_of` leads from a row back to the host.
+Hosts come from `scheduler.fleet`, which reads what has changed. A reserved contract's GPUs stand in rows of their own (pool =
+minus the contract's id) behind those of the hosts, so that its jobs find them and no other's can; the host's open row shows
+them as taken. `Snapshot.host_of` leads from a row back to the host.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from django.db.models import F, Q, Window
-from django.db.models.functions import RowNumber
+from django.db import connection
 
-from marketplace.models import BillingStanding, Cell, Host, Job, Placement, ReservationBlock, Site
-from marketplace.services.budgets import node_budgets
-from scheduler.core.types import (
-    MAX_GPUS,
-    Fleet,
-    HostFlag,
-    Kind,
-    Level,
-    Policy,
-    Request,
-    Running,
-    Topology,
-)
+from marketplace.models import Cell, GpuModel, Placement, ReservationBlock
+from marketplace.services.budgets import NodeTable, node_table
+from marketplace.services.leases import SILENT
+from scheduler import fleet as cells
+from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Kind, Level, Policy, Request, Running, Topology
 
 CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
-MAX_JOBS = 2000  # considered in one cycle; the rest waits for the next
+MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
 
 _KIND = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
-_STATE_FLAG = {
-    "active": 0,
-    "draining": HostFlag.DRAINING,
-    "maintenance": HostFlag.MAINTENANCE,
-    "lost": HostFlag.UNREACHABLE,
-}
 _LEVEL = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
+
+
+class Waiting(NamedTuple):
+    """A job that may be placed now, with what its contract and its organization say of it. Columns of `_WAITING`, in order."""
+
+    id: int
+    organization_id: int
+    contract_id: int
+    priority: int
+    replicas: int
+    gpus: int
+    gpu_milli: int
+    vram_mib: int
+    vcpu_milli: int
+    ram_mib: int
+    nvme_gib: int
+    gpu_models: list[str]
+    topology: str
+    topology_required: bool
+    max_seconds: int | None
+    queued_s: int
+    contract_kind: str
+    contract_gpus: int
+    listing_id: int
+    fair_share_weight: int
+    gpu_limit: int
+
+
+# Each contract's first, then each one's second: a customer who queues thousands does not hide the others.
+_WAITING = """
+WITH turn AS (
+  SELECT j.id, j.queued_at,
+    row_number() OVER (PARTITION BY j.contract_id ORDER BY j.priority DESC, j.queued_at, j.id) AS turn
+  FROM marketplace_job j JOIN marketplace_contract c ON c.id = j.contract_id
+  LEFT JOIN marketplace_billingstanding s ON s.organization_id = j.organization_id
+  WHERE j.cell_id = %(cell)s AND j.state IN ('queued', 'requeued') AND j.cancel_requested_at IS NULL
+    AND c.state = 'active' AND c.starts_at <= %(now)s AND (c.ends_at IS NULL OR c.ends_at > %(now)s)
+    AND s.state IS DISTINCT FROM 'suspended'
+  ORDER BY turn, j.queued_at, j.id LIMIT %(limit)s
+)
+SELECT j.id, j.organization_id, j.contract_id, j.priority, j.replicas, j.gpus, j.gpu_milli, j.vram_mib, j.vcpu_milli,
+  j.ram_mib, j.nvme_gib, j.gpu_models, j.topology, j.topology_required, j.max_seconds,
+  floor(extract(epoch FROM coalesce(j.queued_at, j.created_at)))::bigint, c.kind, c.gpu_count, c.listing_id,
+  o.fair_share_weight, o.gpu_limit
+FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c ON c.id = j.contract_id
+JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
+"""
+_RUNNING = """
+SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
+  p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
+  j.replicas, coalesce(j.max_seconds, 0)
+FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = p.contract_id
+WHERE p.cell_id = %(cell)s AND p.state IN ('intended', 'shedding', 'granted', 'starting', 'running') ORDER BY p.id
+"""
 
 
 @dataclass
@@ -53,32 +92,33 @@ class Snapshot:
     policy: Policy
     host_of: list[int]  # row -> host id
     node_of: list[int]  # position -> power node id
-    jobs: dict[int, Job]
+    jobs: dict[int, Waiting]
     model_of: dict[int, int]  # GpuModel id -> position in the models mask
 
 
-def take(cell: Cell, *, now: datetime) -> Snapshot:
-    """The cell as it stands: open capacity, waiting jobs in no order, placements that could give way."""
-    hosts = list(Host.objects.filter(cell=cell).exclude(state=Host.State.RETIRED).order_by("id"))
-    model_of = {pk: i for i, pk in enumerate(sorted({h.gpu_model_id for h in hosts})[:63])}
+def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
+    """The cell as it stands: open capacity, waiting jobs in no order, placements that could give way.
+
+    Without `running` the last are left out: while every job finds room, no plan looks at them.
+    """
+    hosts = cells.read(cell.pk)
+    sites, site_of = hosts.sites
+    nodes = node_table(sites.tolist())
     claims = _claims(cell, now)
-    flags = _site_flags({h.site_id for h in hosts}, now)
-    budgets = node_budgets(flags)
-    position = {pk: i for i, pk in enumerate(budgets)}
-    rows = list(_rows(hosts, claims))
-    fleet = _fleet(rows, model_of, flags, position, budgets)
+    reserved = _Reserved(hosts, claims)
     jobs = _waiting(cell, now)
+    model_of = hosts.models[0]
     return Snapshot(
         cell=cell,
         generation=cell.generation,
         now=now,
-        fleet=fleet,
+        fleet=_fleet(hosts, reserved, nodes, _site_flags(sites, now)[site_of]),
         requests=_requests(jobs, claims, model_of, may_preempt=not _leaving(cell)),
-        running=_running(cell, rows, now),
+        running=_running(cell, hosts, reserved, now) if running else [],
         policy=Policy(shapes=_mix(cell)),
-        host_of=[host.pk for host, _, _ in rows],
-        node_of=list(position),
-        jobs={job.pk: job for job in jobs},
+        host_of=hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist(),
+        node_of=nodes.ids.tolist(),
+        jobs={job.id: job for job in jobs},
         model_of=model_of,
     )
 
@@ -97,178 +137,162 @@ def _claims(cell: Cell, now: datetime) -> dict[int, dict[int, set[int]]]:
     return found
 
 
-def _site_flags(site_ids: Iterable[int], now: datetime) -> dict[int, int]:
-    """Flags that a site puts on all its hosts: silent, or not granting."""
-    flags: dict[int, int] = {}
-    for site in Site.objects.filter(pk__in=set(site_ids)).prefetch_related("agents").order_by("id"):
-        alive = any(a.lease_until and a.lease_until > now and not a.revoked_at for a in site.agents.all())
-        flags[site.pk] = (0 if alive else HostFlag.UNREACHABLE) | (
-            0 if site.mode == Site.Mode.AUTO else HostFlag.NO_GRANTS
+def _site_flags(sites: I64, now: datetime) -> I32:
+    """Flags that each site puts on all its hosts: silent, or not granting.
+
+    A site whose agent's lease still runs but that has not been heard for `SILENT` keeps what it has and gets nothing new.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT s.id, s.mode = 'auto', coalesce(bool_or(a.revoked_at IS NULL AND a.lease_until > %s AND a.last_sync_at >= %s),"
+            " false) FROM marketplace_site s LEFT JOIN marketplace_agent a ON a.site_id = s.id WHERE s.id = ANY(%s) GROUP BY 1",
+            [now, now - SILENT, sites.tolist()],
         )
-    return flags
+        flags = {
+            pk: (0 if alive else int(HostFlag.UNREACHABLE)) | (0 if grants else int(HostFlag.NO_GRANTS))
+            for pk, grants, alive in cursor.fetchall()
+        }
+    return np.array([flags[pk] for pk in sites.tolist()], np.int32)
 
 
-_Row = tuple[Host, int, list[bool]]  # host, pool, per GPU: is it part of this row
+class _Reserved:
+    """Rows of reserved GPUs: which host each is part of, for which contract, which GPUs; and what is kept there for it.
+
+    CPU, RAM and NVMe go with the GPUs: a reservation of g of n GPUs is owed g/n of the host, less what its own jobs hold
+    already. The host's open row offers what is free beyond that.
+    """
+
+    def __init__(self, hosts: cells.Hosts, claims: dict[int, dict[int, set[int]]]) -> None:
+        here = set(hosts.id_list) if claims else set()
+        found = [(pk, c, gpus) for pk in sorted(claims) if pk in here for c, gpus in sorted(claims[pk].items())]
+        self.host_ids = [pk for pk, _, _ in found]
+        self.contracts = [contract for _, contract, _ in found]
+        self.gpus = [gpus for _, _, gpus in found]
+        self.rows = hosts.position(self.host_ids)
+        self.mine = np.zeros((len(found), MAX_GPUS), bool)
+        for i, gpus in enumerate(self.gpus):
+            self.mine[i, sorted(gpus)] = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def owed(self, hosts: cells.Hosts) -> dict[str, I64]:
+        """Per row: CPU, RAM and NVMe that are owed and still free. Their sum is never more than the host has free."""
+        held = self._held()
+        out: dict[str, I64] = {}
+        for name, total in (("cpu_free", "cpu_total"), ("ram_free", "ram_total"), ("nvme_free", "nvme_total")):
+            left = dict(zip(self.host_ids, hosts[name][self.rows].tolist(), strict=True))
+            offers = []
+            for i, (pk, contract) in enumerate(zip(self.host_ids, self.contracts, strict=True)):
+                row = self.rows[i]
+                share = int(hosts[total][row]) * len(self.gpus[i]) // max(1, int(hosts["gpu_count"][row]))
+                offer = min(left[pk], max(0, share - held[name].get((pk, contract), 0)))
+                left[pk] -= offer
+                offers.append(offer)
+            out[name] = np.array(offers, np.int64)
+        return out
+
+    def _held(self) -> dict[str, dict[tuple[int, int], int]]:
+        """What each contract's own jobs hold on these hosts."""
+        names = {"cpu_free": "vcpu_milli", "ram_free": "ram_mib", "nvme_free": "nvme_gib"}
+        held: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in names}
+        live = Placement.objects.filter(host_id__in=set(self.host_ids)).exclude(state__in=Placement.FINAL)
+        for host_id, contract_id, *amounts in live.values_list("host_id", "contract_id", *names.values()):
+            for name, amount in zip(names, amounts, strict=True):
+                held[name][host_id, contract_id] += amount
+        return held  # type: ignore[return-value]
 
 
-def _rows(hosts: list[Host], claims: dict[int, dict[int, set[int]]]) -> Iterable[_Row]:
-    for host in hosts:
-        claimed = claims.get(host.pk, {})
-        taken = set().union(*claimed.values()) if claimed else set()
-        yield host, host.listing_id or 0, [i not in taken for i in range(host.gpu_count)]
-        for contract_id, indices in sorted(claimed.items()):
-            yield host, -contract_id, [i in indices for i in range(host.gpu_count)]
+_SAME = (
+    "host_id", "gpu_count", "leaf", "spine", "site", "standby_w", "parked_w", "base_w", "gpu_min_w", "gpu_max_w", "cap_control",
+    "gpu_active", "cpu_only", "nvlink",
+)  # fmt: skip
 
 
-def _fleet(
-    rows: list[_Row], model_of: dict[int, int], flags: dict[int, int], position: dict[int, int], budgets: dict[int, Any]
-) -> Fleet:
-    size = len(rows)
-    leaf, spine = _Ids(), _Ids()
-    gpu_free = np.zeros((size, MAX_GPUS), np.int32)
-    vram_free = np.zeros((size, MAX_GPUS), np.int32)
-    nvlink = np.full((size, MAX_GPUS), -1, np.int16)
-    table = np.zeros((size, 20), np.int64)
-    for i, (host, pool, mine) in enumerate(rows):
-        n = host.gpu_count
-        gpu_free[i, :n] = [f if m else 0 for f, m in zip(host.gpu_free, mine, strict=True)]
-        vram_free[i, :n] = [f if m else 0 for f, m in zip(host.vram_free, mine, strict=True)]
-        nvlink[i, :n] = host.nvlink_domains
-        share = sum(mine)
-        cpu, ram, nvme = (_part(free, total, share, n) for free, total in _shape(host))
-        active = sum(1 << g for g in range(n) if host.gpu_free[g] < 1000)
-        state = int(HostFlag.SCHEDULABLE) | int(_STATE_FLAG.get(host.state, 0)) | flags.get(host.site_id, 0)
-        state |= int(HostFlag.OFF) if host.power_state == Host.PowerState.OFF else 0
-        table[i] = (
-            host.pk, cpu, ram, nvme, model_of.get(host.gpu_model_id, 62) if n else -1, n,
-            leaf[host.site_id, host.leaf], spine[host.site_id, host.spine], host.site_id, pool,
-            0, position[host.power_node_id], state, host.standby_w, host.parked_w,
-            host.base_w, host.gpu_min_w, host.gpu_max_w, host.cap_control, active,
-        )  # fmt: skip
-    names32 = (
-        "gpu_model",
-        "gpu_count",
-        "leaf",
-        "spine",
-        "site",
-        "power_node",
-        "flags",
-        "standby_w",
-        "parked_w",
-        "base_w",
-        "gpu_min_w",
-        "gpu_max_w",
-        "gpu_active",
-    )
-    order = (
-        "host_id", "cpu_free", "ram_free", "nvme_free", "gpu_model", "gpu_count", "leaf", "spine", "site", "pool", "owner", "power_node",
-        "flags", "standby_w", "parked_w", "base_w", "gpu_min_w", "gpu_max_w", "cap_control", "gpu_active",
-    )  # fmt: skip
-    columns: dict[str, Any] = {name: np.ascontiguousarray(table[:, c]) for c, name in enumerate(order)}
-    for name in names32:
-        columns[name] = columns[name].astype(np.int32)
-    columns["cap_control"] = columns["cap_control"].astype(np.int8)
-    nodes = list(budgets.values())
+def _fleet(hosts: cells.Hosts, reserved: _Reserved, nodes: NodeTable, site_flags: I32) -> Fleet:
+    columns: dict[str, Any] = {name: hosts[name] for name in _SAME}
+    columns |= {name: hosts[name] for name in ("cpu_free", "ram_free", "nvme_free", "gpu_free", "vram_free", "pool")}
+    columns["gpu_model"] = hosts.models[1]
+    columns["power_node"] = hosts.nodes(nodes.ids)
+    columns["flags"] = hosts["flags"] | site_flags
+    columns["owner"] = np.zeros(len(hosts), np.int64)
+    if len(reserved):
+        rows, mine, owed = reserved.rows, reserved.mine, reserved.owed(hosts)
+        extra = {name: column[rows] for name, column in columns.items()}
+        extra["pool"] = -np.array(reserved.contracts, np.int64)
+        for name in ("gpu_free", "vram_free"):
+            extra[name] = np.where(mine, extra[name], 0).astype(np.int32)
+            columns[name] = columns[name].copy()
+            for i, row in enumerate(rows):
+                columns[name][row][mine[i]] = 0
+        for name, offers in owed.items():
+            extra[name] = offers
+            columns[name] = columns[name].copy()
+            np.subtract.at(columns[name], rows, offers)
+        columns = {name: np.concatenate([column, extra[name]]) for name, column in columns.items()}
     return Fleet(
         **columns,
-        cpu_only=np.array([host.cpu_only_active for host, _, _ in rows], np.int32),
-        gpu_free=gpu_free,
-        vram_free=vram_free,
-        nvlink=nvlink,
-        node_parent=np.array([position[b.parent_id] if b.parent_id else -1 for b in nodes], np.int32),
-        node_k_gpu=np.array([b.node.overhead_gpu_permille for b in nodes], np.int32),
-        node_free_mw=np.array([b.free_mw for b in nodes], np.int64),
-        node_reclaimable_mw=np.array([b.reclaimable_mw for b in nodes], np.int64),
+        node_parent=nodes.parent.astype(np.int32),
+        node_k_gpu=nodes.k_gpu.astype(np.int32),
+        node_free_mw=nodes.free_mw,
+        node_reclaimable_mw=nodes.reclaimable_mw,
     )
 
 
-def _shape(host: Host) -> tuple[tuple[int, int], ...]:
-    return (host.vcpu_free, host.vcpu_milli), (host.ram_free, host.ram_mib), (host.nvme_free, host.nvme_gib)
-
-
-def _part(free: int, total: int, gpus: int, of: int) -> int:
-    """CPU, RAM and NVMe go with the GPUs: a row of g of n GPUs may use at most g/n of the host."""
-    return free if gpus == of else min(free, total * gpus // max(of, 1))
-
-
-class _Ids(dict[tuple[int, str], int]):
-    """Small integers for fabric names; a host without a name is a domain of its own."""
-
-    def __missing__(self, key: tuple[int, str]) -> int:
-        value = len(self)
-        if key[1]:
-            self[key] = value
-        else:
-            self[key[0], f"\0{value}"] = value
-        return value
-
-
-def _waiting(cell: Cell, now: datetime) -> list[Job]:
+def _waiting(cell: Cell, now: datetime) -> list[Waiting]:
     """Jobs that may be placed now: their contract runs, and their organization is not suspended."""
-    rows = Job.objects.filter(cell=cell, state__in=Job.WAITING, cancel_requested_at=None)
-    rows = rows.filter(contract__state="active", contract__starts_at__lte=now).filter(
-        Q(contract__ends_at=None) | Q(contract__ends_at__gt=now)
-    )
-    rows = rows.exclude(organization__standing__state=BillingStanding.State.SUSPENDED)
-    # Each contract's first, then each one's second: a customer who queues thousands does not hide the others.
-    turn = Window(RowNumber(), partition_by="contract_id", order_by=[F("priority").desc(), "queued_at", "id"])
-    return list(
-        rows.select_related("contract", "organization")
-        .annotate(turn=turn)
-        .order_by("turn", "queued_at", "id")[:MAX_JOBS]
-    )
+    with connection.cursor() as cursor:
+        cursor.execute(_WAITING, {"cell": cell.pk, "now": now, "limit": MAX_JOBS})
+        return [Waiting(*row) for row in cursor.fetchall()]
 
 
 def _leaving(cell: Cell) -> bool:
     """Whether victims of an earlier cycle still drain: until they are gone nobody else is preempted for the same watts and GPUs."""
-    draining = Placement.objects.filter(cell=cell, state__in=("draining", "unreachable"))
-    return draining.filter(job__state=Job.State.PREEMPTING).exists()
+    draining = Placement.objects.filter(job__cell=cell, job__state="preempting", state__in=("draining", "unreachable"))
+    return draining.exists()
 
 
 def _requests(
-    jobs: list[Job], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
+    jobs: list[Waiting], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
 ) -> list[Request]:
-    from marketplace.models import GpuModel
-
     reserved = {contract for by_contract in claims.values() for contract in by_contract}
-    names = dict(GpuModel.objects.filter(pk__in=model_of).values_list("name", "id"))
-    live = Placement.objects.exclude(state__in=Placement.FINAL)
-    used = _milli_by(live.filter(contract_id__in={j.contract_id for j in jobs}), "contract_id")
-    by_org = _milli_by(live.filter(organization_id__in={j.organization_id for j in jobs}), "organization_id")
-    made = [_request(job, reserved, names, model_of, used, by_org) for job in jobs]
+    names = {name: model_of[pk] for name, pk in GpuModel.objects.filter(pk__in=model_of).values_list("name", "id")}
+    used, by_org = _held_milli({job.organization_id for job in jobs})
+    made = [_request(job, reserved, names, used, by_org) for job in jobs]
     return made if may_preempt else [replace(request, may_preempt=False) for request in made]
 
 
-def _milli_by(rows: Any, column: str) -> Counter[int]:
-    total: Counter[int] = Counter()
-    for key, gpus, milli in rows.values_list(column, "gpu_indices", "gpu_milli"):
-        total[key] += len(gpus) * milli
-    return total
+def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:
+    """Milli-GPU that live placements hold now, by contract and by organization."""
+    used: Counter[int] = Counter()
+    by_org: Counter[int] = Counter()
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT contract_id, organization_id, sum(cardinality(gpu_indices) * gpu_milli) FROM marketplace_placement"
+            " WHERE state NOT IN ('released', 'failed', 'lost') AND organization_id = ANY(%s) GROUP BY 1, 2",
+            [sorted(organizations)],
+        )
+        for contract_id, organization_id, milli in cursor.fetchall():
+            used[contract_id] += milli
+            by_org[organization_id] += milli
+    return used, by_org
 
 
 def _request(
-    job: Job,
-    reserved: set[int],
-    names: dict[str, int],
-    model_of: dict[int, int],
-    used: Counter[int],
-    by_org: Counter[int],
+    job: Waiting, reserved: set[int], names: dict[str, int], used: Counter[int], by_org: Counter[int]
 ) -> Request:
-    contract = job.contract
     mask = 0
     for name in job.gpu_models:
-        mask |= 1 << model_of[names[name]] if name in names else 1 << 62
+        mask |= 1 << names.get(name, 62)
     level = _LEVEL.get(job.topology, Level.NONE)
-    quota = min(
-        contract.gpu_count * 1000 - used[contract.pk], job.organization.gpu_limit * 1000 - by_org[job.organization_id]
-    )
+    quota = min(job.contract_gpus * 1000 - used[job.contract_id], job.gpu_limit * 1000 - by_org[job.organization_id])
     return Request(
-        job=job.pk,
+        job=job.id,
         org=job.organization_id,
-        kind=_KIND[contract.kind],
+        kind=_KIND[job.contract_kind],
         priority=job.priority,
         replicas=job.replicas,
-        pool=-contract.pk if contract.pk in reserved else contract.listing_id,
+        pool=-job.contract_id if job.contract_id in reserved else job.listing_id,
         cpu=job.vcpu_milli,
         ram=job.ram_mib,
         nvme=job.nvme_gib,
@@ -279,67 +303,50 @@ def _request(
         topology=Topology(pack=level, required=job.topology_required)
         if level
         else Topology(spread=Level.HOST if job.topology == "spread" else Level.NONE),
-        queued_at=int((job.queued_at or job.created_at).timestamp()),
-        weight=job.organization.fair_share_weight * 1000,
+        queued_at=job.queued_s,
+        weight=job.fair_share_weight * 1000,
         usage=float(by_org[job.organization_id]),
-        quota_id=contract.pk,
+        quota_id=job.contract_id,
         quota_milli=max(0, quota),
-        may_preempt=contract.kind != "spot",
+        may_preempt=job.contract_kind != "spot",
         duration_s=job.max_seconds or 0,
     )
 
 
-def _running(cell: Cell, rows: list[_Row], now: datetime) -> list[Running]:
-    """Live placements, at the row that holds their GPUs."""
-    row_of: dict[tuple[int, int], int] = {}
-    for i, (host, _, mine) in enumerate(rows):
-        for gpu, here in enumerate(mine):
-            if here:
-                row_of[host.pk, gpu] = i
-        row_of.setdefault((host.pk, -1), i)
-    live = (
-        Placement.objects.filter(cell=cell)
-        .exclude(state__in=(*Placement.FINAL, "draining", "parked", "unreachable"))
-        .select_related("job", "contract")
-    )
+def _running(cell: Cell, hosts: cells.Hosts, reserved: _Reserved, now: datetime) -> list[Running]:
+    """Live placements that could end or give way. What drains already is on its way out."""
+    row_of = {pk: i for i, pk in enumerate(hosts.id_list)}
+    reserved_row = {
+        (pk, gpu): len(hosts) + i
+        for i, (pk, gpus) in enumerate(zip(reserved.host_ids, reserved.gpus, strict=True))
+        for gpu in gpus
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(_RUNNING, {"cell": cell.pk})
+        rows = cursor.fetchall()
     found = []
-    for p in live:
-        row = row_of.get((p.host_id, p.gpu_indices[0] if p.gpu_indices else -1))
+    for pk, job, org, kind, host, gpus, milli, cpu, ram, nvme, vram, bid, priority, since, replicas, limit in rows:
+        row = row_of.get(host)
         if row is None:
             continue
-        since = p.running_at or p.created_at
-        limit = p.job.max_seconds
+        if gpus and reserved_row:
+            row = reserved_row.get((host, gpus[0]), row)
         found.append(
             Running(
-                placement=p.pk,
-                job=p.job_id,
-                org=p.organization_id,
-                kind=_KIND[p.contract.kind],
-                host=row,
-                gpus=tuple(p.gpu_indices),
-                gpu_milli=p.gpu_milli,
-                cpu=p.vcpu_milli,
-                ram=p.ram_mib,
-                nvme=p.nvme_gib,
-                vram=p.vram_mib,
-                bid=p.contract.limit_price or 0,
-                priority=p.job.priority,
-                work_lost_s=max(0, int((now - since).total_seconds())),
-                gang_size=p.job.replicas,
-                ends_at=int(since.timestamp()) + limit if limit else 0,
+                placement=pk, job=job, org=org, kind=_KIND[kind], host=row, gpus=tuple(gpus), gpu_milli=milli, cpu=cpu, ram=ram,
+                nvme=nvme, vram=vram, bid=bid, priority=priority, work_lost_s=max(0, int(now.timestamp()) - since),
+                gang_size=replicas, ends_at=since + limit if limit else 0,
             )
-        )
+        )  # fmt: skip
     return found
 
 
 def _mix(cell: Cell) -> tuple[tuple[int, int, int, int, int, int], ...] | None:
     """Shapes of the newest jobs with their counts: the mix for which fragmentation is priced. None without history."""
-    rows = (
-        Job.objects.filter(cell=cell)
-        .order_by("-id")
-        .values_list("vcpu_milli", "ram_mib", "gpus", "gpu_milli", "replicas")[:MIX_JOBS]
-    )
-    counts: Counter[tuple[int, int, int, int]] = Counter()
-    for cpu, ram, gpus, milli, replicas in rows:
-        counts[cpu, ram, gpus, milli] += replicas
-    return tuple((*shape, 0, n) for shape, n in counts.most_common()) or None
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT vcpu_milli, ram_mib, gpus, gpu_milli, 0, sum(replicas)::bigint FROM (SELECT * FROM marketplace_job"
+            " WHERE cell_id = %s ORDER BY id DESC LIMIT %s) newest GROUP BY 1, 2, 3, 4 ORDER BY 6 DESC, 1, 2, 3, 4",
+            [cell.pk, MIX_JOBS],
+        )
+        return tuple(cursor.fetchall()) or None

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
-from django.db import transaction
+from django.db import connection, transaction
 from rest_framework.test import APIClient
 
 from marketplace.models import (
@@ -232,6 +232,16 @@ def host(
     Gpu.objects.bulk_create(Gpu(host=made, index=i) for i in range(gpus))
     reserve(made.power_node, made.reserved_w, "gpu")
     return made
+
+
+def unmark(host: Host) -> None:
+    """As if nothing of the host had ever changed (`changed_in`), past the trigger that marks it."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a table with checks to come cannot be altered
+        cursor.execute("ALTER TABLE marketplace_host DISABLE TRIGGER host_changed_update")
+        cursor.execute("UPDATE marketplace_host SET changed_in = 0 WHERE id = %s", [host.pk])
+        cursor.execute("ALTER TABLE marketplace_host ENABLE TRIGGER host_changed_update")
+        cursor.execute("SET CONSTRAINTS ALL DEFERRED")
 
 
 def miner(

@@ -29,6 +29,9 @@ class Cell(TenantModel):
     region = models.CharField(max_length=40)
     livemode = models.BooleanField(default=True)
     generation = models.BigIntegerField(default=0)
+    layout = models.BigIntegerField(
+        default=0, editable=False, help_text="Grows when a host leaves the cell (set by a trigger)"
+    )
 
     def __str__(self) -> str:
         return self.name
@@ -218,8 +221,8 @@ class Host(TenantModel):
     applied_generation = models.BigIntegerField(default=0)
     measured_w = models.PositiveIntegerField(null=True, blank=True)
     beat_at = models.DateTimeField(null=True, blank=True)
-    updated_seq = models.BigIntegerField(
-        default=0, db_index=True, help_text="change sequence for incremental snapshots"
+    changed_in = models.BigIntegerField(
+        default=0, editable=False, help_text="transaction that last changed what the scheduler reads (set by a trigger)"
     )
 
     objects = SiteOwnedQuerySet.as_manager()
@@ -234,6 +237,7 @@ class Host(TenantModel):
             ),
             models.CheckConstraint(condition=Q(gpu_count__lte=MAX_GPUS_PER_HOST), name="host_gpu_count"),
         ]
+        indexes = [models.Index(fields=["cell", "changed_in"], name="host_changed")]
 
     def __str__(self) -> str:
         return self.name

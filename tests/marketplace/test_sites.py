@@ -220,19 +220,37 @@ def test_a_revoked_agent_stays_revoked(operator):
     assert row.revoked_at == NOW
 
 
-def test_the_database_counts_changes_that_the_scheduler_sees_and_no_others():
+def test_the_database_marks_changes_that_the_scheduler_sees_and_no_others():
     host = factories.host(factories.site())
 
-    def seq():
-        return Host.objects.values_list("updated_seq", flat=True).get(pk=host.pk)
+    def marked():
+        return Host.objects.values_list("changed_in", flat=True).get(pk=host.pk) != 0
 
-    first = seq()
-    assert first > 0
-    Host.objects.filter(pk=host.pk).update(measured_w=900, beat_at=NOW, applied_generation=7)
-    assert seq() == first
-    Host.objects.filter(pk=host.pk).update(vcpu_free=5)
-    second = seq()
-    Host.objects.filter(pk=host.pk).update(state="lost")
-    assert first < second < seq()
-    assert factories.host(host.site).updated_seq == 0  # the instance is stale, the row is not
-    assert Host.objects.order_by("-pk").first().updated_seq > second
+    assert marked()
+    for columns, seen in (
+        ({"measured_w": 900, "beat_at": NOW, "applied_generation": 7}, False),
+        ({"vcpu_free": 5}, True),
+        ({"state": "lost"}, True),
+        ({"vcpu_free": 5}, False),
+    ):
+        factories.unmark(host)
+        assert not marked()
+        Host.objects.filter(pk=host.pk).update(**columns)
+        assert marked() == seen
+    factories.unmark(host)
+    Host.objects.filter(pk=host.pk).update(changed_in=3)
+    assert Host.objects.values_list("changed_in", flat=True).get(pk=host.pk) > 3  # it is the database's alone
+
+
+def test_a_cell_that_a_host_leaves_says_so():
+    host = factories.host(factories.site())
+    cell, other = host.cell, factories.cell()
+    Host.objects.filter(pk=host.pk).update(vcpu_free=5, state="retired")
+    cell.refresh_from_db()
+    assert cell.layout == 0
+    Host.objects.filter(pk=host.pk).update(cell=other)
+    cell.refresh_from_db()
+    assert cell.layout == 1
+    Host.objects.filter(pk=host.pk).delete()
+    other.refresh_from_db()
+    assert other.layout == 1

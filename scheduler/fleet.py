@@ -30,10 +30,11 @@ _STATE_FLAG: Final = {
     "lost": int(HostFlag.UNREACHABLE),
 }
 _RETIRED: Final = 1 << 20
+# A host that drains by a named hour still takes what ends before it (`leaves`); without one it takes nothing.
 _FLAGS: Final = (
-    f"{int(HostFlag.SCHEDULABLE)} | CASE state "
+    f"{int(HostFlag.SCHEDULABLE)} | CASE WHEN state = 'draining' AND leaves_at IS NOT NULL THEN 0 ELSE CASE state "
     + " ".join(f"WHEN '{state}' THEN {flag}" for state, flag in _STATE_FLAG.items())
-    + f" ELSE {_RETIRED} END | CASE power_state WHEN 'off' THEN {int(HostFlag.OFF)} ELSE 0 END"
+    + f" ELSE {_RETIRED} END END | CASE power_state WHEN 'off' THEN {int(HostFlag.OFF)} ELSE 0 END"
 )
 # Column -> (SQL, dtype). In the dtypes of `Fleet`, so that a reading without reservations takes them as they are.
 _SCALARS: Final[dict[str, tuple[str, Any]]] = {
@@ -59,18 +60,27 @@ _SCALARS: Final[dict[str, tuple[str, Any]]] = {
     "reserved_w": ("reserved_w", np.int64),
     "cap_control": ("cap_control::int", np.int8),
     "cpu_only": ("cpu_only_active", np.int32),
+    "leaves": (
+        "CASE WHEN state = 'draining' THEN coalesce(floor(extract(epoch FROM leaves_at)), 0) ELSE 0 END",
+        np.int64,
+    ),
 }
 _MATRICES: Final[dict[str, tuple[str, Any]]] = {
     "gpu_free": (arrays.padded("gpu_free"), np.int32),
     "vram_free": (arrays.padded("vram_free"), np.int32),
     "nvlink": (arrays.padded("nvlink_domains", "-1", "smallint"), np.int16),
 }
+_BETWEEN: Final = "\x1f"  # no taint has it: they are shown and typed
+_STRANGE: Final = (
+    62  # the bit of taints beyond the 62nd, and of those that came after a plan was made: nobody tolerates it
+)
 _AGGREGATES: Final = ", ".join(
     (
         *(f"array_agg(({sql})::bigint)" for sql, _ in _SCALARS.values()),
         *(f"string_agg({sql}, '')" for sql, _ in _MATRICES.values()),
         "array_agg(leaf)",
         "array_agg(spine)",
+        f"array_agg(array_to_string(taints, '{_BETWEEN}'))",
     )
 )
 _HEAD: Final = """
@@ -98,17 +108,18 @@ class Moment(NamedTuple):
     layout: int
 
 
-class Fabric:
-    """Small integers for leaves and spines, the same for a name as long as it lives. A host that names none is a domain of its
-    own.
+class Names:
+    """Small integers for leaves and spines, and bits for taints, the same for a name as long as it lives. A host that names no
+    leaf is a domain of its own.
     """
 
     def __init__(self) -> None:
-        self._number: dict[tuple[int, str], int] = {}
+        self._fabric: dict[tuple[int, str], int] = {}
+        self.taints: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def numbers(self, sites: I64, names: list[str], host_ids: I64) -> I32:
-        known = self._number
+    def fabric(self, sites: I64, names: list[str], host_ids: I64) -> I32:
+        known = self._fabric
         out = np.empty(len(names), np.int32)
         with self._lock:
             for i, (site, name, host) in enumerate(zip(sites.tolist(), names, host_ids.tolist(), strict=True)):
@@ -119,12 +130,23 @@ class Fabric:
                 out[i] = number
         return out
 
+    def masks(self, joined: list[str]) -> I64:
+        """Bit masks of each host's taints."""
+        of = {"": 0}
+        with self._lock:
+            for text in dict.fromkeys(joined):
+                for name in filter(None, text.split(_BETWEEN)):
+                    bit = self.taints.setdefault(name, min(len(self.taints), _STRANGE))
+                    of[text] = of.get(text, 0) | 1 << bit
+        return np.array([of[text] for text in joined], np.int64)
+
 
 @dataclass(frozen=True)
 class Hosts:
     """A cell's hosts in id order: columns by the names of `Fleet` and of this module, [H] or [H, 16]."""
 
     columns: dict[str, Any]
+    names: Names
 
     def __len__(self) -> int:
         return len(self.columns["host_id"])
@@ -185,7 +207,8 @@ class Hosts:
                 {
                     name: np.concatenate([column[keep], rows[name][~gone]])[order]
                     for name, column in self.columns.items()
-                }
+                },
+                self.names,
             )
         made: dict[str, Any] = {}
         for name, column in self.columns.items():
@@ -194,7 +217,7 @@ class Hosts:
             else:
                 made[name] = column.copy()
                 made[name][at] = rows[name]
-        return self._shared(Hosts(made))
+        return self._shared(Hosts(made, self.names))
 
     def _shared(self, later: Hosts) -> Hosts:
         """Hand on what was worked out from columns that have not changed."""
@@ -214,7 +237,6 @@ _WORKED_OUT: Final = (
 class _Kept:
     moment: Moment
     hosts: Hosts
-    fabric: Fabric
 
 
 _kept: OrderedDict[int, _Kept] = OrderedDict()
@@ -227,18 +249,17 @@ def read(cell_id: int) -> Hosts:
     """
     before = _kept.get(cell_id)
     if before is not None:
-        moment, rows = _statement(cell_id, _CHANGED, before.fabric, before.moment)
+        moment, rows = _statement(cell_id, _CHANGED, before.hosts.names, before.moment)
         if not moment.writing and _continues(before.moment, moment):
-            return _keep(cell_id, _Kept(moment, before.hosts.updated(rows), before.fabric))
-    fabric = Fabric()
-    moment, rows = _statement(cell_id, _ALL, fabric)
-    return rows if moment.writing else _keep(cell_id, _Kept(moment, rows, fabric))
+            return _keep(cell_id, _Kept(moment, before.hosts.updated(rows)))
+    moment, rows = _statement(cell_id, _ALL, Names())
+    return rows if moment.writing else _keep(cell_id, _Kept(moment, rows))
 
 
-def lock(host_ids: list[int]) -> Hosts:
-    """Lock these rows in id order (NO KEY UPDATE) and read them as they stand under the lock."""
-    found = arrays.columns(f"SELECT {_AGGREGATES} FROM ({_LOCKED}) h", {"ids": sorted(set(host_ids))})  # noqa: S608
-    return _hosts(found, Fabric())
+def lock(host_ids: list[int], names: Names) -> Hosts:
+    """Lock these rows in id order (NO KEY UPDATE) and read them as they stand under the lock, by the names of a plan's reading."""
+    query = f"SELECT {_AGGREGATES} FROM ({_LOCKED}) h"  # noqa: S608
+    return _hosts(arrays.columns(query, {"ids": sorted(set(host_ids))}), names)
 
 
 def forget() -> None:
@@ -259,7 +280,7 @@ def _keep(cell_id: int, made: _Kept) -> Hosts:
     return made.hosts
 
 
-def _statement(cell_id: int, rows: str, fabric: Fabric, since: Moment | None = None) -> tuple[Moment, Hosts]:
+def _statement(cell_id: int, rows: str, names: Names, since: Moment | None = None) -> tuple[Moment, Hosts]:
     query = f"WITH head AS ({_HEAD}), hosts AS (SELECT {_AGGREGATES} FROM ({rows}) h) SELECT * FROM head, hosts"  # noqa: S608
     query = query.replace("%(xmax)s", "pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
     parameters: dict[str, Any] = {"cell": cell_id}
@@ -267,18 +288,19 @@ def _statement(cell_id: int, rows: str, fabric: Fabric, since: Moment | None = N
         parameters |= {"seen": since.snapshot, "xmin": since.xmin}
     found = arrays.columns(query, parameters)
     width = len(Moment.__annotations__)
-    return Moment(*found[:width]), _hosts(found[width:], fabric)
+    return Moment(*found[:width]), _hosts(found[width:], names)
 
 
-def _hosts(found: tuple[Any, ...], fabric: Fabric) -> Hosts:
+def _hosts(found: tuple[Any, ...], names: Names) -> Hosts:
     made: dict[str, Any] = {}
     for (name, (_, dtype)), column in zip(_SCALARS.items(), found, strict=False):
         made[name] = np.zeros(0, dtype) if column is None else column.astype(dtype)
     for (name, (_, dtype)), data in zip(_MATRICES.items(), found[len(_SCALARS) :], strict=False):
         made[name] = arrays.matrix(data, dtype)
-    for name, texts in zip(("leaf", "spine"), found[-2:], strict=True):
-        made[name] = fabric.numbers(made["site"], texts or [], made["host_id"])
+    for name, texts in zip(("leaf", "spine"), found[-3:-1], strict=True):
+        made[name] = names.fabric(made["site"], texts or [], made["host_id"])
+    made["taints"] = names.masks(found[-1] or [])
     here = np.arange(MAX_GPUS) < made["gpu_count"][:, None]
     bit = (1 << np.arange(MAX_GPUS)).astype(np.int32)
     made["gpu_active"] = (((made["gpu_free"] < 1000) & here) @ bit).astype(np.int32)
-    return Hosts(made)
+    return Hosts(made, names)

@@ -94,6 +94,7 @@ class Snapshot:
     node_of: list[int]  # position -> power node id
     jobs: dict[int, Waiting]
     model_of: dict[int, int]  # GpuModel id -> position in the models mask
+    names: cells.Names  # `names.taints`: taint -> its bit
 
 
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
@@ -120,6 +121,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         node_of=nodes.ids.tolist(),
         jobs={job.id: job for job in jobs},
         model_of=model_of,
+        names=hosts.names,
     )
 
 
@@ -205,7 +207,7 @@ class _Reserved:
 
 _SAME = (
     "host_id", "gpu_count", "leaf", "spine", "site", "standby_w", "parked_w", "base_w", "gpu_min_w", "gpu_max_w", "cap_control",
-    "gpu_active", "cpu_only", "nvlink",
+    "gpu_active", "cpu_only", "nvlink", "taints", "leaves",
 )  # fmt: skip
 
 

@@ -70,8 +70,9 @@ class Job(TenantModel):
         SPINE = "spine"
         SITE = "site"
 
-    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="jobs")
-    contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="jobs")
+    # What has no index of its own is led by one of those below.
+    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="jobs", db_index=False)
+    contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="jobs", db_index=False)
     cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="jobs")
     name = models.CharField(max_length=120, blank=True)
     state = models.CharField(max_length=12, choices=State, default=State.QUEUED)
@@ -166,6 +167,7 @@ class Job(TenantModel):
                 fields=["cell", "queued_at"], condition=Q(state__in=("queued", "requeued")), name="job_waiting"
             ),
             models.Index(fields=["cell"], condition=Q(repair_since__isnull=False), name="job_repair"),
+            models.Index(fields=["cell"], condition=Q(state="preempting"), name="job_preempting"),
             models.Index(fields=["organization", "-created_at", "-id"], name="job_of_organization"),
             models.Index(fields=["contract", "state"], name="job_of_contract"),
         ]

@@ -52,12 +52,13 @@ class Placement(TenantModel):
         DRAIN = "drain"
         STOP = "stop"
 
-    job = models.ForeignKey(Job, on_delete=models.PROTECT, related_name="placements")
-    contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="placements")
+    # What has no index of its own is led by one of those below: each costs every placement made.
+    job = models.ForeignKey(Job, on_delete=models.PROTECT, related_name="placements", db_index=False)
+    contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="placements", db_index=False)
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="placements")
     host = models.ForeignKey(Host, on_delete=models.PROTECT, related_name="placements")
     site = models.ForeignKey(Site, on_delete=models.PROTECT, related_name="placements")
-    cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="placements")
+    cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="placements", db_index=False)
     attempt = models.PositiveIntegerField()
     rank = models.PositiveIntegerField()
     epoch = models.PositiveIntegerField(
@@ -114,6 +115,9 @@ class Placement(TenantModel):
             ),
             models.Index(
                 fields=["host"], condition=~Q(state__in=("released", "failed", "lost")), name="placement_live_by_host"
+            ),
+            models.Index(
+                fields=["cell"], condition=~Q(state__in=("released", "failed", "lost")), name="placement_live_by_cell"
             ),
             models.Index(fields=["contract", "running_at"], name="placement_of_contract"),
         ]

@@ -39,7 +39,7 @@ class PowerGrant(TenantModel):
 
     placement = models.OneToOneField("marketplace.Placement", on_delete=models.CASCADE, related_name="grant")
     host = models.ForeignKey(Host, on_delete=models.CASCADE, related_name="grants")
-    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="grants")
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="grants", db_index=False)  # leads the index below
     delta_w = models.PositiveIntegerField()
     state = models.CharField(max_length=12, choices=State)
     created_at = models.DateTimeField()

@@ -232,6 +232,8 @@ def test_the_database_marks_changes_that_the_scheduler_sees_and_no_others():
         ({"vcpu_free": 5}, True),
         ({"state": "lost"}, True),
         ({"vcpu_free": 5}, False),
+        ({"taints": ["burn-in"]}, True),
+        ({"leaves_at": NOW}, True),
     ):
         factories.unmark(host)
         assert not marked()

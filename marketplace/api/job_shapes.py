@@ -3,17 +3,30 @@
 from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
 from rest_framework import serializers
 
+from marketplace.api.base import Shape
 from marketplace.api.shapes import page_of
 from marketplace.models import Job, Placement
+from marketplace.services import job_rules
 
 EXAMPLE = {
     "id": "job_7k2m9x4q8w3e", "object": "job", "name": "train", "contract": "ctr_5h8j2n6p4r7t", "state": "running", "reason": "",
     "replicas": 2, "gpus": 8, "gpu_milli": 1000, "vram_mib": 0, "vcpu_milli": 64000, "ram_mib": 524288, "nvme_gib": 0,
-    "gpu_models": ["H100-SXM"], "topology": "leaf", "priority": 0, "image": "", "command": ["python", "train.py"],
+    "gpu_models": ["H100-SXM"], "topology": "leaf", "topology_required": True, "nvlink": "required", "spread_level": None,
+    "max_per_domain": None, "labels": {"app": "train"}, "affinity": [{"rule": "apart", "level": "host", "labels": {"app": "db"}}],
+    "tolerations": [], "site": None, "region": None, "price_limit": None, "on_replica_loss": "replace_replica",
+    "min_replicas": None, "epoch": 0, "lost_ranks": [], "priority": 0, "image": "", "command": ["python", "train.py"],
     "env": {"SEED": "1"}, "attempt": 1, "restarts": 0, "exit_code": None, "created_at": "2026-11-22T12:00:00Z",
     "queued_at": "2026-11-22T12:00:00Z", "started_at": "2026-11-22T12:00:21Z", "finished_at": None, "reference": "run-17",
     "metadata": {}, "actions": ["cancel"],
 }  # fmt: skip
+
+
+class AffinityShape(Shape):
+    """Every replica in one domain of `level` with a job of yours that carries all these labels (near), or with none (apart)."""
+
+    rule = serializers.ChoiceField([job_rules.NEAR, job_rules.APART])
+    level = serializers.ChoiceField(job_rules.LEVELS)
+    labels = serializers.DictField(child=serializers.RegexField(job_rules.WORD))
 
 
 @extend_schema_serializer(examples=[OpenApiExample("running", EXAMPLE, response_only=True)], many=False)
@@ -33,6 +46,22 @@ class JobShape(serializers.Serializer):
     nvme_gib = serializers.IntegerField()
     gpu_models = serializers.ListField(child=serializers.CharField())
     topology = serializers.ChoiceField(Job.Topology.choices)
+    topology_required = serializers.BooleanField()
+    nvlink = serializers.ChoiceField(Job.Nvlink.choices)
+    spread_level = serializers.ChoiceField(Job.Level.choices, allow_null=True)
+    max_per_domain = serializers.IntegerField(allow_null=True)
+    labels = serializers.DictField(child=serializers.CharField())
+    affinity = AffinityShape(many=True)
+    tolerations = serializers.ListField(child=serializers.CharField())
+    site = serializers.CharField(allow_null=True)
+    region = serializers.CharField(allow_null=True)
+    price_limit = serializers.IntegerField(allow_null=True, help_text="millionths of the major unit per GPU-hour")
+    on_replica_loss = serializers.ChoiceField(Job.OnReplicaLoss.choices)
+    min_replicas = serializers.IntegerField(allow_null=True)
+    epoch = serializers.IntegerField(help_text="grows when replicas of the running gang change")
+    lost_ranks = serializers.ListField(
+        child=serializers.IntegerField(), help_text="replicas that wait to be placed again, or that it went on without"
+    )
     priority = serializers.IntegerField()
     image = serializers.CharField(allow_blank=True)
     command = serializers.ListField(child=serializers.CharField())

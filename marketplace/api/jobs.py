@@ -1,5 +1,6 @@
 """Jobs: submit (one or a batch), list, show, explain, events, logs, cancel."""
 
+import re
 from typing import Any
 
 from django.http import Http404
@@ -14,6 +15,7 @@ from marketplace import ids
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.api.errors import translate
 from marketplace.api.job_shapes import (
+    AffinityShape,
     BatchAnswerShape,
     ExplanationShape,
     JobDetailShape,
@@ -25,7 +27,7 @@ from marketplace.api.job_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
-from marketplace.services import job_views, jobs
+from marketplace.services import job_rules, job_views, jobs
 
 MAX_BATCH = 100
 
@@ -63,9 +65,37 @@ class JobRequest(Shape):
     nvme_gib = serializers.IntegerField(min_value=0, max_value=100_000_000, required=False, default=0)
     gpu_models = serializers.ListField(child=serializers.CharField(max_length=40), required=False, default=list)
     topology = serializers.ChoiceField(Job.Topology.choices, required=False, default="pack")
-    topology_required = serializers.BooleanField(required=False, default=False)
+    topology_required = serializers.BooleanField(
+        required=False, default=False, help_text="wait until it is possible; otherwise it is a preference"
+    )
+    nvlink = serializers.ChoiceField(
+        Job.Nvlink.choices, required=False, default="any", help_text="the GPUs of a replica inside one NVLink domain"
+    )
+    spread_level = serializers.ChoiceField(
+        Job.Level.choices, required=False, default="", allow_blank=True, allow_null=True,
+        help_text="failure domains that replicas are spread over; with topology spread: host when left out",
+    )  # fmt: skip
+    max_per_domain = serializers.IntegerField(
+        min_value=1, max_value=4096, required=False, allow_null=True, default=None,
+        help_text="replicas in one failure domain, always kept; a required spread has 1 when left out",
+    )  # fmt: skip
+    labels = serializers.DictField(child=serializers.RegexField(job_rules.WORD), required=False, default=dict)
+    affinity = AffinityShape(many=True, required=False, default=list)
+    tolerations = serializers.ListField(
+        child=serializers.RegexField(job_rules.TAINT), required=False, default=list, max_length=32,
+        help_text="taints of hosts that the job may go to all the same",
+    )  # fmt: skip
+    site = PublicId("sit", required=False, allow_null=True, default=None)
+    region = serializers.CharField(max_length=40, required=False, default="", allow_blank=True)
+    price_limit = serializers.IntegerField(
+        min_value=0, max_value=10**15, required=False, allow_null=True, default=None,
+        help_text="millionths of the major unit per GPU-hour: it waits while the price is above",
+    )  # fmt: skip
     priority = serializers.IntegerField(min_value=-100, max_value=100, required=False, default=0)
     on_replica_loss = serializers.ChoiceField(Job.OnReplicaLoss.choices, required=False, default="restart_gang")
+    min_replicas = serializers.IntegerField(
+        min_value=1, max_value=4096, required=False, allow_null=True, default=None, help_text="for shrink"
+    )
     max_restarts = serializers.IntegerField(min_value=0, max_value=100, required=False, default=3)
     checkpoint_grace_s = serializers.IntegerField(min_value=0, max_value=3600, required=False, default=30)
     max_seconds = serializers.IntegerField(min_value=1, max_value=10**9, required=False, allow_null=True, default=None)
@@ -76,6 +106,19 @@ class JobRequest(Shape):
         for name in ("env", "metadata"):
             if _holds_nul(data[name]):
                 raise serializers.ValidationError({name: "NUL characters are not kept: leave them out"})
+        for at, rules in (("labels", [data["labels"]]), ("affinity", [rule["labels"] for rule in data["affinity"]])):
+            if any(not re.match(job_rules.WORD, name) for labels in rules for name in labels):
+                raise serializers.ValidationError({at: "a label's name is letters, digits, and _ . / - between them"})
+            if any(len(labels) > job_rules.MAX_LABELS for labels in rules) or len(rules) > job_rules.MAX_RULES:
+                raise serializers.ValidationError(
+                    {at: f"at most {job_rules.MAX_LABELS} labels, {job_rules.MAX_RULES} rules"}
+                )
+        if any(not rule["labels"] for rule in data["affinity"]):
+            raise serializers.ValidationError({"affinity": "name at least one label"})
+        data["labels"] = job_rules.pairs(data["labels"])
+        data["affinity"] = [{**rule, "labels": job_rules.pairs(rule["labels"])} for rule in data["affinity"]]
+        data["site_id"] = data.pop("site")
+        data["spread_level"] = data["spread_level"] or ""
         if data["gpu_milli"] < 1000 and data["gpus"] != 1:
             raise serializers.ValidationError(
                 {"gpu_milli": "a share is of one GPU: set gpus to 1, or gpu_milli to 1000"}

@@ -4,6 +4,7 @@ from typing import Any
 
 from marketplace import ids
 from marketplace.models import Job, JobEvent, LogChunk, Placement
+from marketplace.services import job_rules
 from marketplace.services.transitions import legal_actions
 
 MAX_LOG_CHUNKS = 200
@@ -26,7 +27,7 @@ def shown(job: Job) -> dict[str, Any]:
         "ram_mib": job.ram_mib,
         "nvme_gib": job.nvme_gib,
         "gpu_models": job.gpu_models,
-        "topology": job.topology,
+        **job_rules.shown(job),
         "priority": job.priority,
         "image": job.image,
         "command": job.command,

@@ -6,13 +6,13 @@ from datetime import datetime
 from typing import Any
 
 from django.db import transaction
-from django.db.models import F
+from django.db.models import F, prefetch_related_objects
 
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Host, Job, Placement
-from marketplace.services import secrets
+from marketplace.services import job_rules, secrets
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
 
@@ -40,7 +40,9 @@ def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datet
 
 def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]], *, now: datetime) -> list[Job]:
     """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller."""
-    contracts = {contract.pk: contract for contract, _ in wanted}.values()
+    contracts = list({contract.pk: contract for contract, _ in wanted}.values())
+    prefetch_related_objects(contracts, "site")
+    contract_of = {contract.pk: contract for contract in contracts}
     largest = {contract.pk: _largest_hosts(contract) for contract in contracts}
     with transaction.atomic():
         for contract in contracts:
@@ -58,6 +60,7 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
                 queued_at=now,
                 **plain,
             )
+            job_rules.check(job, contract_of[contract.pk])
             _check_fits_contract(job, contract, largest[contract.pk])
             jobs.append(job)
         Job.objects.bulk_create(jobs)

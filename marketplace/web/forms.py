@@ -1,5 +1,6 @@
 """Forms: shapes only. What is allowed is the services' business; their refusals are shown with `refuse`."""
 
+import re
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -9,7 +10,7 @@ from django import forms
 from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Kind, Listing
-from marketplace.services import search
+from marketplace.services import job_rules, search
 from marketplace.tenancy import ROLES, SCOPES, Actor
 from marketplace.web.tags import kind_words, price
 from scheduler.core.capacity import LEVELS
@@ -126,10 +127,41 @@ class JobForm(forms.Form):
     image = forms.CharField(label="Image", required=False, max_length=300, help_text="Where the site runs containers.")
     topology = forms.ChoiceField(
         label="Placement", required=False,
-        choices=[("pack", "Pack closely"), ("spread", "Spread over hosts"), ("host", "In one host"), ("leaf", "In one leaf"),
+        choices=[("pack", "Pack closely"), ("spread", "Spread out"), ("host", "In one host"), ("leaf", "In one leaf"),
                  ("spine", "In one fabric"), ("site", "In one site")],
     )  # fmt: skip
     topology_required = forms.BooleanField(label="Wait until exactly that placement is possible", required=False)
+    nvlink = forms.ChoiceField(
+        label="NVLink among a replica's GPUs", required=False,
+        choices=[("any", "Not needed"), ("preferred", "Where possible"), ("required", "Required")],
+    )  # fmt: skip
+    spread_level = forms.ChoiceField(
+        label="Spread over", required=False,
+        choices=[("", "Nothing, or hosts when spread out"), ("host", "Hosts"), ("leaf", "Leaves"), ("spine", "Fabrics")],
+    )  # fmt: skip
+    max_per_domain = forms.IntegerField(
+        label="Replicas in one of these, at most", required=False, min_value=1, max_value=4096
+    )
+    on_replica_loss = forms.ChoiceField(
+        label="When a replica is lost", required=False,
+        choices=[("restart_gang", "All start again"), ("replace_replica", "That one is placed again"), ("shrink", "Go on with fewer")],
+    )  # fmt: skip
+    min_replicas = forms.IntegerField(label="Fewest replicas that go on", required=False, min_value=1, max_value=4096)
+    labels = forms.CharField(
+        label="Labels", required=False, help_text="name=value, one a line.", max_length=4000,
+        widget=forms.Textarea(attrs={"rows": 2, "spellcheck": "false", "class": "mono"}),
+    )  # fmt: skip
+    near = forms.CharField(
+        label="Close to jobs labelled", required=False, max_length=4000, help_text="host, leaf, spine or site, then labels: leaf app=db",
+        widget=forms.Textarea(attrs={"rows": 2, "spellcheck": "false", "class": "mono"}),
+    )  # fmt: skip
+    apart = forms.CharField(
+        label="Apart from jobs labelled", required=False, max_length=4000, help_text="As above, one rule a line.",
+        widget=forms.Textarea(attrs={"rows": 2, "spellcheck": "false", "class": "mono"}),
+    )  # fmt: skip
+    price_limit = forms.DecimalField(
+        label="Wait while a GPU-hour costs more than", required=False, min_value=0, max_digits=9, decimal_places=6
+    )
     max_restarts = forms.IntegerField(
         label="Restarts after faults", min_value=0, max_value=100, initial=3, required=False
     )
@@ -165,6 +197,15 @@ class JobForm(forms.Form):
     def more(self) -> list[forms.BoundField]:
         return [field for field in self if field.name not in self.MAIN]
 
+    def clean_labels(self) -> list[str]:
+        return job_rules.pairs(_words(_pairs(self.cleaned_data["labels"], name=job_rules.WORD)))
+
+    def clean_near(self) -> list[dict[str, Any]]:
+        return _rules(job_rules.NEAR, self.cleaned_data["near"])
+
+    def clean_apart(self) -> list[dict[str, Any]]:
+        return _rules(job_rules.APART, self.cleaned_data["apart"])
+
     def clean_env(self) -> dict[str, str]:
         return _pairs(self.cleaned_data["env"])
 
@@ -174,11 +215,16 @@ class JobForm(forms.Form):
     def spec(self) -> dict[str, Any]:
         """Of `services.jobs.submit`; call it on a valid form."""
         asked = self.cleaned_data
-        plain = ("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference")
+        plain = ("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference", "labels")
+        plain += ("spread_level", "max_per_domain", "min_replicas")
         return {
             **{name: asked[name] for name in plain},
             "command": ["/bin/sh", "-c", asked["command"].replace("\r\n", "\n")],
             "topology": asked["topology"] or Job.Topology.PACK,
+            "nvlink": asked["nvlink"] or Job.Nvlink.ANY,
+            "on_replica_loss": asked["on_replica_loss"] or Job.OnReplicaLoss.RESTART_GANG,
+            "affinity": asked["near"] + asked["apart"],
+            "price_limit": millionths(asked["price_limit"]),
             "vcpu_milli": asked["vcpu"] * 1000,
             "ram_mib": asked["ram_gib"] * 1024,
             "vram_mib": (asked["vram_gib"] or 0) * 1024,
@@ -190,15 +236,36 @@ class JobForm(forms.Form):
         }
 
 
-def _pairs(text: str) -> dict[str, str]:
+def _words(labels: dict[str, str]) -> dict[str, str]:
+    wrong = next((value for value in labels.values() if not re.match(job_rules.WORD, value)), None)
+    if wrong is not None or len(labels) > job_rules.MAX_LABELS:
+        raise forms.ValidationError(f"At most {job_rules.MAX_LABELS} labels, of letters, digits and _ . / - ({wrong}).")
+    return labels
+
+
+def _rules(rule: str, text: str) -> list[dict[str, Any]]:
+    """`leaf app=db tier=1`, one rule a line."""
+    found = []
+    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        level, *labels = line.split()
+        if level not in job_rules.LEVELS or not labels or number > job_rules.MAX_RULES:
+            raise forms.ValidationError(
+                f"Rule {number} is not of the form: {', '.join(job_rules.LEVELS)}, then name=value."
+            )
+        named = _words(_pairs("\n".join(labels), name=job_rules.WORD))
+        found.append({"rule": rule, "level": level, "labels": job_rules.pairs(named)})
+    return found
+
+
+def _pairs(text: str, name: str = r"^[^\W\d]\w*$") -> dict[str, str]:
     found = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        name, equals, value = line.partition("=")
-        if not equals or not name.strip().isidentifier():
+        key, equals, value = line.partition("=")
+        if not equals or not re.match(name, key.strip()):
             raise forms.ValidationError(f"Line {number} is not of the form NAME=value.")
-        found[name.strip()] = value.strip()
+        found[key.strip()] = value.strip()
     return found
 
 

@@ -280,3 +280,64 @@ def test_placements_are_seen_by_both_sides(api, contract):
         (row,) = who.get("/api/v1/placements", {"job": job}).json()["data"]
         assert (row["id"], row["state"], row["host"]) == (placement.public_id, "granted", placement.host.name)
     assert f.client(f.organization()).get("/api/v1/placements").json()["data"] == []
+
+
+# --- rules of placing
+RULES = {
+    "topology": "leaf", "topology_required": True, "nvlink": "required", "spread_level": "host", "max_per_domain": 2,
+    "labels": {"app": "train", "team": "nlp"}, "tolerations": ["dedicated=nlp"], "region": "us-tx", "price_limit": 9_000_000,
+    "affinity": [
+        {"rule": "near", "level": "leaf", "labels": {"app": "db"}},
+        {"rule": "apart", "level": "host", "labels": {"app": "train", "team": "nlp"}},
+    ],
+    "on_replica_loss": "shrink", "min_replicas": 1, "replicas": 2, "gpus": 4,
+}  # fmt: skip
+
+
+def test_rules_of_placing_are_kept_and_shown(api, contract):
+    answer = submit(api, contract, site=contract.site.public_id, **RULES)
+    assert answer.status_code == 201, answer.json()
+    shown = answer.json()
+    assert {k: shown[k] for k in RULES} == RULES
+    assert (shown["site"], shown["epoch"], shown["lost_ranks"]) == (contract.site.public_id, 0, [])
+    job = Job.objects.get()
+    assert (job.labels, job.ruled) == (["app=train", "team=nlp"], True)
+    submit(api, contract, topology="pack")
+    assert not Job.objects.latest("id").ruled
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer"),
+    [
+        ({"labels": {"a b": "c"}}, "/labels"),
+        ({"labels": {"a": "b c"}}, "/labels/a"),
+        ({"labels": {f"l{i}": "x" for i in range(17)}}, "/labels"),
+        ({"affinity": [{"rule": "near", "level": "leaf", "labels": {}}]}, "/affinity"),
+        ({"affinity": [{"rule": "near", "level": "moon", "labels": {"a": "b"}}]}, "/affinity/0/level"),
+        ({"affinity": [{"rule": "near", "level": "leaf", "labels": {"a": "b"}, "x": 1}]}, "/affinity/0/x"),
+        ({"tolerations": ["a taint"]}, "/tolerations/0"),
+        ({"max_per_domain": 1}, "/max_per_domain"),
+        ({"spread_level": "host"}, "/spread_level"),
+        ({"topology": "leaf", "spread_level": "leaf"}, "/spread_level"),
+        ({"on_replica_loss": "shrink", "replicas": 4}, "/min_replicas"),
+        ({"on_replica_loss": "shrink", "replicas": 4, "min_replicas": 4}, "/min_replicas"),
+        ({"min_replicas": 1}, "/min_replicas"),
+        ({"site": "job_000000000000"}, "/site"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused_by_name(api, contract, fields, pointer):
+    answer = api.post(URL, body(contract) | fields, format="json")
+    assert answer.status_code == 400, answer.content
+    assert pointer in {e["pointer"] for e in answer.json()["errors"]}
+    assert not Job.objects.exists()
+
+
+def test_another_site_region_or_price_can_never_be_had(api, contract):
+    other = f.site(pdus=1)
+    assert "/site" in error(submit(api, contract, site=other.public_id), 422, "never_fits")
+    assert error(submit(api, contract, region="mars"), 422, "never_fits") == {"/region": "us-tx"}
+    limit = contract.price - 1
+    assert "/price_limit" in error(submit(api, contract, price_limit=limit), 422, "never_fits")
+    assert submit(api, contract, price_limit=contract.price).status_code == 201
+    Contract.objects.update(kind="spot")  # its price moves: it waits
+    assert submit(api, contract, price_limit=limit).status_code == 201

@@ -1,0 +1,90 @@
+"""Where a job may go beyond what its shape says: topology, failure domains, labels and affinity, taints, site, price.
+
+The columns are read by `scheduler.rules`; here they are checked when a job is submitted, and shown.
+"""
+
+from typing import Any
+
+from marketplace import ids
+from marketplace.errors import MarketError
+from marketplace.models import Contract, Job, Kind
+
+NEAR, APART = "near", "apart"
+LEVELS = ("host", "leaf", "spine", "site")  # of affinity, from the narrowest up
+MAX_LABELS, MAX_RULES = 16, 8
+WORD = r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$"  # a label's name and value
+TAINT = r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,38})(=[A-Za-z0-9_./-]{1,40})?$"
+
+
+def pairs(labels: dict[str, str]) -> list[str]:
+    """As the row keeps them: name=value, sorted."""
+    return sorted(f"{name}={value}" for name, value in labels.items())
+
+
+def labels(kept: list[str]) -> dict[str, str]:
+    """As they were given."""
+    return dict(pair.partition("=")[::2] for pair in kept)
+
+
+def check(job: Job, contract: Contract) -> None:
+    """Refuse rules that contradict each other, and what the contract can never give; say whether there are any."""
+    problems = _contradictions(job)
+    if problems:
+        raise MarketError("invalid_request", " ".join(problems.values()), problems)
+    site = contract.site
+    if job.site_id is not None and job.site_id != site.pk:
+        raise _never("site", f"{contract.public_id} is at {site.name} ({site.public_id}).", site.public_id)
+    if job.region and job.region != site.region:
+        raise _never("region", f"{contract.public_id} is in region {site.region}.", site.region)
+    limit = job.price_limit
+    if limit is not None and contract.kind != Kind.SPOT and contract.price > limit:
+        raise _never("price_limit", f"{contract.public_id} costs {contract.price} per GPU-hour.", str(contract.price))
+    job.ruled = bool(
+        job.nvlink != Job.Nvlink.ANY or job.spread_level or job.max_per_domain or job.site_id or limit is not None
+        or job.labels or job.affinity or job.tolerations
+    )  # fmt: skip
+
+
+def _never(field: str, detail: str, hint: str) -> MarketError:
+    return MarketError("never_fits", detail, {f"/{field}": hint}, {"reason": f"no_{field}"})
+
+
+def _contradictions(job: Job) -> dict[str, str]:
+    found: dict[str, str] = {}
+    spreads = job.topology == Job.Topology.SPREAD or job.spread_level
+    if job.max_per_domain is not None and not spreads:
+        found["/max_per_domain"] = "A bound per failure domain needs topology spread, or a spread_level."
+    if job.spread_level and job.topology != Job.Topology.SPREAD:
+        if job.topology == Job.Topology.PACK:
+            found["/spread_level"] = (
+                "Packed closely and spread contradict each other: set topology to spread, or to a level."
+            )
+        elif LEVELS.index(job.topology) <= LEVELS.index(job.spread_level):
+            found["/spread_level"] = f"Inside one {job.topology} there is nothing to spread over but a narrower level."
+    if job.on_replica_loss == Job.OnReplicaLoss.SHRINK:
+        if not job.min_replicas or job.min_replicas >= job.replicas:
+            found["/min_replicas"] = "To shrink, give the fewest replicas that can go on: at least 1, under replicas."
+    elif job.min_replicas is not None:
+        found["/min_replicas"] = "A minimum goes with on_replica_loss: shrink."
+    return found
+
+
+def shown(job: Job) -> dict[str, Any]:
+    """The part of the job's resource that these rules are."""
+    return {
+        "topology": job.topology,
+        "topology_required": job.topology_required,
+        "nvlink": job.nvlink,
+        "spread_level": job.spread_level or None,
+        "max_per_domain": job.max_per_domain,
+        "labels": labels(job.labels),
+        "affinity": [{**rule, "labels": labels(rule["labels"])} for rule in job.affinity],
+        "tolerations": job.tolerations,
+        "site": ids.encode("sit", job.site_id) if job.site_id else None,
+        "region": job.region or None,
+        "price_limit": job.price_limit,
+        "on_replica_loss": job.on_replica_loss,
+        "min_replicas": job.min_replicas,
+        "epoch": job.epoch,
+        "lost_ranks": job.lost_ranks,
+    }

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 
 from django.db import connection, transaction
 from django.db.models import F, Q
@@ -22,6 +23,7 @@ from billing.core.metering import Interval
 from billing.models import Meter, PriceVersion, UsageRecord
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, Placement, PlacementEvent
+from marketplace.services.replicas import HELD
 
 SOURCE = "timeline"
 BATCH = 500
@@ -131,7 +133,11 @@ def billable(placement: Placement, events: Iterable[PlacementEvent], *, until: d
     if placement.running_at is None:
         return ()
     timeline = [metering.Transition(placement.running_at, 0, "running")]
+    held: list[datetime] = []  # it waits for the rest of its gang: begin, end, begin, ...
     for event in events:
+        if HELD in {event.from_state, event.to_state}:
+            held.append(event.at)
+            continue
         if event.to_state in _BEFORE_RUNNING:  # told late, when the work ran already: the column says since when
             continue
         at = event.at
@@ -144,6 +150,9 @@ def billable(placement: Placement, events: Iterable[PlacementEvent], *, until: d
         timeline.append(metering.Transition(max(at, placement.running_at), event.pk, event.to_state, proven))
     ends = [moment for moment in (placement.release_requested_at, placement.finished_at) if moment is not None]
     holes = [Interval(metering.floor_second(min(ends)), max(metering.floor_second(until), 1 << 40))] if ends else []
+    for begin, end in zip_longest(held[::2], held[1::2]):
+        last = 1 << 40 if end is None else metering.floor_second(end)
+        holes.append(Interval(metering.floor_second(begin), max(metering.floor_second(begin), last)))
     return metering.billable_intervals(timeline, holes, until=until)
 
 

@@ -17,14 +17,14 @@ from marketplace.models import Cell, GpuModel, Placement, ReservationBlock
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
-from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Kind, Level, Policy, Request, Running, Topology
+from scheduler import rules
+from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Kind, Policy, Request, Running
 
 CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
 MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
 
 _KIND = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
-_LEVEL = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
 
 
 class Waiting(NamedTuple):
@@ -51,6 +51,7 @@ class Waiting(NamedTuple):
     listing_id: int
     fair_share_weight: int
     gpu_limit: int
+    ruled: bool  # more binds it than its shape: see `scheduler.rules`
 
 
 # Each contract's first, then each one's second: a customer who queues thousands does not hide the others.
@@ -68,10 +69,11 @@ WITH turn AS (
 SELECT j.id, j.organization_id, j.contract_id, j.priority, j.replicas, j.gpus, j.gpu_milli, j.vram_mib, j.vcpu_milli,
   j.ram_mib, j.nvme_gib, j.gpu_models, j.topology, j.topology_required, j.max_seconds,
   floor(extract(epoch FROM coalesce(j.queued_at, j.created_at)))::bigint, c.kind, c.gpu_count, c.listing_id,
-  o.fair_share_weight, o.gpu_limit
+  o.fair_share_weight, o.gpu_limit, j.ruled
 FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c ON c.id = j.contract_id
 JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
 """
+_REPAIRS = _WAITING.replace("j.state IN ('queued', 'requeued')", "j.id = ANY(%(jobs)s)")
 _RUNNING = """
 SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
   p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
@@ -95,6 +97,7 @@ class Snapshot:
     jobs: dict[int, Waiting]
     model_of: dict[int, int]  # GpuModel id -> position in the models mask
     names: cells.Names  # `names.taints`: taint -> its bit
+    repairs: dict[int, rules.Repair]  # running jobs whose requests are for lost ranks alone
 
 
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
@@ -107,21 +110,28 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     nodes = node_table(sites.tolist())
     claims = _claims(cell, now)
     reserved = _Reserved(hosts, claims)
-    jobs = _waiting(cell, now)
+    repairs = rules.repairs(cell.pk)
+    jobs = _waiting(cell, now, repairs)
     model_of = hosts.models[0]
+    fleet = _fleet(hosts, reserved, nodes, _site_flags(sites, now)[site_of])
+    requests = _requests(jobs, claims, model_of, may_preempt=not _leaving(cell))
+    host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
+    ruled = [job.id for job in jobs if job.ruled]
+    rules.bind(requests, fleet, host_of, ruled=ruled, taints=hosts.names.taints, mended=repairs, now=now)
     return Snapshot(
         cell=cell,
         generation=cell.generation,
         now=now,
-        fleet=_fleet(hosts, reserved, nodes, _site_flags(sites, now)[site_of]),
-        requests=_requests(jobs, claims, model_of, may_preempt=not _leaving(cell)),
+        fleet=fleet,
+        requests=requests,
         running=_running(cell, hosts, reserved, now) if running else [],
         policy=Policy(shapes=_mix(cell)),
-        host_of=hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist(),
+        host_of=host_of,
         node_of=nodes.ids.tolist(),
         jobs={job.id: job for job in jobs},
         model_of=model_of,
         names=hosts.names,
+        repairs=repairs,
     )
 
 
@@ -241,11 +251,16 @@ def _fleet(hosts: cells.Hosts, reserved: _Reserved, nodes: NodeTable, site_flags
     )
 
 
-def _waiting(cell: Cell, now: datetime) -> list[Waiting]:
-    """Jobs that may be placed now: their contract runs, and their organization is not suspended."""
+def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> list[Waiting]:
+    """Jobs that may be placed now, gangs that lost ranks among them: their contract runs, and their organization is not suspended."""
+    asked: dict[str, Any] = {"cell": cell.pk, "now": now, "limit": MAX_JOBS}
     with connection.cursor() as cursor:
-        cursor.execute(_WAITING, {"cell": cell.pk, "now": now, "limit": MAX_JOBS})
-        return [Waiting(*row) for row in cursor.fetchall()]
+        cursor.execute(_WAITING, asked)
+        rows = cursor.fetchall()
+        if repairs:
+            cursor.execute(_REPAIRS, {**asked, "jobs": list(repairs)})
+            rows = cursor.fetchall() + rows
+        return [Waiting(*row) for row in rows]
 
 
 def _leaving(cell: Cell) -> bool:
@@ -286,7 +301,6 @@ def _request(
     mask = 0
     for name in job.gpu_models:
         mask |= 1 << names.get(name, 62)
-    level = _LEVEL.get(job.topology, Level.NONE)
     quota = min(job.contract_gpus * 1000 - used[job.contract_id], job.gpu_limit * 1000 - by_org[job.organization_id])
     return Request(
         job=job.id,
@@ -302,9 +316,7 @@ def _request(
         gpu_milli=job.gpu_milli,
         vram=job.vram_mib,
         models=mask,
-        topology=Topology(pack=level, required=job.topology_required)
-        if level
-        else Topology(spread=Level.HOST if job.topology == "spread" else Level.NONE),
+        topology=rules.topology_of(job.topology, job.topology_required),
         queued_at=job.queued_s,
         weight=job.fair_share_weight * 1000,
         usage=float(by_org[job.organization_id]),

@@ -12,7 +12,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Host, Job, Placement
-from marketplace.services import job_rules, secrets
+from marketplace.services import job_rules, replicas, secrets
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
 
@@ -203,16 +203,17 @@ def settle(job_ids: Iterable[int], *, now: datetime) -> None:
     }
     members: dict[int, list[Placement]] = defaultdict(list)
     rows = Placement.objects.filter(job_id__in=jobs).only(
-        "id", "job_id", "attempt", "state", "exit_code", "reason", "running_at"
-    )
+        "id", "job_id", "attempt", "epoch", "rank", "state", "exit_code", "reason", "running_at", "release_requested_at",
+        "finished_at",
+    )  # fmt: skip
     for placement in rows:
-        if placement.attempt == jobs[placement.job_id].attempt:
-            members[placement.job_id].append(placement)
+        members[placement.job_id].append(placement)
     running: list[int] = []
     outcomes: dict[tuple[str, str, int | None], list[int]] = defaultdict(list)
     broken: dict[str, list[int]] = defaultdict(list)
+    touched: set[int] = set()  # members of gangs whose table of ranks has changed
     for pk, job in jobs.items():
-        gang = members[pk]
+        gang = replicas.newest(members[pk], job.attempt)
         if gang and all(p.state in Placement.FINAL for p in gang):
             outcomes[_outcome(job, gang)].append(pk)
             continue
@@ -224,7 +225,16 @@ def settle(job_ids: Iterable[int], *, now: datetime) -> None:
             running.append(pk)
         ended = [p for p in gang if p.state in Placement.FINAL and not (p.state == "released" and p.exit_code == 0)]
         if ended and not job.cancel_requested_at and job.state != Job.State.PREEMPTING:
-            broken[ended[0].reason or "a replica failed"].append(pk)
+            if loss := replicas.lost(job, gang, FAULTS, now):
+                replicas.go_on(job, gang, loss, now=now)
+                touched.update(p.pk for p in gang)
+                nudge_cell(job.cell_id)
+            elif fresh := [p for p in ended if p.rank not in job.lost_ranks]:
+                if all(replicas.word(p) in FAULTS for p in fresh):
+                    replicas.hold(gang, at=replicas.lost_at(fresh, now))
+                broken[fresh[0].reason or "a replica failed"].append(pk)
+        if job.repair_since is not None and replicas.whole_again(job, gang, now=now):
+            touched.update(p.pk for p in gang)
     transition_many(
         Job,
         running,
@@ -236,12 +246,22 @@ def settle(job_ids: Iterable[int], *, now: datetime) -> None:
     )
     for reason, ids in broken.items():  # one replica is gone: the gang cannot go on without it
         drain_jobs(ids, now=now, actor="system", reason=f"a replica ended: {reason}"[:200])
+    if touched:
+        _tell_sites(touched)
     for (state, reason, code), ids in outcomes.items():
         _finish(ids, jobs, state=state, reason=reason, code=code, now=now)
 
 
+def _tell_sites(placement_ids: Iterable[int]) -> None:
+    from marketplace.services import placements
+
+    placements.touch_sites(Placement.objects.filter(pk__in=placement_ids).values_list("site_id", flat=True))
+
+
 def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
     """(state, reason, exit code) of a job whose placements are all final."""
+    if job.on_replica_loss == Job.OnReplicaLoss.SHRINK:  # what it went on without says nothing of the work
+        gang = [p for p in gang if p.rank not in job.lost_ranks]
     worst = max((p.exit_code for p in gang if p.exit_code is not None), default=None, key=abs)
     if all(p.exit_code == 0 and p.reason.split(":")[0] not in ASKED for p in gang):
         return Job.State.SUCCEEDED, "all replicas exited 0", 0
@@ -262,13 +282,16 @@ def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
 
 def _finish(ids: list[int], jobs: dict[int, Job], *, state: str, reason: str, code: int | None, now: datetime) -> None:
     if state == Job.State.REQUEUED:
-        moved = transition_many(Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason)
+        moved = transition_many(
+            Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason,
+            set_columns=replicas.FRESH,
+        )  # fmt: skip
         faulty = [pk for pk in moved if moved[pk] != Job.State.PREEMPTING]
         Job.objects.filter(pk__in=faulty).update(restarts=F("restarts") + 1)
     else:
         moved = transition_many(
             Job, ids, expected=Job.ON_HOSTS, to=state, now=now, actor="system", reason=reason,
-            set_columns={"finished_at": now, "exit_code": code},
+            set_columns={"finished_at": now, "exit_code": code, "repair_since": None},
         )  # fmt: skip
     for cell_id in sorted({jobs[pk].cell_id for pk in moved}):
         nudge_cell(cell_id)

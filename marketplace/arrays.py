@@ -35,6 +35,35 @@ class _Int8Array(adapt.Loader):
         return np.frombuffer(data, _ELEMENT, offset=20)["value"].astype(np.int64)
 
 
+class _Int8ArrayOut(adapt.Dumper):
+    """The same, on the way in."""
+
+    format = pq.Format.BINARY
+    oid = _INT8_ARRAY
+
+    def dump(self, obj: Any) -> bytes:
+        cells = np.empty(len(obj), _ELEMENT)
+        cells["size"], cells["value"] = 8, obj
+        return np.array([1, 0, 20, len(obj), 1], ">i4").tobytes() + cells.tobytes()
+
+
+def _run(cursor: Cursor[Any], query: str, parameters: Any, *, binary: bool = False) -> Cursor[Any]:
+    cursor.adapters.register_loader(_INT8_ARRAY, _Int8Array)
+    cursor.adapters.register_dumper(np.ndarray, _Int8ArrayOut)
+    return cursor.execute(query, parameters, binary=binary)
+
+
+def execute(query: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    """Run a statement whose parameters may be numpy arrays of integers (bound as bigint[]); its rows, if it answers any."""
+    connection.ensure_connection()
+    with connection.wrap_database_errors:
+        raw = connection.connection
+        assert raw is not None
+        with Cursor(raw) as cursor:
+            done = _run(cursor, query, parameters)
+            return done.fetchall() if done.description else []
+
+
 def columns(query: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> tuple[Any, ...]:
     """The one row that `query` answers, on Django's connection and in its transaction."""
     connection.ensure_connection()
@@ -42,10 +71,14 @@ def columns(query: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> t
         raw = connection.connection
         assert raw is not None
         with Cursor(raw) as cursor:  # Django's own cursors bind on the client and answer as text
-            cursor.adapters.register_loader(_INT8_ARRAY, _Int8Array)
-            row = cursor.execute(query, parameters, binary=True).fetchone()
+            row = _run(cursor, query, parameters, binary=True).fetchone()
             assert row is not None
             return tuple(row)
+
+
+def texts(rows: Any, counts: Any) -> list[str]:
+    """Array literals of the first `counts` elements of each row."""
+    return ["{" + ",".join(map(str, row[:n])) + "}" for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
 
 
 def padded(column: str, fill: str = "0", kind: str = "int") -> str:

@@ -1,6 +1,6 @@
 """Plan -> rows: the only writer. Re-runs the fit rule on locked rows, job by job, and commits what still holds.
 
-One transaction: locks (cell, sites), the cell's fence, jobs, hosts; then bulk statements. A job whose replicas no longer all
+One transaction: locks (cell, sites), the cell's fence, hosts; then one statement a table. A job whose replicas no longer all
 fit is left waiting and counted as a conflict; nothing of it is written.
 """
 
@@ -8,26 +8,44 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
+from typing import Final
 
-from django.db import connection, transaction
+import numpy as np
+from django.db import transaction
 
+from marketplace import arrays, outbox
 from marketplace.locks import Lock, acquire
-from marketplace.models import Cell, Host, Job, Placement
+from marketplace.models import Cell, Job, Placement
 from marketplace.services import hosts as host_rows
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from marketplace.services.budgets import node_table
+from marketplace.services import power
+from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.transitions import transition_many
-from scheduler.core.fit import Budget, HostRow, fits_one
-from scheduler.core.types import HostFlag, Plan, Reason, Request
+from scheduler import fleet as cells
+from scheduler.core import fit_kernels as fit
+from scheduler.core import recheck
+from scheduler.core.pack import bits, classes_of
+from scheduler.core.state import State
+from scheduler.core.types import I64, HostFlag, Plan, Reason
 from scheduler.core.types import Placement as Planned
 from scheduler.snapshot import Snapshot
 
 ACTOR = "scheduler"
+SITE_LOOP = "scheduler.site_loop"
+
+# Column of a state row -> column of `cells.Hosts`.
+_STATE: Final = {
+    fit.CPU: "cpu_free", fit.RAM: "ram_free", fit.NVME: "nvme_free", fit.NGPU: "gpu_count", fit.ACTIVE: "gpu_active",
+    fit.CPU_ONLY: "cpu_only", fit.POOL: "pool", fit.SITE: "site", fit.FLAGS: "flags", fit.STANDBY: "standby_w", fit.PARKED: "parked_w",
+    fit.BASE: "base_w", fit.GMIN: "gpu_min_w", fit.GMAX: "gpu_max_w", fit.CAPCTL: "cap_control", fit.TAINTS: "taints",
+    fit.LEAVES: "leaves",
+}  # fmt: skip
 
 
 class FencedError(Exception):
-    """A newer cycle of this cell has begun: this plan is void."""
+    """A newer cycle of this cell has begun, or its rows moved past its locks: this plan is void."""
 
 
 @dataclass
@@ -40,158 +58,169 @@ class Outcome:
 
 def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
     """Write the plan as far as it still holds. Raises FencedError when the cell's generation has moved on."""
-    wanted: dict[int, list[Planned]] = defaultdict(list)
-    for planned in plan.placements:
-        wanted[planned.job].append(planned)
     outcome = Outcome()
+    rows = np.fromiter((p.host for p in plan.placements), np.int64, len(plan.placements))
     with transaction.atomic():
-        host_ids = {snapshot.host_of[p.host] for p in plan.placements}
-        site_ids = set(Host.objects.filter(pk__in=host_ids).values_list("site_id", flat=True))
+        sites = set(np.unique(snapshot.fleet.site[rows]).tolist())
         victims = {p.job for p in plan.preemptions}
-        live = Placement.objects.filter(job_id__in=victims).exclude(state__in=Placement.FINAL)
-        site_ids |= set(live.values_list("site_id", flat=True))
-        acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in site_ids))
+        if victims:
+            live = Placement.objects.filter(job_id__in=victims).exclude(state__in=Placement.FINAL)
+            sites |= set(live.values_list("site_id", flat=True))
+        acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
         if not Cell.objects.filter(pk=snapshot.cell.pk, generation=snapshot.generation).exists():
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
         if victims:
             reason = "capacity claimed by a higher contract"
             outcome.preempted = job_service.preempt(victims, now=now, actor=ACTOR, reason=reason)
-        if wanted:
-            _place(snapshot, wanted, host_ids, outcome, now)
+        if plan.placements:
+            _place(snapshot, plan.placements, sites, outcome, now)
     return outcome
 
 
-def _place(
-    snapshot: Snapshot, wanted: dict[int, list[Planned]], host_ids: set[int], outcome: Outcome, now: datetime
-) -> None:
-    requests = {r.job: r for r in snapshot.requests}
-    waiting = Job.objects.filter(pk__in=wanted, state__in=Job.WAITING, cancel_requested_at=None).order_by("pk")
-    jobs = {job.pk: job for job in waiting.select_for_update(no_key=True)}
-    hosts = host_rows.lock(host_ids)
-    checker = _Checker(snapshot, hosts)
-    rows: list[Placement] = []
-    for job_id, planned in wanted.items():
-        job = jobs.get(job_id)
-        if job is None:
-            outcome.conflicts[job_id] = Reason.INVALID
-            continue
-        reason = checker.admit(requests[job_id], planned)
-        if reason is not Reason.OK:
-            outcome.conflicts[job_id] = reason
-            continue
-        outcome.placed.append(job_id)
-        rows += [_row(job, p, hosts[snapshot.host_of[p.host]], now) for p in planned]
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE marketplace_job SET attempt = attempt + 1 WHERE id = ANY(%s)", [outcome.placed])
+def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outcome: Outcome, now: datetime) -> None:
+    wanted: dict[int, list[Planned]] = defaultdict(list)
+    for p in planned:
+        wanted[p.job].append(p)
+    waiting = _still_waiting(list(wanted))
+    outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
+    jobs = [job for job in wanted if job in waiting]
+    if not jobs:
+        return
+    replicas = [p for job in jobs for p in wanted[job]]
+    hosts = cells.lock(snapshot.fleet.host_id[[p.host for p in replicas]].tolist(), snapshot.names)
+    nodes = node_table(sites)
+    state = _state(snapshot, hosts, nodes, sites)
+    batch = _batch(snapshot, hosts, jobs, [len(wanted[job]) for job in jobs], replicas)
+    reasons, watts = recheck.admit(state, batch)
+    outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, reasons.tolist(), strict=True) if why}
+    outcome.placed = [job for job, why in zip(jobs, reasons.tolist(), strict=True) if not why]
+    if not outcome.placed:
+        return
+    kept = np.flatnonzero(np.repeat(reasons == 0, np.diff(batch.first)))
+    at, mask = batch.host[kept], batch.mask[kept]
+    books = power.books(hosts["host_id"], hosts["site"].astype(np.int64), hosts["reserved_w"], nodes)
+    granted, delta = recheck.book(state, books, at, mask)
     moved = transition_many(
-        Job, outcome.placed, expected=Job.WAITING, to=Job.State.PLACED, now=now, actor=ACTOR, reason="placed"
+        Job, outcome.placed, expected=Job.WAITING, to=Job.State.PLACED, now=now, actor=ACTOR, reason="placed", increment=("attempt",)
+    )  # fmt: skip
+    if len(moved) != len(outcome.placed):
+        raise FencedError(f"cell {snapshot.cell.name}: {len(outcome.placed) - len(moved)} jobs moved past its lock")
+    power.book_nodes(nodes, books.free_mw)
+    rows = placement_service.Planned(
+        job=np.array([replicas[i].job for i in kept.tolist()], np.int64),
+        rank=np.array([replicas[i].replica for i in kept.tolist()], np.int64),
+        host=hosts["host_id"][at],
+        site=hosts["site"][at].astype(np.int64),
+        gpus=[_literal(m) for m in mask.tolist()],
+        milli=np.array([replicas[i].gpu_milli for i in kept.tolist()], np.int64),
+        vram=batch.vram[kept],
+        watts_delta=np.maximum(watts[kept], 0),
+        granted=granted,
+        delta_w=delta,
     )
-    assert len(moved) == len(outcome.placed)  # the rows are locked
-    placement_service.create_many(rows, locked_hosts=hosts, now=now, actor=ACTOR)
-    outcome.placements = len(rows)
+    left = _left(hosts, state, books, at, granted)
+    outcome.placements = placement_service.create(rows, left, now=now, actor=ACTOR)
+    for site in np.unique(
+        rows.site[granted == 0]
+    ).tolist():  # whose miners must sleep first: at once, not at the next tick
+        outbox.emit(SITE_LOOP, key=str(site), payload={"site": site})
 
 
-def _row(job: Job, planned: Planned, host: Host, now: datetime) -> Placement:
-    vram = job.vram_mib or host.vram_mib * planned.gpu_milli // 1000
-    return Placement(
-        job=job,
-        contract_id=job.contract_id,
-        organization_id=job.organization_id,
-        host=host,
-        site_id=host.site_id,
-        cell_id=host.cell_id,
-        attempt=job.attempt + 1,
-        rank=planned.replica,
-        gpu_indices=list(planned.gpus),
-        gpu_milli=planned.gpu_milli,
-        vram_mib=vram if planned.gpus else 0,
-        vcpu_milli=job.vcpu_milli,
-        ram_mib=job.ram_mib,
-        nvme_gib=job.nvme_gib,
-        watts_delta=planned.watts_delta,
-        created_at=now,
+def _still_waiting(jobs: list[int]) -> set[int]:
+    """Those that wait and are not to be cancelled. Under the cell's lock nobody else moves a waiting job; the move is guarded."""
+    rows = arrays.execute(
+        "SELECT id FROM marketplace_job WHERE id = ANY(%s) AND state = ANY(%s) AND cancel_requested_at IS NULL",
+        [np.array(jobs, np.int64), list(Job.WAITING)],
+    )
+    return {pk for (pk,) in rows}
+
+
+def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[int]) -> State:
+    """The locked rows as the kernels read them. Site-wide flags were the snapshot's business, the hosts' own are read again."""
+    rows = np.zeros((len(hosts), fit.HOST_WIDTH), np.int64)
+    for column, name in _STATE.items():
+        rows[:, column] = hosts[name]
+    rows[~np.isin(hosts["site"], list(sites)), fit.FLAGS] |= int(
+        HostFlag.DRAINING
+    )  # moved to a site that is not locked
+    models = snapshot.model_of
+    rows[:, fit.MODEL] = [models.get(pk, 62) for pk in hosts["model_id"].tolist()]
+    rows[hosts["gpu_count"] == 0, fit.MODEL] = -1
+    rows[:, fit.NODE] = nodes.positions(hosts["node_id"])
+    gpu_free = hosts["gpu_free"].copy()
+    rows[:, fit.TOTAL] = gpu_free.sum(axis=1)
+    return State(
+        rows=rows,
+        gfree=gpu_free,
+        vfree=hosts["vram_free"].copy(),
+        nvl=np.ascontiguousarray(hosts["nvlink"]),
+        parent=nodes.parent.astype(np.int32),
+        k=nodes.k_gpu.astype(np.int32),
+        budget=nodes.free_mw + nodes.reclaimable_mw,
+        frag=np.zeros(len(hosts), np.int64),
+        balance=np.zeros(len(hosts), np.float64),
     )
 
 
-class _Checker:
-    """The fit rule on locked rows, with what this commit has admitted so far subtracted."""
-
-    def __init__(self, snapshot: Snapshot, hosts: dict[int, Host]) -> None:
-        self.snapshot = snapshot
-        self.rows = {pk: _host_row(host) for pk, host in hosts.items()}
-        self.node_of = {pk: host.power_node_id for pk, host in hosts.items()}
-        self.vram = {pk: host.vram_mib for pk, host in hosts.items()}
-        self.nodes = node_table({host.site_id for host in hosts.values()})
-        self.position = {pk: i for i, pk in enumerate(self.nodes.ids.tolist())}
-        self.spent: dict[int, int] = defaultdict(int)  # position -> mW
-
-    def admit(self, request: Request, planned: Sequence[Planned]) -> Reason:
-        """All replicas or none."""
-        rows, spent = dict(self.rows), dict(self.spent)
-        for p in planned:
-            host_id = self.snapshot.host_of[p.host]
-            row = self.rows[host_id]._replace(
-                pool=int(self.snapshot.fleet.pool[p.host]), site=int(self.snapshot.fleet.site[p.host])
-            )
-            fit = fits_one(row, request, self._path(host_id), p.gpus)
-            if fit.reason is Reason.OK and not self._vram_left(row, p, request, host_id):
-                fit = fit._replace(reason=Reason.NO_VRAM)
-            if fit.reason is not Reason.OK:
-                self.rows, self.spent = rows, defaultdict(int, spent)
-                return fit.reason
-            self._subtract(host_id, request, p, fit.watts_delta)
-        return Reason.OK
-
-    def _vram_left(self, row: HostRow, p: Planned, request: Request, host_id: int) -> bool:
-        vram = request.vram or self.vram[host_id] * p.gpu_milli // 1000
-        return all(row.vram_free[i] >= vram for i in p.gpus)
-
-    def _path(self, host_id: int) -> list[Budget]:
-        path: list[Budget] = []
-        at, nodes = self.position[self.node_of[host_id]], self.nodes
-        while at >= 0:
-            free = int(nodes.free_mw[at] + nodes.reclaimable_mw[at]) - self.spent[at]
-            path.append(Budget(at, int(nodes.k_gpu[at]), free))
-            at = int(nodes.parent[at])
-        return path
-
-    def _subtract(self, host_id: int, request: Request, p: Planned, watts: int) -> None:
-        row = self.rows[host_id]
-        gpu_free, vram_free, active = list(row.gpu_free), list(row.vram_free), row.gpu_active
-        for i in p.gpus:
-            gpu_free[i] -= p.gpu_milli
-            vram_free[i] -= request.vram or self.vram[host_id] * p.gpu_milli // 1000
-            active |= 1 << i
-        self.rows[host_id] = row._replace(
-            gpu_free=gpu_free, vram_free=vram_free, gpu_active=active, cpu_free=row.cpu_free - request.cpu,
-            ram_free=row.ram_free - request.ram, nvme_free=row.nvme_free - request.nvme, cpu_only=row.cpu_only + (not p.gpus),
-        )  # fmt: skip
-        for budget in self._path(host_id):
-            self.spent[budget.node] += watts * budget.k_permille
-
-
-def _host_row(host: Host) -> HostRow:
-    """The locked row as it is now; site-wide flags were the snapshot's business, the host's own state is checked again."""
-    usable = host.state == Host.State.ACTIVE
-    return HostRow(
-        cpu_free=host.vcpu_free,
-        ram_free=host.ram_free,
-        nvme_free=host.nvme_free,
-        gpu_model=-1,
-        gpu_count=host.gpu_count,
-        gpu_free=host.gpu_free,
-        vram_free=host.vram_free,
-        nvlink=host.nvlink_domains,
-        gpu_active=sum(1 << i for i, free in enumerate(host.gpu_free) if free < 1000),
-        cpu_only=host.cpu_only_active,
-        pool=0,
-        site=host.site_id,
-        owner=0,
-        flags=int(HostFlag.SCHEDULABLE) if usable else int(HostFlag.SCHEDULABLE | HostFlag.DRAINING),
-        standby_w=host.standby_w,
-        parked_w=host.parked_w,
-        base_w=host.base_w,
-        gpu_min_w=host.gpu_min_w,
-        gpu_max_w=host.gpu_max_w,
-        cap_control=host.cap_control,
+def _batch(
+    snapshot: Snapshot, hosts: cells.Hosts, jobs: list[int], counts: list[int], replicas: list[Planned]
+) -> recheck.Batch:
+    requests = {r.job: r for r in snapshot.requests}
+    classes, of = classes_of([requests[job] for job in jobs])
+    classes[:, fit.Q_HOLD] = 0  # a hold is the plan's own promise
+    rows = np.array([p.host for p in replicas], np.int64)
+    at = hosts.position(snapshot.fleet.host_id[rows])
+    planned_pool = snapshot.fleet.pool[rows]
+    wanted = classes[np.repeat(of, counts), fit.Q_VRAM]
+    milli = np.array([p.gpu_milli for p in replicas], np.int64)
+    mask = np.array([_mask(p.gpus) for p in replicas], np.int64)
+    share = hosts["vram_total"][at].astype(np.int64) * milli // 1000
+    return recheck.Batch(
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        classes=classes,
+        of=of.astype(np.int64),
+        host=at,
+        mask=mask,
+        vram=np.where(mask == 0, 0, np.where(wanted > 0, wanted, share)),
+        pool=np.where(planned_pool < 0, planned_pool, hosts["pool"][at]),  # a listing may have let the host go
     )
+
+
+def _left(hosts: cells.Hosts, state: State, books: recheck.Power, at: I64, granted: I64) -> host_rows.Left:
+    """The columns to write of each host that a replica came to."""
+    used = np.unique(at)
+    raised = np.zeros(len(hosts), bool)
+    raised[at[granted == 1]] = True
+    shapes = zip(
+        *(column[used].tolist() for column in (raised, books.use, hosts["gpu_count"], hosts["gpu_min_w"], hosts["gpu_max_w"])),
+        hosts["cap_control"][used].tolist(),
+        strict=True,
+    )  # fmt: skip
+    commands = [
+        power.limits(use, gpus, low, high, cap_control=bool(capped)) if up else (None, None)
+        for up, use, gpus, low, high, capped in shapes
+    ]
+    rows = state.rows[used]
+    return host_rows.Left(
+        ids=hosts["host_id"][used],
+        gpu_count=rows[:, fit.NGPU],
+        gpu_free=state.gfree[used],
+        vram_free=state.vfree[used],
+        vcpu_free=rows[:, fit.CPU],
+        ram_free=rows[:, fit.RAM],
+        nvme_free=rows[:, fit.NVME],
+        cpu_only=rows[:, fit.CPU_ONLY],
+        reserved_w=books.reserved_w[used],
+        limits=[limits for limits, _ in commands],
+        power_states=[str(state) if state else None for _, state in commands],
+    )
+
+
+@cache
+def _mask(gpus: tuple[int, ...]) -> int:
+    return sum(1 << i for i in gpus)
+
+
+@cache
+def _literal(mask: int) -> str:
+    return "{" + ",".join(map(str, bits(mask))) + "}"

@@ -29,12 +29,12 @@ _STATE_FLAG: Final = {
     "maintenance": int(HostFlag.MAINTENANCE),
     "lost": int(HostFlag.UNREACHABLE),
 }
-_RETIRED: Final = 1 << 20
+_RETIRED: Final = 1 << 20  # beside DRAINING: a row that leaves the columns
 # A host that drains by a named hour still takes what ends before it (`leaves`); without one it takes nothing.
 _FLAGS: Final = (
     f"{int(HostFlag.SCHEDULABLE)} | CASE WHEN state = 'draining' AND leaves_at IS NOT NULL THEN 0 ELSE CASE state "
     + " ".join(f"WHEN '{state}' THEN {flag}" for state, flag in _STATE_FLAG.items())
-    + f" ELSE {_RETIRED} END END | CASE power_state WHEN 'off' THEN {int(HostFlag.OFF)} ELSE 0 END"
+    + f" ELSE {_RETIRED | int(HostFlag.DRAINING)} END END | CASE power_state WHEN 'off' THEN {int(HostFlag.OFF)} ELSE 0 END"
 )
 # Column -> (SQL, dtype). In the dtypes of `Fleet`, so that a reading without reservations takes them as they are.
 _SCALARS: Final[dict[str, tuple[str, Any]]] = {

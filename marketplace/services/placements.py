@@ -14,10 +14,12 @@ from django.db import transaction
 from django.db.models import F, Value
 from django.db.models.functions import Coalesce
 
+from marketplace import arrays
+from marketplace.arrays import Ints
 from marketplace.locks import Lock, acquire
-from marketplace.models import Agent, Host, Placement, Site
+from marketplace.models import Agent, Placement, Site
 from marketplace.services import hosts, power
-from marketplace.services.transitions import record_created, transition_many
+from marketplace.services.transitions import transition_many
 
 
 def lock_sites(site_ids: Iterable[int]) -> None:
@@ -40,21 +42,63 @@ def wake_agents(site_id: int) -> None:
         cache._cache.get_client().publish(f"site:{site_id}", b"1")  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def create_many(
-    rows: Sequence[Placement], *, locked_hosts: dict[int, Host], now: datetime, actor: str
-) -> list[Placement]:
-    """Insert planned placements (`intended`), take their share of the locked hosts, reserve their watts.
-
-    The caller (scheduler.commit) has re-run the fit rule on `locked_hosts` and holds the cells' and sites' locks.
+@dataclass(frozen=True)
+class Planned:
+    """Replicas that a commit has admitted: columns [P]. `granted`: their watts are booked (else they wait for miners);
+    `delta_w`: what the host's reservation grows by.
     """
-    created = Placement.objects.bulk_create(rows)
-    record_created(Placement, [p.pk for p in created], state=Placement.State.INTENDED, now=now, actor=actor)
-    hosts.take(created, locked_hosts)
-    granted, shedding = power.reserve(created, locked_hosts, now=now)
-    grant(granted, now=now)
-    transition_many(Placement, shedding, expected=("intended",), to="shedding", now=now, actor=actor)
-    touch_sites({p.site_id for p in created})
-    return created
+
+    job: Ints
+    rank: Ints
+    host: Ints  # id
+    site: Ints
+    gpus: list[str]  # array literals
+    milli: Ints
+    vram: Ints
+    watts_delta: Ints
+    granted: Ints
+    delta_w: Ints
+
+
+_CREATE = """
+WITH planned AS (
+  SELECT * FROM unnest(%(job)s::bigint[], %(rank)s::bigint[], %(host)s::bigint[], %(site)s::bigint[], %(gpus)s::text[],
+    %(milli)s::bigint[], %(vram)s::bigint[], %(watts_delta)s::bigint[], %(granted)s::bigint[], %(delta_w)s::bigint[])
+    WITH ORDINALITY AS u(job, rank, host, site, gpus, milli, vram, watts_delta, granted, delta_w, number)
+), made AS (
+  INSERT INTO marketplace_placement (job_id, contract_id, organization_id, host_id, site_id, cell_id, attempt, rank, epoch,
+    gpu_indices, gpu_milli, vram_mib, vcpu_milli, ram_mib, nvme_gib, watts_delta, state, desired, generation, reason, created_at,
+    granted_at)
+  SELECT u.job, j.contract_id, j.organization_id, u.host, u.site, j.cell_id, j.attempt, u.rank, j.epoch, u.gpus::smallint[],
+    u.milli, u.vram, j.vcpu_milli, j.ram_mib, j.nvme_gib, u.watts_delta, CASE u.granted WHEN 1 THEN 'granted' ELSE 'shedding' END,
+    'run', 1, '', %(now)s, CASE u.granted WHEN 1 THEN %(now)s::timestamptz END
+  FROM planned u JOIN marketplace_job j ON j.id = u.job ORDER BY u.number
+  RETURNING id, job_id, rank, host_id, site_id, state, granted_at
+), told AS (
+  INSERT INTO marketplace_placementevent (placement_id, at, actor, from_state, to_state, reason)
+  SELECT id, %(now)s, CASE WHEN first OR state = 'shedding' THEN %(actor)s ELSE 'power' END,
+    CASE WHEN first THEN '' ELSE 'intended' END, CASE WHEN first THEN 'intended' ELSE state END, ''
+  FROM made, unnest(ARRAY[true, false]) first ORDER BY id, first DESC
+), booked AS (
+  INSERT INTO marketplace_powergrant (placement_id, host_id, site_id, delta_w, state, created_at, granted_at)
+  SELECT m.id, m.host_id, m.site_id, u.delta_w, m.state, %(now)s, m.granted_at
+  FROM made m JOIN planned u ON u.job = m.job_id AND u.rank = m.rank ORDER BY m.id
+)
+SELECT count(*) FROM made
+"""
+
+
+def create(planned: Planned, left: hosts.Left, *, now: datetime, actor: str) -> int:
+    """Write planned placements: their rows, events (`intended`, then `granted` or `shedding`) and grants in one statement, and
+    what is left of the hosts in another. Returns how many placements there are now.
+
+    The caller (scheduler.commit) has moved the jobs, re-run the fit rule on hosts that it has locked, booked the watts at the
+    nodes, and holds the cells' and sites' locks.
+    """
+    ((count,),) = arrays.execute(_CREATE, {**vars(planned), "now": now, "actor": actor[:120]})
+    hosts.take(left)
+    touch_sites(set(planned.site.tolist()))
+    return int(count)
 
 
 def grant(ids: Iterable[int], *, now: datetime) -> None:

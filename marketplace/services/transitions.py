@@ -30,11 +30,12 @@ def transition_many(
     actor: str,
     reason: str = "",
     set_columns: dict[str, Any] | None = None,
+    increment: Collection[str] = (),
 ) -> dict[int, str]:
     """Move rows of `model` (Job, Placement, Contract) from one of `expected` to `to`; returns {id: state it left}.
 
-    Only moves that the model's TRANSITIONS allow are tried. `set_columns` is written with the state. One UPDATE and one
-    INSERT whatever the number of rows; must run inside the caller's transaction.
+    Only moves that the model's TRANSITIONS allow are tried. `set_columns` is written with the state, `increment` grows by one
+    with it. One statement for the rows and their events, whatever their number; must run inside the caller's transaction.
     """
     assert connection.in_atomic_block
     allowed = [state for state in expected if to in model.TRANSITIONS[state]]
@@ -46,35 +47,25 @@ def transition_many(
         columns.setdefault("state_reason", reason[: model._meta.get_field("state_reason").max_length])
     names = [model._meta.get_field(name).column for name in columns]
     table = model._meta.db_table
-    sets = ", ".join(f'"{name}" = %s' for name in names)
+    sets = ", ".join([*(f'"{name}" = %s' for name in names), *(f'"{name}" = t."{name}" + 1' for name in increment)])
+    event, key, room = _event_of(model)
     with connection.cursor() as cursor:
         cursor.execute(
-            f"WITH before AS (SELECT id, state FROM {table} WHERE id = ANY(%s) AND state = ANY(%s) ORDER BY id FOR NO KEY UPDATE)"  # noqa: S608
-            f" UPDATE {table} AS t SET {sets} FROM before WHERE t.id = before.id RETURNING t.id, before.state",
-            [wanted, allowed, *columns.values()],
+            f"WITH before AS MATERIALIZED (SELECT id, state FROM {table} WHERE id = ANY(%s) AND state = ANY(%s)"  # noqa: S608
+            " ORDER BY id FOR NO KEY UPDATE),"
+            f" moved AS (UPDATE {table} AS t SET {sets} FROM before WHERE t.id = before.id RETURNING t.id, before.state),"
+            f" told AS (INSERT INTO {event} ({key}, at, actor, from_state, to_state, reason)"
+            " SELECT id, %s, %s, state, %s, %s FROM moved ORDER BY id)"
+            " SELECT id, state FROM moved",
+            [wanted, allowed, *columns.values(), now, actor[:120], to, reason[:room]],
         )
-        moved = dict(cursor.fetchall())
-    if moved:
-        _record(model, moved, to=to, now=now, actor=actor, reason=reason)
-    return moved
+        return dict(cursor.fetchall())
 
 
-def _record(model: Any, moved: dict[int, str], *, to: str, now: datetime, actor: str, reason: str) -> None:
+def _event_of(model: Any) -> tuple[str, str, int | None]:
+    """The table of the model's events, its key to the row, and how long a reason may be."""
     event, key = _EVENTS[model]
-    room = cast("models.CharField[str, str]", event._meta.get_field("reason")).max_length
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"INSERT INTO {event._meta.db_table} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608
-            " SELECT id, %s, %s, state, %s, %s FROM unnest(%s::bigint[], %s::text[]) AS u(id, state) ORDER BY id",
-            [
-                now,
-                actor[:120],
-                to,
-                reason[:room],
-                list(moved),
-                list(moved.values()),
-            ],
-        )
+    return event._meta.db_table, key, cast("models.CharField[str, str]", event._meta.get_field("reason")).max_length
 
 
 def transition(
@@ -103,7 +94,13 @@ def transition(
 
 def record_created(model: Any, pks: Iterable[int], *, state: str, now: datetime, actor: str, reason: str = "") -> None:
     """The first event of new rows: from nothing to `state`."""
-    _record(model, dict.fromkeys(pks, ""), to=state, now=now, actor=actor, reason=reason)
+    event, key, room = _event_of(model)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"INSERT INTO {event} ({key}, at, actor, from_state, to_state, reason)"  # noqa: S608
+            " SELECT id, %s, %s, '', %s, %s FROM unnest(%s::bigint[]) AS u(id) ORDER BY id",
+            [now, actor[:120], state, reason[:room], list(pks)],
+        )
 
 
 def legal_actions(model: Any, state: str) -> list[str]:

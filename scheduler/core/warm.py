@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.core import dispatch, power
+from scheduler.core import dispatch, power, recheck
+from scheduler.core.pack import classes_of, make_state
 from scheduler.core.plan import plan
 from scheduler.core.types import Fleet, Kind, Level, Policy, Request, Running, Topology
 
@@ -29,6 +30,11 @@ def warm() -> None:
         plan(fleet, wanted, policy=Policy(packer=packer))
     victim = Running(placement=1, job=9, org=1, kind=Kind.SPOT, host=0, gpus=tuple(range(8)), vram=80_000)
     plan(full, [Request(job=6, gpus=8, kind=Kind.FIRM, **shape)], [victim])
+    one, none = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    classes, of = classes_of(wanted[:1])
+    state = make_state(fleet)
+    recheck.admit(state, recheck.Batch(np.array([0, 1]), classes, of.astype(np.int64), one, one + 1, one + 1000, none))
+    recheck.book(state, recheck.Power(*(np.zeros(4, np.int64) for _ in range(4)), np.full(1, 10**12)), one, one + 1)
     tree = power.PowerTree.of([power.NodeSpec("site", None, 100_000)])
     miners = dispatch.Fleet.of([0, 0], [0, 0], [[(25, 0), (2000, 100_000), (3500, 200_000)]])
     prices = dispatch.Prices(40_000_000, 40_000_000)

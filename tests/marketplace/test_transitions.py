@@ -82,17 +82,24 @@ def test_only_rows_in_an_expected_state_move(rows, model):
             assert model.objects.get(pk=pk).state == before
 
 
-def test_many_rows_move_by_two_statements(rows, django_assert_num_queries):
+def test_many_rows_move_by_one_statement(rows, django_assert_num_queries):
     jobs = [f.job(rows[Contract]) for _ in range(20)]
     Job.objects.filter(pk__in=[j.pk for j in jobs[:5]]).update(state="requeued")
     Job.objects.filter(pk=jobs[5].pk).update(state="cancelled")
     ids = [j.pk for j in jobs]
-    with django_assert_num_queries(2):
+    with django_assert_num_queries(1):
         moved = transition_many(
-            Job, [*ids, *ids], expected=Job.WAITING, to="placed", now=NOW, actor="me", set_columns={"attempt": 7}
+            Job,
+            [*ids, *ids],
+            expected=Job.WAITING,
+            to="placed",
+            now=NOW,
+            actor="me",
+            set_columns={"reference": "x"},
+            increment=("attempt",),
         )
     assert moved == {**dict.fromkeys(ids[:5], "requeued"), **dict.fromkeys(ids[6:], "queued")}
-    assert set(Job.objects.filter(pk__in=moved).values_list("state", "attempt")) == {("placed", 7)}
+    assert set(Job.objects.filter(pk__in=moved).values_list("state", "reference", "attempt")) == {("placed", "x", 1)}
     assert JobEvent.objects.filter(to_state="placed").count() == 19
     assert transition_many(Job, [], expected=Job.WAITING, to="placed", now=NOW, actor="me") == {}
 

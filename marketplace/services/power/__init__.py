@@ -1,11 +1,11 @@
 """The power ledger: who may draw how much. The only writer of grants, claims and reserved watts.
 
 Every function runs in the caller's transaction under the site's lock (Lock.SITE); arithmetic is scheduler.core.power.
-The order is always: reserve (placement `intended` or `shedding`) -> command_miners (sleep) -> confirm_sheds (readings) ->
+The order is always: books and recheck.book (placement `granted` or `shedding`) -> command_miners (sleep) -> confirm_sheds (readings) ->
 grant_pending (host's watts booked, its limits raised) -> start; and back: release -> lower_hosts (read back) -> wake.
 """
 
-from marketplace.services.power.grants import grant_pending, lower_hosts, release, reserve
+from marketplace.services.power.grants import book_nodes, books, grant_pending, limits, lower_hosts, release
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
 from marketplace.services.power.miners import Command, command_miners, settle_miners
 
@@ -14,10 +14,12 @@ __all__ = [
     "Command",
     "Ledger",
     "active_watts",
+    "book_nodes",
+    "books",
     "command_miners",
     "grant_pending",
+    "limits",
     "lower_hosts",
     "release",
-    "reserve",
     "settle_miners",
 ]

@@ -4,13 +4,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+import numpy as np
 from django.conf import settings
 from django.db import connection
-from django.db.models import F
+from django.db.models import Exists, F, OuterRef
 
+from marketplace import arrays
+from marketplace.arrays import Ints
 from marketplace.models import Host, Placement, PowerGrant, Site
+from marketplace.services.budgets import NodeTable
 from marketplace.services.power.ledger import Ledger, active_watts
 from scheduler.core import power as core
+from scheduler.core.recheck import Power
 
 
 def _granted_use(host_ids: Iterable[int]) -> dict[int, list[list[int]]]:
@@ -28,51 +33,52 @@ def _needed(host: Host, use: list[list[int]], extra: Sequence[int] | None = None
     return active_watts(host, active, cpu_only=any(not gpus for gpus in placements))
 
 
-def reserve(placements: Sequence[Placement], hosts: dict[int, Host], *, now: datetime) -> tuple[list[int], list[int]]:
-    """Book what fits now; the rest waits for miners to sleep. Returns (granted, shedding) placement ids.
+_USE = """
+SELECT array_agg(host), array_agg(bits), array_agg(alone) FROM (
+  SELECT g.host_id AS host, bit_or((SELECT coalesce(bit_or(1::bigint << i), 0) FROM unnest(p.gpu_indices) i)) AS bits,
+    max((cardinality(p.gpu_indices) = 0)::int)::bigint AS alone
+  FROM marketplace_powergrant g JOIN marketplace_placement p ON p.id = g.placement_id
+  WHERE g.host_id = ANY(%(hosts)s) AND g.state = 'granted' GROUP BY 1) u
+"""
+
+
+def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable) -> Power:
+    """The books of locked hosts (ids ascending) and of their sites' nodes, for `recheck.book`.
 
     A site with older pending grants gives nothing past them: first come, first served.
     """
-    granted: list[int] = []
-    shedding: list[int] = []
-    by_site: dict[int, list[Placement]] = defaultdict(list)
-    for placement in placements:
-        by_site[placement.site_id].append(placement)
-    for site_id, rows in by_site.items():
-        pending = PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING).exists()
-        mode = Site.objects.values_list("mode", flat=True).get(pk=site_id)
-        may_raise = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not pending
-        ledger = Ledger.of(site_id)
-        use = _granted_use({p.host_id for p in rows})
-        grants = []
-        for placement in rows:
-            host = hosts[placement.host_id]
-            target = _needed(host, use[host.pk], placement.gpu_indices)
-            delta = max(0, target - host.reserved_w)
-            fits = not delta or (may_raise and ledger.refuses(host.power_node_id, delta) is None)
-            if fits:
-                _raise_host(ledger, host, use[host.pk], placement.gpu_indices, target)
-                use[host.pk].append(placement.gpu_indices)
-                granted.append(placement.pk)
-            else:
-                shedding.append(placement.pk)
-            grants.append(_grant_row(placement, delta, now if fits else None, now))
-        PowerGrant.objects.bulk_create(grants)
-        ledger.save()
-        _save_hosts([hosts[pk] for pk in {p.host_id for p in rows}])
-    return granted, shedding
+    gives = {}
+    pending = PowerGrant.objects.filter(site=OuterRef("pk"), state=PowerGrant.State.SHEDDING)
+    sites = Site.objects.filter(pk__in=np.unique(host_sites).tolist()).annotate(waits=Exists(pending))
+    for pk, mode, waits in sites.values_list("pk", "mode", "waits"):
+        gives[pk] = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not waits
+    use, alone = np.zeros(len(host_ids), np.int64), np.zeros(len(host_ids), np.int64)
+    with_use, bits, lone = arrays.columns(_USE, {"hosts": host_ids})
+    if with_use is not None:
+        at = np.searchsorted(host_ids, with_use)
+        use[at], alone[at] = bits, lone
+    may_raise = np.array([gives.get(pk, False) for pk in host_sites.tolist()], np.int64)
+    return Power(use, alone, reserved_w.astype(np.int64), may_raise, nodes.free_mw.copy())
 
 
-def _grant_row(placement: Placement, delta_w: int, granted_at: datetime | None, now: datetime) -> PowerGrant:
-    return PowerGrant(
-        placement=placement,
-        host_id=placement.host_id,
-        site_id=placement.site_id,
-        delta_w=delta_w,
-        state=PowerGrant.State.GRANTED if granted_at else PowerGrant.State.SHEDDING,
-        created_at=now,
-        granted_at=granted_at,
-    )
+def book_nodes(nodes: NodeTable, free_mw: Ints) -> None:
+    """Write what `recheck.book` has booked at the nodes: from `nodes.free_mw` down to `free_mw`."""
+    booked = nodes.free_mw - free_mw
+    at = np.flatnonzero(booked)
+    if len(at):
+        arrays.execute(
+            "UPDATE marketplace_powernode n SET reserved_mw = n.reserved_mw + u.mw FROM unnest(%s::bigint[], %s::bigint[]) u(id, mw)"
+            " WHERE n.id = u.id",
+            [nodes.ids[at], booked[at]],
+        )
+
+
+def limits(use: int, gpus: int, min_w: int, max_w: int, *, cap_control: bool) -> tuple[str, str]:
+    """(W of each GPU as an array literal, power state) to command of a host on which work runs."""
+    if not cap_control:
+        return "{" + ",".join([str(max_w)] * gpus) + "}", Host.PowerState.FULL
+    watts = [str(max_w if use >> i & 1 else min_w) for i in range(gpus)]
+    return "{" + ",".join(watts) + "}", Host.PowerState.CAPPED
 
 
 def _raise_host(ledger: Ledger, host: Host, use: list[list[int]], extra: Sequence[int], target: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Placement:
     attached: bool = False
     unknown: bool = False
     logs_done: bool = False
+    told: bool = False  # its workspace holds the table of ranks as it is now
 
     @property
     def host(self) -> str:
@@ -40,6 +42,21 @@ class Placement:
     @property
     def grace_s(self) -> float:
         return float(self.spec.get("grace_s") or 0)
+
+    def gang(self) -> dict[str, Any]:
+        """What the work reads in gang.json: who runs beside it now. Fewer ranks than `world_size`: the rest is being placed again."""
+        names = ("epoch", "rank", "world_size", "master_host", "ranks")
+        return {name: self.spec[name] for name in names if name in self.spec}
+
+    def learn(self, row: Mapping[str, Any]) -> bool:
+        """Takes over the gang's table from a later row of the sync; says whether it has changed."""
+        names = ("epoch", "rank", "world_size", "master_host", "ranks")
+        news = {name: row[name] for name in names if name in row and row[name] != self.spec.get(name)}
+        if not news or int(row.get("epoch") or 0) < int(self.spec.get("epoch") or 0):
+            return False
+        self.spec |= news
+        self.told = False
+        return True
 
     def document(self) -> dict[str, Any]:
         keys = (

@@ -101,6 +101,8 @@ class Placements:
                 item.secrets = secrets
                 if not item.listed:
                     item.listed = True
+                if item.learn(row):
+                    self._keep(item)
                 if int(row["generation"]) > item.generation:
                     item.generation, item.desired = int(row["generation"]), str(row["desired"])
                     self._keep(item)
@@ -203,6 +205,7 @@ class Placements:
     async def _start(self, item: Placement) -> None:
         try:
             await self.runtime.prepare(work := self.work(item))
+            await self._tell_work(item)
             await self.runtime.start(work)
             status = await self.runtime.status(item.id)
         except (StartError, HostError) as error:
@@ -268,6 +271,8 @@ class Placements:
                 except HostError as error:
                     log.debug("detach %s: %s", item.id, error)
             return
+        if not item.told:
+            await self._tell_work(item)
         await self._attach(item)
         maximum = item.spec.get("max_seconds")
         if maximum and item.running_at and now >= item.running_at + float(maximum):
@@ -323,6 +328,15 @@ class Placements:
     def _keep(self, item: Placement) -> None:
         self.store.put("placement", item.id, item.document())
 
+    async def _tell_work(self, item: Placement) -> None:
+        """The work finds who runs beside it in its workspace. Where its own doing is in the way, it does without."""
+        table = item.gang()
+        try:
+            await self.runtime.tell(item.id, table)
+        except (HostError, OSError) as error:
+            log.warning("gang table of %s: %s", item.id, error)
+        item.told = table == item.gang()
+
     def _tell(self, item: Placement) -> None:
         self.reports.set("placements", item.id, item.row(), urgent=True)
 
@@ -358,7 +372,8 @@ class Placements:
             "TAILRACE_JOB": str(spec.get("job", "")),
             "TAILRACE_SITE": self.site,
             "TAILRACE_HOST": item.host,
-            "TAILRACE_GANG_SIZE": str(len(gang)),
+            "TAILRACE_GANG_SIZE": str(spec.get("world_size", len(gang))),
+            "TAILRACE_GANG_EPOCH": str(spec.get("epoch", 0)),
             "TAILRACE_GPU_MILLI": str(spec.get("gpu_milli", 1000)),
             "TAILRACE_GRACE_SECONDS": str(int(item.grace_s)),
             "RANK": str(spec.get("rank", 0)),

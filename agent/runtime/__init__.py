@@ -46,6 +46,9 @@ class Runtime(Protocol):
     async def prepare(self, work: Work) -> None:
         """Makes what `start` needs. Raises StartError."""
 
+    async def tell(self, key: str, gang: dict[str, Any]) -> None:
+        """Puts the gang's table into the workspace as gang.json, whole or not at all. Raises OSError or HostError."""
+
     async def start(self, work: Work) -> None:
         """Starts the work, once. Raises StartError; a command that cannot be executed is an exit with 126 or 127."""
 

@@ -43,6 +43,15 @@ class ProcessRuntime:
         except OSError as error:
             raise StartError(f"workspace {folder}: {error.strerror}") from error
 
+    async def tell(self, key: str, gang: dict[str, Any]) -> None:
+        space = self.folder(key) / "work"
+        if not space.is_dir():
+            return
+        # Beside the workspace first: the work owns what is inside, and must never read half a table.
+        draft = self.folder(key) / "gang.json"
+        draft.write_text(json.dumps(gang))
+        draft.replace(space / "gang.json")
+
     async def start(self, work: Work) -> None:
         folder = self.folder(work.id)
         if not (folder / "work").is_dir():
@@ -56,6 +65,7 @@ class ProcessRuntime:
             "command": list(work.command),
             "env": env
             | {"TAILRACE_WORKSPACE": space, "TAILRACE_CHECKPOINT_FILE": f"{space}/checkpoint-requested"}
+            | {"TAILRACE_GANG_FILE": f"{space}/gang.json"}
             | work.env,
             "grace_s": work.grace_s,
             "max_seconds": work.max_seconds,

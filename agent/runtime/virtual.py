@@ -44,6 +44,9 @@ class VirtualRuntime:
     async def prepare(self, work: Work) -> None:
         self.host_of[work.id] = work.host
 
+    async def tell(self, key: str, gang: dict[str, Any]) -> None:
+        """Virtual work reads nothing."""
+
     async def start(self, work: Work) -> None:
         if not work.command:
             raise StartError("the command is empty")

@@ -17,6 +17,7 @@ from marketplace.models import (
     AgentEvent,
     EnrolmentToken,
     Host,
+    Job,
     LogChunk,
     Miner,
     Placement,
@@ -213,13 +214,17 @@ def _desired_placements(site: Site) -> list[dict[str, Any]]:
 
 
 def _gang_is_here(row: Placement, gangs: dict[tuple[int, int], list[Placement]]) -> bool:
-    """A gang starts when all of it has its watts; members that already run stay listed."""
+    """A gang starts when all of it has its watts; members that already run stay listed. So do replicas that join one that runs,
+    as soon as all that were placed with them have theirs.
+    """
     begun = row.state not in {"granted", "unreachable"} or row.running_at or row.release_requested_at
-    return bool(begun) or len(gangs[row.job_id, row.attempt]) >= row.job.replicas
+    return bool(begun) or row.job.state == Job.State.RUNNING or len(gangs[row.job_id, row.attempt]) >= row.job.replicas
 
 
 def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:
     job = row.job
+    shrunk = job.lost_ranks if job.on_replica_loss == Job.OnReplicaLoss.SHRINK else ()
+    numbers = {rank: i for i, rank in enumerate(r for r in range(job.replicas) if r not in shrunk)}
     return {
         "id": row.public_id,
         "generation": row.generation,
@@ -231,9 +236,13 @@ def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:
         "ram_mib": row.ram_mib,
         "vram_mib": row.vram_mib,
         "job": job.public_id,
-        "rank": row.rank,
-        "world_size": job.replicas,
-        "gang": [p.public_id for p in gang],
+        "rank": numbers.get(row.rank, row.rank),
+        "world_size": len(numbers),
+        "gang": [p.public_id for p in gang if p.epoch == row.epoch],
+        "epoch": job.epoch,
+        "ranks": [
+            {"rank": numbers[p.rank], "placement": p.public_id, "host": p.host.name} for p in gang if p.rank in numbers
+        ],
         "master_host": gang[0].host.name,
         "command": job.command,
         "env": job.env,

@@ -242,6 +242,36 @@ def test_a_gang_starts_together_or_not_at_all(tmp_path):
     drive(tmp_path, check)
 
 
+def test_the_others_of_a_gang_learn_who_is_lost_and_who_comes_in_its_place(tmp_path):
+    async def check(world, control):
+        await world.granted("h001")
+        watch = ["sh", "-c", 'while :; do cat "$TAILRACE_GANG_FILE"; echo; sleep 0.2; done']
+        table = [{"rank": 0, "placement": "plc_0", "host": "h001"}, {"rank": 1, "placement": "plc_1", "host": "h002"}]
+        gang = {"world_size": 2, "job": "job_g", "ranks": table, "epoch": 0}
+        control.place("plc_0", watch, rank=0, **gang)
+        await until(lambda: '"epoch": 0' in control.text("plc_0"), "its first table")
+        generation = control.placements["plc_0"]["generation"]
+        control.placements["plc_0"] |= {
+            "ranks": table[:1],
+            "epoch": 1,
+        }  # the other is lost; this one's wish is what it was
+        control.bump()
+        await until(lambda: '"epoch": 1' in control.text("plc_0"), "the loss")
+        again = [table[0], {"rank": 1, "placement": "plc_9", "host": "h003"}]
+        control.placements["plc_0"] |= {"ranks": again}
+        control.bump()
+        await until(lambda: "plc_9" in control.text("plc_0"), "who is in its place")
+        control.placements["plc_0"] |= {"ranks": table, "epoch": 0}  # an older answer
+        control.bump()
+        show = ["sh", "-c", "echo $RANK of $TAILRACE_GANG_SIZE at $TAILRACE_GANG_EPOCH; sleep 60"]
+        control.place("plc_9", show, gpus=(3,), rank=1, **gang | {"ranks": again, "epoch": 1})  # alone: the other runs
+        await until(lambda: "1 of 2 at 1" in control.text("plc_9"), "the newcomer starts by itself")
+        assert json.loads(control.text("plc_0").rpartition("\n")[0].splitlines()[-1])["ranks"] == again
+        assert (control.state("plc_0"), control.placements["plc_0"]["generation"]) == ("running", generation)
+
+    drive(tmp_path, check)
+
+
 def test_a_lost_host_fails_its_work_and_fences_it(tmp_path):
     async def check(world, control):
         await world.granted("h001")

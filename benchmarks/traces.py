@@ -75,9 +75,17 @@ class Trace:
     specs: tuple[str, ...] = ()  # gpu_spec of each pod as written: the published mix counts spellings apart
     orders: dict[int, tuple[I64, list[int]]] = field(default_factory=dict)  # seed -> arrivals, node permutation
 
-    def shapes(self, coverage: float = 0.95) -> list[Shape]:
-        """The mix of the original list."""
-        return typical(((c, m, n, g, y, 1) for c, m, n, g, y in self.pods.tolist()), coverage, self.specs)
+    def shapes(self, coverage: float = 0.95, ties: int = 0) -> list[Shape]:
+        """The mix of the original list. `ties`: a seed that orders shapes asked for equally often (0: first seen, first)."""
+        order = np.random.default_rng(ties).permutation(len(self.pods)) if ties else np.arange(len(self.pods))
+        specs = [self.specs[i] for i in order] if self.specs else ()
+        return typical(((c, m, n, g, y, 1) for c, m, n, g, y in self.pods[order].tolist()), coverage, specs)
+
+    def tied(self) -> bool:
+        """Whether the mix is cut among shapes asked for equally often, so that its order decides which are in."""
+        mix = self.shapes()
+        every = self.shapes(1.0)
+        return len(mix) < len(every) and every[len(mix)].weight == mix[-1].weight
 
 
 def directory(given: str | None) -> Path | None:

@@ -165,7 +165,7 @@ class Hosts:
     @cached_property
     def id_list(self) -> list[int]:
         """The ids as plain integers; not to be changed."""
-        return self["host_id"].tolist()  # type: ignore[no-any-return]
+        return self["host_id"].tolist()
 
     @cached_property
     def models(self) -> tuple[dict[int, int], I32]:
@@ -188,7 +188,7 @@ class Hosts:
             order = np.argsort(node_ids, kind="stable")
             at = order[np.searchsorted(node_ids, self["node_id"], sorter=order)] if len(self) else np.zeros(0)
             known = self.__dict__["_nodes"] = (node_ids, at.astype(np.int32))
-        return known[1]  # type: ignore[no-any-return]
+        return known[1]
 
     def updated(self, rows: Hosts) -> Hosts:
         """With these rows in place of their older forms; retired ones gone. Columns that stay the same are shared."""

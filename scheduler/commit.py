@@ -21,6 +21,7 @@ from marketplace.services import hosts as host_rows
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
 from marketplace.services import power
+from marketplace.services import replicas as gangs
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.transitions import transition_many
 from scheduler import fleet as cells
@@ -81,7 +82,7 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     wanted: dict[int, list[Planned]] = defaultdict(list)
     for p in planned:
         wanted[p.job].append(p)
-    waiting = _still_waiting(list(wanted))
+    waiting = _still_waiting(list(wanted), snapshot)
     outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     jobs = [job for job in wanted if job in waiting]
     if not jobs:
@@ -100,15 +101,17 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     at, mask = batch.host[kept], batch.mask[kept]
     books = power.books(hosts["host_id"], hosts["site"].astype(np.int64), hosts["reserved_w"], nodes)
     granted, delta = recheck.book(state, books, at, mask)
+    mended = [job for job in outcome.placed if job in snapshot.repairs]
+    queued = [job for job in outcome.placed if job not in snapshot.repairs]
     moved = transition_many(
-        Job, outcome.placed, expected=Job.WAITING, to=Job.State.PLACED, now=now, actor=ACTOR, reason="placed", increment=("attempt",)
+        Job, queued, expected=Job.WAITING, to=Job.State.PLACED, now=now, actor=ACTOR, reason="placed", increment=("attempt",)
     )  # fmt: skip
-    if len(moved) != len(outcome.placed):
-        raise FencedError(f"cell {snapshot.cell.name}: {len(outcome.placed) - len(moved)} jobs moved past its lock")
+    if len(moved) != len(queued):
+        raise FencedError(f"cell {snapshot.cell.name}: {len(queued) - len(moved)} jobs moved past its lock")
     power.book_nodes(nodes, books.free_mw)
     rows = placement_service.Planned(
         job=np.array([replicas[i].job for i in kept.tolist()], np.int64),
-        rank=np.array([replicas[i].replica for i in kept.tolist()], np.int64),
+        rank=np.array([_rank(snapshot, replicas[i]) for i in kept.tolist()], np.int64),
         host=hosts["host_id"][at],
         site=hosts["site"][at].astype(np.int64),
         gpus=[_literal(m) for m in mask.tolist()],
@@ -120,19 +123,39 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     )
     left = _left(hosts, state, books, at, granted)
     outcome.placements = placement_service.create(rows, left, now=now, actor=ACTOR)
+    if mended:
+        gangs.placed_again(mended, now=now, actor=ACTOR)
     for site in np.unique(
         rows.site[granted == 0]
     ).tolist():  # whose miners must sleep first: at once, not at the next tick
         outbox.emit(SITE_LOOP, key=str(site), payload={"site": site})
 
 
-def _still_waiting(jobs: list[int]) -> set[int]:
-    """Those that wait and are not to be cancelled. Under the cell's lock nobody else moves a waiting job; the move is guarded."""
+def _rank(snapshot: Snapshot, planned: Planned) -> int:
+    """A whole gang's replicas are numbered as they come; those that join one take the ranks that it lost."""
+    repair = snapshot.repairs.get(planned.job)
+    return repair.ranks[planned.replica] if repair else planned.replica
+
+
+def _still_waiting(jobs: list[int], snapshot: Snapshot) -> set[int]:
+    """Those that wait and are not to be cancelled. Under the cell's lock nobody else moves a waiting job; the move is guarded.
+
+    A running gang waits for the ranks that the plan is for while its epoch is the same: a further loss is a new one.
+    """
     rows = arrays.execute(
         "SELECT id FROM marketplace_job WHERE id = ANY(%s) AND state = ANY(%s) AND cancel_requested_at IS NULL",
         [np.array(jobs, np.int64), list(Job.WAITING)],
     )
-    return {pk for (pk,) in rows}
+    found = {pk for (pk,) in rows}
+    mended = [job for job in jobs if job in snapshot.repairs]
+    if mended:
+        still = gangs.waiting().filter(pk__in=mended)
+        found |= {
+            pk
+            for pk, attempt, epoch in still.values_list("id", "attempt", "epoch")
+            if (attempt, epoch) == (snapshot.repairs[pk].attempt, snapshot.repairs[pk].epoch)
+        }
+    return found
 
 
 def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[int]) -> State:

@@ -14,6 +14,7 @@ from marketplace import outbox
 from marketplace.models import Cell, Job, Placement, ReservationBlock
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
+from marketplace.services import replicas
 from scheduler import commit, snapshot
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
@@ -47,7 +48,8 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
                 outbox.emit(job_service.CYCLE, key=str(cell_id), payload={"cell": cell_id}, delay_s=AGAIN_S)
             return None
         evict_for_reservations(cell_id, now=moment)
-        if not Job.objects.filter(cell_id=cell_id, state__in=Job.WAITING).exists():
+        waits = Job.objects.filter(cell_id=cell_id, state__in=Job.WAITING).exists()
+        if not waits and not replicas.waiting().filter(cell_id=cell_id).exists():
             return None
         Cell.objects.filter(pk=cell_id).update(generation=F("generation") + 1)
         cell = Cell.objects.get(pk=cell_id)
@@ -164,9 +166,10 @@ def evict_for_reservations(cell_id: int, *, now: datetime) -> list[int]:
 
 
 def waiting_cells(now: datetime) -> list[int]:
-    """Cells with jobs that wait, or with a reservation that begins within a minute."""
+    """Cells with jobs or lost ranks that wait, or with a reservation that begins within a minute."""
     queued = Job.objects.filter(state__in=Job.WAITING).values_list("cell_id", flat=True).distinct()
     soon = ReservationBlock.objects.filter(
         reservation__state="firm", reservation__claims_at__range=(now - timedelta(minutes=1), now)
     ).values_list("host__cell_id", flat=True)
-    return sorted({*queued, *soon})
+    mended = replicas.waiting().values_list("cell_id", flat=True).distinct()
+    return sorted({*queued, *soon, *mended})

@@ -51,7 +51,7 @@ def repairs(cell_id: int) -> dict[int, Repair]:
     jobs = {
         pk: (attempt, epoch, tuple(ranks))
         for pk, attempt, epoch, ranks in replicas.waiting()
-        .filter(cell_id=cell_id, cancel_requested_at=None)
+        .filter(cell_id=cell_id)
         .values_list("id", "attempt", "epoch", "lost_ranks")
     }
     if not jobs:

@@ -270,7 +270,8 @@ def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
     if job.state == Job.State.PREEMPTING:
         return Job.State.REQUEUED, job.state_reason or "preempted", None
     reasons = [p.reason.split(":")[0] for p in gang if p.reason]
-    fault = next((r for r in reasons if r in FAULTS), None)
+    faults = sorted((r for r in reasons if r in FAULTS), key=lambda r: r in replicas.UNCOUNTED)
+    fault = faults[0] if faults else None  # what broke the gang, rather than how the others were asked to leave
     own = next((p for p in gang if p.state == "failed" and p.reason.split(":")[0] not in FAULTS), None)
     if fault and own is None:
         if job.restarts < job.max_restarts:

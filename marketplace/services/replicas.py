@@ -19,7 +19,7 @@ from marketplace.models import Job, JobEvent, Placement, PlacementEvent
 
 HELD = "held"
 # Ends that somebody asked for: they lose the replica, and do not count against max_restarts.
-_UNCOUNTED = frozenset({"drained", "killed_after_grace", "stopped", "not_started"})
+UNCOUNTED = frozenset({"drained", "killed_after_grace", "stopped", "not_started"})
 
 
 class Loss(NamedTuple):
@@ -60,7 +60,7 @@ def lost(job: Job, gang: Sequence[Placement], faults: Collection[str], now: date
     standing = [p for p in gang if p.state not in Placement.FINAL and p.release_requested_at is None]
     if not fresh or not standing or any(word(p) not in faults for p in fresh):
         return None
-    counted = any(word(p) not in _UNCOUNTED for p in fresh)
+    counted = any(word(p) not in UNCOUNTED for p in fresh)
     if counted and job.restarts >= job.max_restarts:
         return None
     ranks = tuple(p.rank for p in fresh)
@@ -140,7 +140,8 @@ def note(jobs: Iterable[Job], reason: str, *, now: datetime, actor: str = "syste
 
 def waiting() -> QuerySet[Job]:
     """Running jobs with ranks that wait to be placed again."""
-    return Job.objects.filter(repair_since__isnull=False, state=Job.State.RUNNING).exclude(lost_ranks=[])
+    rows = Job.objects.filter(repair_since__isnull=False, state=Job.State.RUNNING, cancel_requested_at=None)
+    return rows.exclude(lost_ranks=[])
 
 
 def _held(ids: Collection[int]) -> set[int]:

@@ -160,25 +160,31 @@ def _tightest_node(state: State, counts: I64) -> int:
 
 
 def _change(reason: Reason, binding: Reason, node: int, short: int, request: Request) -> str:
+    """What is missing, as a fact; what would help is tried, not guessed (`changes`)."""
     level = request.topology.pack.name.lower() if request.topology.pack else "site"
     words = {
         Reason.NOT_IN_POOL: "the contract's listing has no host in this cell",
-        Reason.WRONG_SITE: "another site, or any site",
-        Reason.WRONG_MODEL: "another GPU model, or any model",
+        Reason.WRONG_SITE: "the site asked for has no host that would do",
+        Reason.WRONG_MODEL: "no host has a GPU model that it accepts",
         Reason.HOST_UNSCHEDULABLE: "the hosts that would fit are draining, in maintenance, unreachable or get no grants",
         Reason.HOST_RESERVED_FOR_OWNER: "the hosts that would fit are reserved for another organization",
-        Reason.TAINTED: "a toleration of the hosts' taints, or hosts without them",
-        Reason.LEAVES_TOO_SOON: "the hosts that would fit leave for maintenance first; give a shorter time limit",
+        Reason.TAINTED: "the hosts that would fit have taints that it does not tolerate",
+        Reason.LEAVES_TOO_SOON: "the hosts that would fit leave for maintenance before it would end",
         Reason.AFFINITY: "the hosts that would fit stand where the job's affinity rules do not let it go",
-        Reason.HELD_FOR_EARLIER_JOB: "the hosts that would fit are held for a job that waits longer; give a time limit",
-        Reason.NO_CPU: f"{short} milli-CPU less a replica",
-        Reason.NO_RAM: f"{short} MiB less memory a replica",
-        Reason.NO_NVME: f"{short} GiB less NVMe a replica",
-        Reason.NO_GPU: f"{short} more idle GPU(s) on one host, or fewer GPUs a replica",
-        Reason.NO_GPU_SHARE: f"{short} milli-GPU less: no single GPU has so much free",
-        Reason.NO_VRAM: f"{short} MiB less VRAM a GPU",
-        Reason.TOPOLOGY: f"room for {short} more replica(s) in one {level}, or another level of the fabric",
-        Reason.NO_WATTS: f"{short} W more at power node {node}" if short else f"more watts at power node {node}",
-        Reason.GANG_INCOMPLETE: f"room for {short} more replica(s) (most are stopped by {binding.name}), or fewer",
+        Reason.HELD_FOR_EARLIER_JOB: "the hosts that would fit are held for a job that waits longer",
+        Reason.NO_CPU: f"the best host lacks {short} milli-CPU",
+        Reason.NO_RAM: f"the best host lacks {short} MiB of memory",
+        Reason.NO_NVME: f"the best host lacks {short} GiB of NVMe",
+        Reason.NO_GPU: f"the best host lacks {short} idle GPU{'' if short == 1 else 's'}",
+        Reason.NO_GPU_SHARE: f"the emptiest GPU lacks {short} milli-GPU",
+        Reason.NO_VRAM: f"the best GPU lacks {short} MiB of memory",
+        Reason.TOPOLOGY: f"the best {level} lacks room for {short} replica{'' if short == 1 else 's'}"
+        if short
+        else "no NVLink domain has so many idle GPUs",
+        Reason.NO_WATTS: f"{short} W are missing at power node {node}"
+        if short
+        else f"watts are short at power node {node}",
+        Reason.GANG_INCOMPLETE: f"room for {short} replica{'' if short == 1 else 's'} is missing: most hosts are stopped by "
+        f"{binding.name}",
     }
     return words.get(reason, "")

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.core import dispatch, power, recheck
+from scheduler.core import choice, dispatch, power, recheck
+from scheduler.core.case import Case
 from scheduler.core.pack import classes_of, make_state
 from scheduler.core.plan import plan
 from scheduler.core.types import Fleet, Kind, Level, Policy, Request, Running, Topology
@@ -27,7 +28,8 @@ def warm() -> None:
         Request(job=5, gpus=8, replicas=9, **shape),
     ]
     for packer in ("tailrace", "best_fit"):
-        plan(fleet, wanted, policy=Policy(packer=packer))
+        case = Case(fleet, wanted, [], Policy(packer=packer))
+        choice.choice(case, case.plan(), 1)
     victim = Running(placement=1, job=9, org=1, kind=Kind.SPOT, host=0, gpus=tuple(range(8)), vram=80_000)
     plan(full, [Request(job=6, gpus=8, kind=Kind.FIRM, **shape)], [victim])
     one, none = np.zeros(1, np.int64), np.zeros(1, np.int64)

@@ -2,26 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from time import perf_counter_ns
-from typing import Any
 
+import numpy as np
 from django.db import connection, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from marketplace import outbox
-from marketplace.models import Cell, Job, Placement, ReservationBlock
+from marketplace import arrays, outbox
+from marketplace.locks import Lock, acquire
+from marketplace.models import Cell, Job, PowerNode
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
 from marketplace.services import replicas
 from scheduler import commit, snapshot
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
-from scheduler.core.types import Reason
-from scheduler.models import Cycle, Decision
+from scheduler.core.types import Plan, Reason
+from scheduler.models import Cycle
 
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
+# Refused for what nobody's leaving would change.
+_NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
 
 
 @contextmanager
@@ -58,118 +61,148 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
 
 def _run(cell: Cell, now: datetime) -> Cycle:
     t0 = perf_counter_ns()
+    hungry = _left_somebody(cell)
+    taken = _take(cell, now, running=hungry)
+    t1 = perf_counter_ns()
+    made = _plan(taken)
+    t2 = perf_counter_ns()
+    if not hungry and any(not d.placed and d.reason not in _NO_ROOM_NEEDED for d in made.decisions):
+        # Somebody found no room: only now it matters who could give way, and who ends when.
+        taken = _take(cell, now, running=True)
+        t3 = perf_counter_ns()
+        made = _plan(taken)
+        t1, t2 = t1 + t3 - t2, perf_counter_ns()
+    with transaction.atomic():
+        outcome = commit.commit(taken, made, now=now)
+        record = Cycle.objects.create(
+            cell=cell,
+            generation=cell.generation,
+            started_at=now,
+            jobs_considered=len(taken.requests),
+            jobs_placed=len(outcome.placed),
+            placements=outcome.placements,
+            preempted=len(outcome.preempted),
+            conflicts=len(outcome.conflicts),
+            snapshot_us=(t1 - t0) // 1000,
+            plan_us=(t2 - t1) // 1000,
+            commit_us=(perf_counter_ns() - t2) // 1000,
+        )
+        _decide(record, taken, made.decisions, outcome)
+        if outcome.conflicts:  # the rows had moved: look again soon
+            outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
+        elif outcome.placed and len(taken.requests) >= snapshot.MAX_JOBS:  # more than one cycle's worth waits
+            job_service.nudge_cell(cell.pk)
+    return record
+
+
+def _take(cell: Cell, now: datetime, *, running: bool) -> snapshot.Snapshot:
+    """One picture of the cell, whatever commits meanwhile."""
     outermost = not connection.in_atomic_block
     with transaction.atomic():
-        if outermost:  # one picture of the cell, whatever commits meanwhile
+        if outermost:
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        taken = snapshot.take(cell, now=now)
-    t1 = perf_counter_ns()
-    made = plan(
+        return snapshot.take(cell, now=now, running=running)
+
+
+def _plan(taken: snapshot.Snapshot) -> Plan:
+    return plan(
         taken.fleet,
         taken.requests,
         taken.running,
         policy=taken.policy,
-        seed=cell.generation,
-        now_s=int(now.timestamp()),
+        seed=taken.generation,
+        now_s=int(taken.now.timestamp()),
     )
-    t2 = perf_counter_ns()
-    outcome = commit.commit(taken, made, now=now)
-    t3 = perf_counter_ns()
-    record = Cycle.objects.create(
-        cell=cell,
-        generation=cell.generation,
-        started_at=now,
-        jobs_considered=len(taken.requests),
-        jobs_placed=len(outcome.placed),
-        placements=outcome.placements,
-        preempted=len(outcome.preempted),
-        conflicts=len(outcome.conflicts),
-        snapshot_us=(t1 - t0) // 1000,
-        plan_us=(t2 - t1) // 1000,
-        commit_us=(t3 - t2) // 1000,
-    )
-    _decide(record, taken, made.decisions, outcome)
-    if outcome.conflicts:  # the rows had moved: look again soon
-        with transaction.atomic():
-            outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
-    return record
+
+
+def _left_somebody(cell: Cell) -> bool:
+    """Whether the cell's last cycle left jobs waiting: the next will want to know who could give way."""
+    last = Cycle.objects.filter(cell=cell).order_by("-id").values_list("jobs_considered", "jobs_placed").first()
+    return last is not None and last[0] > last[1]
+
+
+_PLACED = """
+INSERT INTO scheduler_decision (job_id, cycle_id, at, outcome, reason, stages, candidates, binding, suggestion, earliest_start)
+SELECT id, %s, %s, 'placed', 'OK', '{}', '{}', '', '', NULL FROM unnest(%s::bigint[]) id ORDER BY id
+"""
+_WAITS = """
+INSERT INTO scheduler_decision (job_id, cycle_id, at, outcome, reason, stages, candidates, binding, suggestion, earliest_start)
+SELECT id, %s, %s, 'waiting', reason, stages::text[], candidates::int[], binding, suggestion, to_timestamp(nullif(start, 0))
+FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[])
+  u(id, reason, stages, candidates, binding, suggestion, start) ORDER BY id
+"""
+_REPLACE = """
+ON CONFLICT (job_id) DO UPDATE SET cycle_id = excluded.cycle_id, at = excluded.at, outcome = excluded.outcome,
+  reason = excluded.reason, stages = excluded.stages, candidates = excluded.candidates, binding = excluded.binding,
+  suggestion = excluded.suggestion, earliest_start = excluded.earliest_start
+"""
 
 
 def _decide(record: Cycle, taken: snapshot.Snapshot, decided: list[Decided], outcome: commit.Outcome) -> None:
-    """The last decision on each job looked at, one row a job."""
-    rows = [_decision(record, taken, d, outcome) for d in decided]
-    Decision.objects.bulk_create(
-        rows,
-        update_conflicts=True,
-        unique_fields=["job"],
-        update_fields=[
-            "cycle",
-            "at",
-            "outcome",
-            "reason",
-            "stages",
-            "candidates",
-            "binding",
-            "suggestion",
-            "earliest_start",
-        ],
-    )
+    """The last decision on each job looked at, one row a job, by one statement for those placed and one for the others."""
+    head = [record.pk, record.started_at]
+    placed = [d.job for d in decided if d.placed and d.job not in outcome.conflicts]
+    if placed:
+        arrays.execute(_PLACED + _REPLACE, [*head, np.array(placed, np.int64)])
+    waits = {d.job: d for d in decided if not d.placed or d.job in outcome.conflicts}
+    if waits:
+        names = _node_names(taken, {d.node for d in waits.values()})
+        reasons = [outcome.conflicts.get(job, d.reason).name for job, d in waits.items()]
+        stages = ["{" + ",".join(stage.name for stage, _ in d.stages) + "}" for d in waits.values()]
+        candidates = ["{" + ",".join(str(count) for _, count in d.stages) + "}" for d in waits.values()]
+        binding = [_binding(d, names)[:200] for d in waits.values()]
+        changes = [d.change[:300] for d in waits.values()]
+        starts = np.array([d.earliest_start for d in waits.values()], np.int64)
+        ids = np.array(list(waits), np.int64)
+        arrays.execute(_WAITS + _REPLACE, [*head, ids, reasons, stages, candidates, binding, changes, starts])
 
 
-def _decision(record: Cycle, taken: snapshot.Snapshot, d: Decided, outcome: commit.Outcome) -> Decision:
-    placed = d.placed and d.job not in outcome.conflicts
-    reason = Reason.OK if placed else outcome.conflicts.get(d.job, d.reason)
-    return Decision(
-        job_id=d.job,
-        cycle=record,
-        at=record.started_at,
-        outcome="placed" if placed else "waiting",
-        reason=reason.name,
-        stages=[stage.name for stage, _ in d.stages],
-        candidates=[count for _, count in d.stages],
-        binding=_binding(taken, d) if not placed else "",
-        suggestion=d.change[:300],
-        earliest_start=datetime.fromtimestamp(d.earliest_start, UTC) if d.earliest_start else None,
-    )
+def _node_names(taken: snapshot.Snapshot, nodes: set[int]) -> dict[int, str]:
+    """Names of power nodes by their position."""
+    ids = {taken.node_of[node]: node for node in nodes if node >= 0}
+    return {ids[pk]: name for pk, name in PowerNode.objects.filter(pk__in=ids).values_list("id", "name")}
 
 
-def _binding(taken: snapshot.Snapshot, d: Decided) -> str:
+def _binding(d: Decided, names: dict[int, str]) -> str:
     text = d.binding.name.lower()
     if d.node >= 0:
-        from marketplace.models import PowerNode
-
-        name = PowerNode.objects.filter(pk=taken.node_of[d.node]).values_list("name", flat=True).first()
-        text += f" at power node {name}"
+        text += f" at power node {names[d.node]}"
     return f"{text}, short by {d.short}" if d.short else text
+
+
+# Placements of others on GPUs whose reservation's claim has begun, that nobody has asked to leave yet.
+_STRANGERS = """
+SELECT DISTINCT p.cell_id, p.job_id, p.site_id FROM marketplace_reservation r
+JOIN marketplace_reservationblock b ON b.reservation_id = r.id
+JOIN marketplace_placement p ON p.host_id = b.host_id AND p.gpu_indices && b.gpu_indices AND p.contract_id <> r.contract_id
+WHERE r.state = 'firm' AND r.claims_at <= %(now)s AND r.ends_at > %(now)s AND p.release_requested_at IS NULL
+  AND p.state NOT IN ('released', 'failed', 'lost') AND (%(cell)s::bigint IS NULL OR p.cell_id = %(cell)s)
+"""
+
+
+def _strangers(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
+    """(cell, job, site) of each; of all cells where none is named."""
+    with connection.cursor() as cursor:
+        cursor.execute(_STRANGERS, {"cell": cell_id, "now": now})
+        return cursor.fetchall()
 
 
 def evict_for_reservations(cell_id: int, *, now: datetime) -> list[int]:
     """Jobs of others that stand on GPUs whose reservation's claim has begun give way (they queue again)."""
-    blocks = ReservationBlock.objects.filter(
-        host__cell_id=cell_id, reservation__state="firm", reservation__claims_at__lte=now, reservation__ends_at__gt=now
-    ).values_list("host_id", "gpu_indices", "reservation__contract_id")
-    held: dict[int, list[tuple[set[int], Any]]] = {}
-    for host_id, indices, contract_id in blocks:
-        held.setdefault(host_id, []).append((set(indices), contract_id))
-    live = Placement.objects.filter(host_id__in=held).exclude(state__in=(*Placement.FINAL, "draining"))
-    strangers = {
-        p.job_id: p.site_id
-        for p in live.only("job_id", "site_id", "host_id", "contract_id", "gpu_indices")
-        if any(p.contract_id != contract and gpus & set(p.gpu_indices) for gpus, contract in held[p.host_id])
-    }
-    if not strangers:
+    if not _strangers(cell_id, now):
         return []
     with transaction.atomic():
-        placement_service.lock_sites(strangers.values())
-        return job_service.preempt(strangers, now=now, actor="scheduler", reason="a reservation begins on these GPUs")
+        # Nobody is placed and no reservation moves meanwhile: whom we find is who stands there.
+        acquire((Lock.CELL, cell_id))
+        found = _strangers(cell_id, now)
+        placement_service.lock_sites(site for _, _, site in found)
+        reason = "a reservation begins on these GPUs"
+        return job_service.preempt((job for _, job, _ in found), now=now, actor="scheduler", reason=reason)
 
 
 def waiting_cells(now: datetime) -> list[int]:
-    """Cells with jobs or lost ranks that wait, or with a reservation that begins within a minute."""
+    """Cells with jobs or lost ranks that wait, or with strangers on GPUs that are claimed by now."""
     queued = Job.objects.filter(state__in=Job.WAITING).values_list("cell_id", flat=True).distinct()
-    soon = ReservationBlock.objects.filter(
-        reservation__state="firm", reservation__claims_at__range=(now - timedelta(minutes=1), now)
-    ).values_list("host__cell_id", flat=True)
     mended = replicas.waiting().values_list("cell_id", flat=True).distinct()
-    return sorted({*queued, *soon, *mended})
+    return sorted({*queued, *mended, *(cell for cell, _, _ in _strangers(None, now))})

@@ -11,7 +11,7 @@ from marketplace.models.accounts import (
 )
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.jobs import Job, JobEvent
-from marketplace.models.listings import Kind, Listing, Quote
+from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.outbox import IdempotencyKey, OutboxMessage
 from marketplace.models.placements import LogChunk, Placement, PlacementEvent
 from marketplace.models.power import Curtailment, FeedValue, MeterReading, PowerGrant, ShedClaim, SiteMinute
@@ -55,6 +55,8 @@ __all__ = [
     "Membership",
     "MeterReading",
     "Miner",
+    "OfferChange",
+    "OfferFloor",
     "Organization",
     "OutboxMessage",
     "Placement",

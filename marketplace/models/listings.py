@@ -119,6 +119,8 @@ class Quote(TenantModel):
     total_minor = models.BigIntegerField(
         null=True, blank=True, help_text="of the commitment, in minor units; empty: by use"
     )
+    listing_version = models.PositiveIntegerField(default=0, help_text="of the listing, when it was quoted")
+    terms = models.JSONField(default=dict, help_text="the listing's terms as quoted: a contract is made of these")
     state = models.CharField(max_length=12, choices=State, default=State.OPEN)
     created_at = models.DateTimeField()
     held_until = models.DateTimeField(null=True, blank=True)
@@ -138,3 +140,28 @@ class Quote(TenantModel):
 
     def __str__(self) -> str:
         return f"{self.gpu_count} GPUs of {self.listing}"
+
+
+class OfferChange(models.Model):
+    """Something that a search shows has changed. Written by triggers, read and pruned by services.catalogue."""
+
+    pk = models.CompositePrimaryKey("changed_in", "what", "row_id")
+    changed_in = models.BigIntegerField(help_text="the transaction")
+    what = models.PositiveSmallIntegerField(
+        help_text="as in services.catalogue: everything, listing, host, site, model"
+    )
+    row_id = models.BigIntegerField()
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.row_id} in {self.changed_in}"
+
+
+class OfferFloor(models.Model):
+    """One row: changes of transactions below `floor` are pruned; `next_floor` is what it will be a round later."""
+
+    floor = models.BigIntegerField(default=0)
+    next_floor = models.BigIntegerField(default=0)
+    at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.floor} at {self.at:%F %T}"

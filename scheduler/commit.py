@@ -31,7 +31,7 @@ from scheduler.core.pack import bits, classes_of
 from scheduler.core.state import State
 from scheduler.core.types import I64, HostFlag, Plan, Reason
 from scheduler.core.types import Placement as Planned
-from scheduler.snapshot import Snapshot
+from scheduler.snapshot import Snapshot, reserved_gpus
 
 ACTOR = "scheduler"
 SITE_LOOP = "scheduler.site_loop"
@@ -84,7 +84,9 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
         wanted[p.job].append(p)
     waiting = _still_waiting(list(wanted), snapshot)
     outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
-    jobs = [job for job in wanted if job in waiting]
+    closed = _closed(snapshot, wanted, now)
+    outcome.conflicts |= dict.fromkeys(closed & waiting, Reason.HOST_RESERVED_FOR_OWNER)
+    jobs = [job for job in wanted if job in waiting - closed]
     if not jobs:
         return
     replicas = [p for job in jobs for p in wanted[job]]
@@ -129,6 +131,23 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
         rows.site[granted == 0]
     ).tolist():  # whose miners must sleep first: at once, not at the next tick
         outbox.emit(SITE_LOOP, key=str(site), payload={"site": site})
+
+
+def _closed(snapshot: Snapshot, wanted: dict[int, list[Planned]], now: datetime) -> set[int]:
+    """Jobs planned onto GPUs that are reserved for others by now, or no longer for their own contract.
+
+    A reservation is made and moved under the cell's lock, which we hold: what was sold since the snapshot is seen here.
+    """
+    reserved = reserved_gpus(snapshot.cell, now)
+
+    def refused(p: Planned) -> bool:
+        here = reserved.get(int(snapshot.fleet.host_id[p.host]), {})
+        owner = -int(snapshot.fleet.pool[p.host])
+        if owner > 0:  # a row of its own contract's GPUs
+            return not here.get(owner, set()) >= set(p.gpus)
+        return bool(here) and not set().union(*here.values()).isdisjoint(p.gpus)
+
+    return {job for job, replicas in wanted.items() if any(map(refused, replicas))}
 
 
 def _rank(snapshot: Snapshot, planned: Planned) -> int:

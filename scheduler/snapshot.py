@@ -108,7 +108,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     hosts = cells.read(cell.pk)
     sites, site_of = hosts.sites
     nodes = node_table(sites.tolist())
-    claims = _claims(cell, now)
+    claims = reserved_gpus(cell, now)
     reserved = _Reserved(hosts, claims)
     repairs = rules.repairs(cell.pk)
     jobs = _waiting(cell, now, repairs)
@@ -135,7 +135,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     )
 
 
-def _claims(cell: Cell, now: datetime) -> dict[int, dict[int, set[int]]]:
+def reserved_gpus(cell: Cell, now: datetime) -> dict[int, dict[int, set[int]]]:
     """Host id -> contract id -> GPU indices of reservations that are in force or soon will be."""
     blocks = ReservationBlock.objects.filter(
         host__cell=cell,

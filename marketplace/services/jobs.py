@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from django.db import transaction
+from django.db import connection, transaction
 from django.db.models import F, prefetch_related_objects
 
 from marketplace import outbox
@@ -45,6 +45,7 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
     contract_of = {contract.pk: contract for contract in contracts}
     largest = {contract.pk: _largest_hosts(contract) for contract in contracts}
     with transaction.atomic():
+        _hold(contracts)
         for contract in contracts:
             _check_contract(contract, now)
         jobs = []
@@ -68,6 +69,17 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
         for cell_id in sorted({job.cell_id for job in jobs}):
             nudge_cell(cell_id)
     return jobs
+
+
+def _hold(contracts: Iterable[Contract]) -> None:
+    """The contracts as they are now, and none of them ends before we commit: who ends it sees our jobs, or we see its end."""
+    rows = {contract.pk: contract for contract in contracts}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id, state, ends_at FROM marketplace_contract WHERE id = ANY(%s) ORDER BY id FOR SHARE", [list(rows)]
+        )
+        for pk, state, ends_at in cursor.fetchall():
+            rows[pk].state, rows[pk].ends_at = state, ends_at
 
 
 def _check_contract(contract: Contract, now: datetime) -> None:

@@ -183,7 +183,7 @@ class Job(TenantModel):
 class JobEvent(models.Model):
     """Append-only: who, when, why, before, after."""
 
-    job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="events")
+    job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="events", db_constraint=False)  # as Placement's
     at = models.DateTimeField()
     actor = models.CharField(max_length=120)
     from_state = models.CharField(max_length=12, blank=True)

@@ -37,9 +37,14 @@ class PowerGrant(TenantModel):
         GRANTED = "granted"
         RELEASED = "released"
 
-    placement = models.OneToOneField("marketplace.Placement", on_delete=models.CASCADE, related_name="grant")
-    host = models.ForeignKey(Host, on_delete=models.CASCADE, related_name="grants")
-    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="grants", db_index=False)  # leads the index below
+    # References are checked for a whole statement, as those of Placement.
+    placement = models.OneToOneField(
+        "marketplace.Placement", on_delete=models.CASCADE, related_name="grant", db_constraint=False
+    )
+    host = models.ForeignKey(Host, on_delete=models.CASCADE, related_name="grants", db_constraint=False)
+    site = models.ForeignKey(
+        Site, on_delete=models.CASCADE, related_name="grants", db_index=False, db_constraint=False
+    )  # leads the index below
     delta_w = models.PositiveIntegerField()
     state = models.CharField(max_length=12, choices=State)
     created_at = models.DateTimeField()

@@ -13,7 +13,7 @@ from django.db import transaction
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, ShedClaim, Site
-from marketplace.services import curtailments, feeds, jobs, leases, placements, power, site_minutes
+from marketplace.services import curtailments, drains, feeds, jobs, leases, placements, power, site_minutes
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
 from scheduler.core import power as core
@@ -39,6 +39,7 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         acquire((Lock.SITE, site_id))
         site = Site.objects.get(pk=site_id)
         leases.watch(site, now=now)
+        drains.due(site, now=now)
         changed = curtailments.apply(site, now=now)
         done |= power.settle_miners(site_id, now=now)
         done["lowered_w"] = power.lower_hosts(site_id)

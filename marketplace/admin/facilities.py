@@ -16,6 +16,7 @@ from unfold.decorators import display
 from marketplace.admin import dashboard, look
 from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
+from marketplace.admin.hosts import DrainForm
 from marketplace.admin.moves import Call, Move, dress, show_refusal
 from marketplace.admin.tenancy import own
 from marketplace.errors import MarketError
@@ -57,6 +58,15 @@ def _token(call: Call) -> HttpResponse:
     answer = TemplateResponse(call.request, "desk/token.html", context)
     answer["Cache-Control"] = "no-store"
     return answer.render()
+
+
+def _drain_site(call: Call) -> str:
+    hosts = sites.drain_site(call.row, actor=call.actor, now=call.now, **call.values)
+    return f"{len(hosts)} hosts of {call.row.name} are draining."
+
+
+def _undrain_site(call: Call) -> str:
+    return f"{len(sites.undrain_site(call.row, actor=call.actor, now=call.now))} hosts are back at work."
 
 
 class SiteForm(DeskForm):
@@ -106,6 +116,14 @@ class SiteAdmin(look.Shown, TenantAdmin):
                 possible=_is_not(mode), icon=icon, danger=mode in {"shed", "off"},
             )
             for mode, (said, icon) in MODES.items()
+        ),
+        Move(
+            name="drain", label="Drain all hosts", action="sites:write", run=_drain_site, form=DrainForm, icon="do_not_disturb_on",
+            danger=True, question="No host of this site takes new work until it is put back; by an hour, none that may outlast it.",
+        ),
+        Move(
+            name="undrain", label="Put all hosts back to work", action="sites:write", run=_undrain_site, icon="play_arrow",
+            question="Jobs may be placed on every host that drains or is in maintenance again.",
         ),
         Move(
             name="token", label="Enrol an agent", action="sites:write", run=_token, icon="key",

@@ -1,5 +1,7 @@
 """GPU hosts: looked at, drained and put back to work. Their shapes come by CSV import or from the site's agent."""
 
+import re
+from datetime import UTC, datetime
 from typing import Any
 
 from django import forms
@@ -11,7 +13,7 @@ from marketplace.admin.base import RowsInline, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
 from marketplace.models import Gpu, Host
-from marketplace.services import sites
+from marketplace.services import job_rules, sites
 
 
 class DrainForm(forms.Form):
@@ -21,6 +23,36 @@ class DrainForm(forms.Form):
         label="Ask what runs to leave, too",
         help_text="Checkpoint signal, then its grace, then it is queued again. Otherwise jobs run to their end.",
     )
+    by = forms.DateTimeField(
+        required=False, label="Leaves at (UTC)", help_text="Until then it takes what is sure to end before. Empty: nothing from now on.",
+        widget=forms.DateTimeInput(attrs={"type": "datetime-local"}, format="%Y-%m-%dT%H:%M"),
+    )  # fmt: skip
+
+    def clean_by(self) -> datetime | None:
+        given: datetime | None = self.cleaned_data["by"]
+        return given.replace(tzinfo=UTC) if given is not None else None
+
+
+class TaintsForm(forms.Form):
+    taints = forms.CharField(
+        required=False,
+        max_length=1000,
+        help_text="By spaces, as dedicated=nlp. Only jobs that tolerate all of them come here; empty: all jobs.",
+    )
+
+    def clean_taints(self) -> list[str]:
+        found = self.cleaned_data["taints"].split()
+        wrong = next((taint for taint in found if not re.match(job_rules.TAINT, taint)), None)
+        if wrong is not None or len(found) > 16:
+            raise forms.ValidationError(
+                f"At most 16, each name or name=value of letters, digits and _ . / - ({wrong})."
+            )
+        return found
+
+
+def _taint(call: Call) -> str:
+    host = sites.set_taints(call.row, actor=call.actor, now=call.now, **call.values)
+    return f"{host.name}: {', '.join(host.taints) or 'no taint'}."
 
 
 def _drain(call: Call) -> str:
@@ -60,7 +92,7 @@ class HostAdmin(look.Shown, TenantAdmin):
     ordering = ("site", "name")
     inlines = (GpuRows,)
     fieldsets = (
-        (None, {"fields": ("name", "site", "power_node", "listing", "shown_state", "state_reason", "shown_beat")}),
+        (None, {"fields": ("name", "site", "power_node", "listing", "shown_state", "state_reason", "leaves_at", "taints", "shown_beat")}),
         ("Shape", {"fields": ("gpu_model", "shown_gpus", "vram_mib", "vcpu_milli", "ram_mib", "nvme_gib", "leaf", "spine")}),
         ("Watts", {"fields": (
             "power_state", "desired_power_state", "shown_watts", "reserved_w", "base_w", "parked_w", "gpu_min_w", "gpu_max_w",
@@ -73,6 +105,10 @@ class HostAdmin(look.Shown, TenantAdmin):
             name="drain", label="Drain", action="sites:write", run=_drain, form=DrainForm, icon="do_not_disturb_on", bulk=True,
             possible=lambda row: row.state == Host.State.ACTIVE, danger=True,
             question="Nothing new is placed here until it is put back to work.",
+        ),
+        Move(
+            name="taints", label="Taints", action="sites:write", run=_taint, form=TaintsForm, icon="block", bulk=True,
+            possible=lambda row: row.state != Host.State.RETIRED, question="What runs here stays.",
         ),
         Move(
             name="undrain", label="Put back to work", action="sites:write", run=_undrain, icon="play_arrow", bulk=True,

@@ -11,7 +11,7 @@ from rest_framework.response import Response
 from marketplace.api import shapes
 from marketplace.api.base import Resource
 from marketplace.api.keys import PAGE
-from marketplace.api.site_shapes import DrainShape, HostShape
+from marketplace.api.site_shapes import DrainShape, HostShape, TaintsShape
 from marketplace.models import Host
 from marketplace.services import sites
 
@@ -34,6 +34,8 @@ class HostResource(Resource):
             "name": row.name,
             "state": row.state,
             "state_reason": row.state_reason,
+            "leaves_at": row.leaves_at,
+            "taints": row.taints,
             "gpu_model": row.gpu_model.name,
             "gpus": row.gpu_count,
             "vram_mib": row.vram_mib,
@@ -83,9 +85,21 @@ class HostDrain(HostResource):
 
     @extend_schema(tags=["hosts"], operation_id="hosts_drain", request=DrainShape, responses={200: HostShape})
     def post(self, request: Request, host: str) -> Response:  # noqa: ARG002
-        """Nothing new is placed here. What runs stays, unless `evict`."""
+        """Nothing new is placed here, or `by` an hour nothing that may outlast it. What runs stays until then, or leaves by `evict`."""
         row, body = self.row(host), self.read(DrainShape)
         return self.write(lambda: self.answer(sites.drain_host(row, actor=self.actor, now=timezone.now(), **body)))
+
+
+class HostTaints(HostResource):
+    actions = {"POST": "sites:write"}
+
+    @extend_schema(tags=["hosts"], operation_id="hosts_set_taints", request=TaintsShape, responses={200: HostShape})
+    def post(self, request: Request, host: str) -> Response:  # noqa: ARG002
+        """From now on only jobs that tolerate all of these come here; those that run stay."""
+        row, body = self.row(host), self.read(TaintsShape)
+        return self.write(
+            lambda: self.answer(sites.set_taints(row, body["taints"], actor=self.actor, now=timezone.now()))
+        )
 
 
 class HostUndrain(HostResource):
@@ -102,5 +116,6 @@ urlpatterns = [
     path("hosts", Hosts.as_view(), name="hosts"),
     path("hosts/<str:host>", HostDetail.as_view(), name="host"),
     path("hosts/<str:host>/drain", HostDrain.as_view(), name="host-drain"),
+    path("hosts/<str:host>/taints", HostTaints.as_view(), name="host-taints"),
     path("hosts/<str:host>/undrain", HostUndrain.as_view(), name="host-undrain"),
 ]

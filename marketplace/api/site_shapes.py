@@ -6,7 +6,7 @@ from rest_framework import serializers
 
 from marketplace.api.base import Shape
 from marketplace.models import Host, Miner, PowerNode, Site
-from marketplace.services import imports
+from marketplace.services import imports, job_rules
 from marketplace.services.columns import MAX_W
 
 TIMEZONES = frozenset(available_timezones())
@@ -168,6 +168,10 @@ class HostShape(serializers.Serializer):
     name = serializers.CharField()
     state = serializers.ChoiceField(Host.State.choices)
     state_reason = serializers.CharField()
+    leaves_at = serializers.DateTimeField(allow_null=True, help_text="while draining: it takes what ends before then")
+    taints = serializers.ListField(
+        child=serializers.CharField(), help_text="only jobs that tolerate all of them come here"
+    )
     gpu_model = serializers.CharField()
     gpus = serializers.IntegerField()
     vram_mib = serializers.IntegerField(help_text="per GPU")
@@ -194,6 +198,22 @@ class DrainShape(Shape):
     evict = serializers.BooleanField(
         required=False, default=False, help_text="ask what runs to leave too: checkpoint signal, grace, requeue"
     )
+    by = serializers.DateTimeField(
+        required=False, allow_null=True, default=None,
+        help_text="until then it takes what is sure to end before; what still runs then is asked to leave",
+    )  # fmt: skip
+
+
+class TaintsShape(Shape):
+    taints = serializers.ListField(child=serializers.RegexField(job_rules.TAINT), max_length=16)
+
+
+class DrainedShape(serializers.Serializer):
+    """What became of a site's hosts."""
+
+    object = serializers.ChoiceField(["drain"])
+    site = serializers.CharField()
+    hosts = serializers.IntegerField(help_text="how many of them it changed")
 
 
 class MinerModeShape(serializers.Serializer):

@@ -18,6 +18,8 @@ from marketplace.api.keys import PAGE, show_once
 from marketplace.api.site_shapes import (
     AgentShape,
     CreateSiteShape,
+    DrainedShape,
+    DrainShape,
     EnrolmentShape,
     ImportReportShape,
     ImportShape,
@@ -139,6 +141,36 @@ class SiteMode(SiteResource):
         return self.write(
             lambda: self.answer(sites.set_site_mode(row, body["mode"], actor=self.actor, now=timezone.now()))
         )
+
+
+class SiteDrain(SiteResource):
+    actions = {"POST": "sites:write"}
+
+    @extend_schema(tags=["sites"], operation_id="sites_drain", request=DrainShape, responses={200: DrainedShape})
+    def post(self, request: Request, site: str) -> Response:  # noqa: ARG002
+        """As draining each of its hosts: for maintenance of a whole site, `by` an hour."""
+        row, body = site_of(self.actor, site), self.read(DrainShape)
+
+        def effect() -> Response:
+            hosts = sites.drain_site(row, actor=self.actor, now=timezone.now(), **body)
+            return Response({"object": "drain", "site": row.public_id, "hosts": len(hosts)})
+
+        return self.write(effect)
+
+
+class SiteUndrain(SiteResource):
+    actions = {"POST": "sites:write"}
+
+    @extend_schema(tags=["sites"], operation_id="sites_undrain", request=None, responses={200: DrainedShape})
+    def post(self, request: Request, site: str) -> Response:  # noqa: ARG002
+        """Back to work: every host that drains or is in maintenance."""
+        row = site_of(self.actor, site)
+
+        def effect() -> Response:
+            hosts = sites.undrain_site(row, actor=self.actor, now=timezone.now())
+            return Response({"object": "drain", "site": row.public_id, "hosts": len(hosts)})
+
+        return self.write(effect)
 
 
 class NodeResource(Resource):
@@ -320,6 +352,8 @@ urlpatterns = [
     path("sites", Sites.as_view(), name="sites"),
     path("sites/<str:site>", SiteDetail.as_view(), name="site"),
     path("sites/<str:site>/mode", SiteMode.as_view(), name="site-mode"),
+    path("sites/<str:site>/drain", SiteDrain.as_view(), name="site-drain"),
+    path("sites/<str:site>/undrain", SiteUndrain.as_view(), name="site-undrain"),
     path("sites/<str:site>/power-nodes", PowerNodes.as_view(), name="power-nodes"),
     path("sites/<str:site>/import", SiteImport.as_view(), name="site-import"),
     path("sites/<str:site>/enrolment-tokens", EnrolmentTokens.as_view(), name="enrolment-tokens"),

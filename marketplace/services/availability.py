@@ -73,22 +73,26 @@ def load(listings: Sequence[Listing], now: datetime, *, without: Collection[int]
         Host.objects.filter(listing_id__in=ids)
         .exclude(state=Host.State.RETIRED)
         .order_by("id")
-        .values_list("id", "listing_id", "gpu_count", "leaf", "spine", "state", "site__mode", "beat_at")
+        .values_list("id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "site__mode", "beat_at")
     )
     broken = _broken(ids)
     rows: list[tuple[int, int, str, str, int]] = []
     totals: dict[int, int] = dict.fromkeys(ids, 0)
     smallest: dict[int, int] = {}
     beats: dict[int, datetime | None] = dict.fromkeys(ids)
-    for pk, listing_id, count, leaf, spine, state, mode, beat in hosts:
-        up = state == Host.State.ACTIVE and mode != Site.Mode.OFF
+    leaving: list[Claim] = []
+    for pk, listing_id, count, leaf, spine, state, leaves_at, mode, beat in hosts:
+        leaves = leaves_at if state == Host.State.DRAINING and leaves_at is not None and leaves_at > now else None
+        up = (state == Host.State.ACTIVE or leaves is not None) and mode != Site.Mode.OFF
+        if leaves is not None:  # it can be had until then
+            leaving.append(Claim(("leaves", pk), seconds(leaves), FOREVER, ((pk, count),)))
         rows.append((pk, max(0, count - len(broken.get(pk, ()))) if up else 0, leaf, spine, listing_id))
         totals[listing_id] += count
         smallest[listing_id] = min(smallest.get(listing_id, count), count)
         if up and beat is not None:
             beats[listing_id] = min(beats[listing_id] or beat, beat)
     host_ids = [row[0] for row in rows]
-    claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *_closed(listings, rows)]
+    claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *_closed(listings, rows), *leaving]
     return Market(
         pool=Pool.build(Hosts.of(rows), claims),
         beats=beats,

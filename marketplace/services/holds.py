@@ -129,10 +129,12 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
     host_ids = {block.host_id for group in blocks.values() for block in group}
     running, usable = availability.unreserved_gpus(host_ids, now), _usable(host_ids)
 
-    def spoilt(block: ReservationBlock, start: int) -> bool:
+    def spoilt(block: ReservationBlock, start: int, end: int) -> bool:
         ends = running.get(block.host_id, {})
+        host = block.host
+        stays = host.state == Host.State.DRAINING and host.leaves_at is not None and seconds(host.leaves_at) >= end
         return (
-            block.host.state != Host.State.ACTIVE
+            (host.state != Host.State.ACTIVE and not stays)
             or not set(block.gpu_indices) <= set(usable[block.host_id])
             or any(ends.get(index, 0) > start for index in block.gpu_indices)
         )
@@ -140,7 +142,7 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
     return {
         pk
         for pk, row in wanted.items()
-        if not blocks[pk] or any(spoilt(block, seconds(row.claims_at)) for block in blocks[pk])
+        if not blocks[pk] or any(spoilt(block, seconds(row.claims_at), seconds(row.ends_at)) for block in blocks[pk])
     }
 
 

@@ -71,6 +71,20 @@ def lost(job: Job, gang: Sequence[Placement], faults: Collection[str], now: date
     return Loss(ranks, word(fresh[0]), lost_at(fresh, now), counted)
 
 
+def may_lose(job: Job, gang: Sequence[Placement], ranks: Collection[int]) -> bool:
+    """Whether a running gang goes on when these ranks are asked to leave. Asking costs no restart."""
+    if job.state != Job.State.RUNNING or job.cancel_requested_at is not None:
+        return False
+    left = [
+        p for p in gang if p.rank not in ranks and p.state not in Placement.FINAL and p.release_requested_at is None
+    ]
+    if job.on_replica_loss == Job.OnReplicaLoss.REPLACE_REPLICA:
+        return bool(left)
+    done = sum(1 for p in gang if p.rank not in job.lost_ranks and succeeded(p))
+    shrinks = job.on_replica_loss == Job.OnReplicaLoss.SHRINK
+    return shrinks and bool(left) and len(left) + done >= (job.min_replicas or job.replicas)
+
+
 def lost_at(fresh: Iterable[Placement], now: datetime) -> datetime:
     """The last good sign of the first that was lost: its own bill ends there."""
     return min([p.release_requested_at or p.finished_at or now for p in fresh] + [now])

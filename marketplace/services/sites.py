@@ -14,9 +14,10 @@ from django.db.models import F
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Agent, Cell, EnrolmentToken, Host, Miner, Organization, Placement, PowerNode, Site
+from marketplace.models import Agent, Cell, EnrolmentToken, Host, Miner, Organization, PowerNode, Site
 from marketplace.outbox import emit
 from marketplace.services import audit, placements, power, tokens
+from marketplace.services.drains import drain_host, drain_site, set_taints, undrain_host, undrain_site
 from marketplace.services.inventory import Changes, over_cap, upsert_hosts, upsert_miners
 from marketplace.tenancy import Actor
 from scheduler.core import power as core
@@ -28,13 +29,16 @@ __all__ = [
     "create_enrolment_token",
     "create_site",
     "drain_host",
+    "drain_site",
     "nudge",
     "recompute_reserved",
     "revoke_agent",
     "set_miner_manual",
     "set_site_mode",
+    "set_taints",
     "take_inventory",
     "undrain_host",
+    "undrain_site",
     "update_power_node",
     "update_site",
     "upsert_hosts",
@@ -256,44 +260,6 @@ def recompute_reserved(site: Site, *, overheads: dict[int, PowerNode] | None = N
 
 
 # --- devices by hand
-@transaction.atomic
-def drain_host(host: Host, *, reason: str, actor: Actor, now: datetime, evict: bool = False) -> Host:
-    """Place nothing new here. With `evict`, what runs is asked to leave too: checkpoint signal, grace, then it is requeued."""
-    host = _host(host, expected=(Host.State.ACTIVE, Host.State.DRAINING))
-    before, host.state, host.state_reason = host.state, Host.State.DRAINING, reason[:200]
-    host.save(update_fields=["state", "state_reason"])
-    if evict:
-        live = Placement.objects.filter(host=host).exclude(state__in=Placement.FINAL).values_list("pk", flat=True)
-        placements.request_release(sorted(live), now=now, actor=actor.label, reason=f"host drained: {reason}"[:200])
-    after = {"state": host.state, "reason": reason, "evict": evict}
-    _audit(host.site, actor, "host.drained", host.public_id, now, before={"state": before}, after=after)
-    _changed(host.site)
-    return host
-
-
-@transaction.atomic
-def undrain_host(host: Host, *, actor: Actor, now: datetime) -> Host:
-    """Back to work: from draining, maintenance or lost."""
-    host = _host(host, expected=(Host.State.DRAINING, Host.State.MAINTENANCE, Host.State.LOST))
-    before, host.state, host.state_reason = host.state, Host.State.ACTIVE, ""
-    host.save(update_fields=["state", "state_reason"])
-    _audit(host.site, actor, "host.undrained", host.public_id, now, before={"state": before}, after={"state": "active"})
-    _changed(host.site)
-    emit("scheduler.run_cycle", key=str(host.cell_id), payload={"cell": host.cell_id})
-    return host
-
-
-def _host(host: Host, *, expected: tuple[str, ...]) -> Host:
-    """The row locked, where it stands in an expected state."""
-    acquire((Lock.SITE, host.site_id))
-    found: Host = Host.objects.select_for_update(no_key=True, of=("self",)).select_related("site").get(pk=host.pk)
-    if found.state not in expected:
-        raise MarketError(
-            "illegal_transition", f"Host {found.name} is {found.state}; this needs {', '.join(expected)}."
-        )
-    return found
-
-
 @transaction.atomic
 def set_miner_manual(miner: Miner, manual: bool, *, actor: Actor, now: datetime, mode: str | None = None) -> Miner:
     """Take a miner out of dispatch, or give it back. By hand it keeps its mode, or goes to `mode` (a name of its ladder).

@@ -1,0 +1,193 @@
+"""Hosts that leave: drained at once, or by a named hour; taints, which keep all but some jobs away.
+
+A host that drains takes nothing new. With an hour (`by`) it goes on taking what is sure to end before, those who run on it are
+told when it is announced, and who is still there at the hour is asked to leave: checkpoint signal, grace, queued again, and
+none of it counts against max_restarts. Once it is empty it is in maintenance, until it is put back to work. A gang that may
+replace or do without a replica loses only those that stand there.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from datetime import datetime
+from typing import Any
+
+from django.db import transaction
+
+from marketplace.errors import MarketError
+from marketplace.locks import Lock, acquire
+from marketplace.models import Host, Job, Placement, Site
+from marketplace.outbox import emit
+from marketplace.services import audit, jobs, placements, replicas
+from marketplace.tenancy import Actor
+
+ABLE = (Host.State.ACTIVE, Host.State.DRAINING)
+
+
+@transaction.atomic
+def drain_host(
+    host: Host, *, reason: str, actor: Actor, now: datetime, evict: bool = False, by: datetime | None = None
+) -> Host:
+    """Place nothing new here, or with `by` nothing that may outlast it. With `evict`, what runs is asked to leave at once."""
+    host = _host(host, expected=ABLE)
+    _drain([host], reason=reason, actor=actor, now=now, evict=evict, by=by)
+    return host
+
+
+@transaction.atomic
+def drain_site(
+    site: Site, *, reason: str, actor: Actor, now: datetime, evict: bool = False, by: datetime | None = None
+) -> list[Host]:
+    """As `drain_host`, every host of the site that works; returns them."""
+    acquire((Lock.SITE, site.pk))
+    rows = Host.objects.filter(site=site, state__in=ABLE).order_by("pk").select_for_update(no_key=True, of=("self",))
+    hosts = list(rows.select_related("site"))
+    if not hosts:
+        raise MarketError("illegal_transition", f"{site.name} has no host that is active or draining.")
+    _drain(hosts, reason=reason, actor=actor, now=now, evict=evict, by=by)
+    return hosts
+
+
+def _drain(
+    hosts: Collection[Host], *, reason: str, actor: Actor, now: datetime, evict: bool, by: datetime | None
+) -> None:
+    if by is not None and by <= now:
+        raise MarketError("invalid_request", "by is past: give a later time, or evict.", {"/by": "in the past"})
+    if by is not None and evict:
+        raise MarketError(
+            "invalid_request", "evict asks what runs to leave now, by at that time.", {"/evict": "one of the two"}
+        )
+    for host in hosts:
+        before = {"state": host.state, "leaves_at": _text(host.leaves_at)}
+        host.state, host.state_reason, host.leaves_at = Host.State.DRAINING, reason[:200], by
+        after = {"state": host.state, "reason": reason, "evict": evict, "leaves_at": _text(by)}
+        _audit(host, actor, "host.drained", now, before=before, after=after)
+    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
+    ids = {host.pk for host in hosts}
+    if evict:
+        leave(ids, now=now, actor=actor.label, reason=f"host drained: {reason}"[:200])
+    elif by is not None:
+        _announce(hosts, by, reason, now=now, actor=actor.label)
+    _changed(hosts)
+
+
+def _announce(hosts: Collection[Host], by: datetime, reason: str, *, now: datetime, actor: str) -> None:
+    """Those who run there read it in their job's story."""
+    name = {host.pk: host.name for host in hosts}
+    on: dict[int, set[str]] = defaultdict(set)
+    for job_id, host_id in _live(name).values_list("job_id", "host_id"):
+        on[job_id].add(name[host_id])
+    for job in Job.objects.filter(pk__in=on).order_by("pk"):
+        which = ", ".join(sorted(on[job.pk]))
+        words = f"notice: {which} leaves at {by:%F %R} UTC ({reason}); what runs there then is asked to leave"
+        replicas.note([job], words, now=now, actor=actor[:120])
+
+
+@transaction.atomic
+def undrain_host(host: Host, *, actor: Actor, now: datetime) -> Host:
+    """Back to work: from draining, maintenance or lost."""
+    host = _host(host, expected=(Host.State.DRAINING, Host.State.MAINTENANCE, Host.State.LOST))
+    _undrain([host], actor=actor, now=now)
+    return host
+
+
+@transaction.atomic
+def undrain_site(site: Site, *, actor: Actor, now: datetime) -> list[Host]:
+    """Back to work: every host of the site that drains or is in maintenance; returns them."""
+    acquire((Lock.SITE, site.pk))
+    rows = Host.objects.filter(site=site, state__in=(Host.State.DRAINING, Host.State.MAINTENANCE)).order_by("pk")
+    hosts = list(rows.select_for_update(no_key=True, of=("self",)).select_related("site"))
+    if not hosts:
+        raise MarketError("illegal_transition", f"{site.name} has no host that drains or is in maintenance.")
+    _undrain(hosts, actor=actor, now=now)
+    return hosts
+
+
+def _undrain(hosts: Collection[Host], *, actor: Actor, now: datetime) -> None:
+    for host in hosts:
+        before, host.state, host.state_reason, host.leaves_at = host.state, Host.State.ACTIVE, "", None
+        _audit(host, actor, "host.undrained", now, before={"state": before}, after={"state": "active"})
+    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
+    _changed(hosts)
+
+
+@transaction.atomic
+def set_taints(host: Host, taints: Collection[str], *, actor: Actor, now: datetime) -> Host:
+    """From now on only jobs that tolerate all of `taints` come here; those that run stay."""
+    host = _host(host, expected=[s for s in Host.State.values if s != Host.State.RETIRED])
+    before, host.taints = host.taints, sorted(set(taints))
+    if before != host.taints:
+        host.save(update_fields=["taints"])
+        _audit(host, actor, "host.tainted", now, before={"taints": before}, after={"taints": host.taints})
+        _changed([host])
+    return host
+
+
+def due(site: Site, *, now: datetime) -> int:
+    """Whose hour has come: what still runs there is asked to leave, and empty hosts are in maintenance. Returns how many hosts
+    are. The caller (scheduler.site_loop) holds the site's lock.
+    """
+    ids = set(
+        Host.objects.filter(site=site, state=Host.State.DRAINING, leaves_at__lte=now).values_list("pk", flat=True)
+    )
+    if not ids:
+        return 0
+    leave(ids, now=now, actor="maintenance", reason="drained: the host leaves for maintenance")
+    full = set(_live(ids).values_list("host_id", flat=True))
+    return Host.objects.filter(pk__in=ids - full, state=Host.State.DRAINING).update(state=Host.State.MAINTENANCE)
+
+
+def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) -> None:
+    """Ask what stands on these hosts to go: as few replicas as a gang's policy allows, else the whole job, which queues again.
+    The caller holds the sites' locks.
+    """
+    here: dict[int, list[Placement]] = defaultdict(list)
+    for placement in _live(host_ids).filter(release_requested_at=None).order_by("pk"):
+        here[placement.job_id].append(placement)
+    rows = {job.pk: job for job in Job.objects.filter(pk__in=here).order_by("pk").select_for_update(no_key=True)}
+    gangs: dict[int, list[Placement]] = defaultdict(list)
+    for placement in Placement.objects.filter(job_id__in=here):
+        gangs[placement.job_id].append(placement)
+    single: list[int] = []
+    whole: list[int] = []
+    for pk, going in here.items():
+        gang = replicas.newest(gangs[pk], rows[pk].attempt)
+        if replicas.may_lose(rows[pk], gang, {p.rank for p in going}):
+            single += [p.pk for p in going]
+        else:
+            whole.append(pk)
+    jobs.preempt(whole, now=now, actor=actor, reason=reason)
+    placements.request_release(single, now=now, actor=actor, reason=reason)
+
+
+def _live(host_ids: Iterable[int]) -> Any:
+    return Placement.objects.filter(host_id__in=list(host_ids)).exclude(state__in=Placement.FINAL)
+
+
+def _host(host: Host, *, expected: Collection[str]) -> Host:
+    """The row locked, where it stands in an expected state."""
+    acquire((Lock.SITE, host.site_id))
+    found: Host = Host.objects.select_for_update(no_key=True, of=("self",)).select_related("site").get(pk=host.pk)
+    if found.state not in expected:
+        raise MarketError(
+            "illegal_transition", f"Host {found.name} is {found.state}; this needs {', '.join(expected)}."
+        )
+    return found
+
+
+def _changed(hosts: Collection[Host]) -> None:
+    """The agents are told, the power loops and the cycles run."""
+    placements.touch_sites({host.site_id for host in hosts})
+    for site_id in sorted({host.site_id for host in hosts}):
+        emit("scheduler.site_loop", key=str(site_id), payload={"site": site_id})
+    for cell_id in sorted({host.cell_id for host in hosts}):
+        jobs.nudge_cell(cell_id)
+
+
+def _audit(host: Host, actor: Actor, verb: str, now: datetime, *, before: Any, after: Any) -> None:
+    audit.record(
+        actor, verb, host.public_id, now=now, organization_id=host.site.organization_id, before=before, after=after
+    )
+
+
+def _text(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None

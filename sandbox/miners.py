@@ -39,6 +39,8 @@ FAULTS = (
     "reboot_running",
     "asleep_after_reboot",
 )
+# Not the firmware's fault but its lie: it obeys and reads as asleep, and the boards go on drawing. Only a meter sees it.
+LIES = ("phantom",)
 SESSION_S = 60.0
 DOWN_S, UP_S, BOOT_S = 4.0, 40.0, 30.0
 SLOW = 15.0
@@ -80,7 +82,7 @@ class Fleet:
 
     def _retarget(self, i: int) -> None:
         ladder = self.ladders[i]
-        _, watts, hashes = ladder[0] if self.asleep[i] else ladder[self.profile[i]]
+        _, watts, hashes = ladder[0] if self.asleep[i] and self.fault[i] not in LIES else ladder[self.profile[i]]
         self.target_w[i] = watts * self.bias[i]
         self.target_gh[i] = hashes * self.bias[i]
 
@@ -112,14 +114,15 @@ class Fleet:
     # --- faults
 
     def set_fault(self, name: str, fault: str, *, factor: float = 1.2) -> None:
-        """Sets one of FAULTS on a miner, or clears it with "". Raises KeyError for an unknown miner, ValueError for a fault."""
+        """Sets one of FAULTS or LIES on a miner, or clears it with "". Raises KeyError for an unknown miner, ValueError for a fault."""
         i = self.index[name]
-        if fault not in ("", *FAULTS):
-            raise ValueError(f"unknown miner fault {fault!r}; known: {', '.join(FAULTS)}")
+        if fault not in ("", *FAULTS, *LIES):
+            raise ValueError(f"unknown miner fault {fault!r}; known: {', '.join((*FAULTS, *LIES))}")
         self.fault[i] = fault
         self.off_factor[i] = factor if fault == "wattage_off" else 1.0
         self.rate_scale[i] = 1 / SLOW if fault == "slow_ramp" else 1.0
         self.frozen.pop(i, None)
+        self._retarget(i)
         if fault == "frozen_reading":
             self.frozen[i] = (float(self.true_w[i]), float(self.true_gh[i]))
         if fault in ("reboot_running", "asleep_after_reboot"):
@@ -129,6 +132,8 @@ class Fleet:
         """(W, GH/s) as the firmware reports them: 1 % noise, and what the fault does to them."""
         if i in self.frozen:
             return self.frozen[i]
+        if self.fault[i] in LIES and self.asleep[i]:
+            return self.ladders[i][0][1], 0.0
         noise = 1.0 + float(self.rng.normal(0, 0.005))
         return float(self.true_w[i]) * noise * float(self.off_factor[i]), float(self.true_gh[i])
 

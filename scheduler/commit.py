@@ -101,7 +101,7 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
         return
     kept = np.flatnonzero(np.repeat(reasons == 0, np.diff(batch.first)))
     at, mask = batch.host[kept], batch.mask[kept]
-    books = power.books(hosts["host_id"], hosts["site"].astype(np.int64), hosts["reserved_w"], nodes)
+    books = power.books(hosts["host_id"], hosts["site"].astype(np.int64), hosts["reserved_w"], nodes, now=now)
     granted, delta = recheck.book(state, books, at, mask)
     mended = [job for job in outcome.placed if job in snapshot.repairs]
     queued = [job for job in outcome.placed if job not in snapshot.repairs]

@@ -5,7 +5,7 @@ ledger's decision; this loop only asks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -43,7 +43,7 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         changed = curtailments.apply(site, now=now)
         done |= power.settle_miners(site_id, now=now)
         done["lowered_w"] = power.lower_hosts(site_id)
-        granted = power.grant_pending(site_id, now=now) if grants_allowed(site) else []
+        granted = power.grant_pending(site_id, now=now) if power.may_grant(power.Ledger.of(site_id), now=now) else []
         placements.grant(granted, now=now)
         give_up(site, now=now)
         done["granted"] = len(granted)
@@ -70,12 +70,6 @@ def give_up(site: Site, *, now: datetime) -> None:
         jobs.preempt(late_jobs, now=now, actor="power", reason="the watts did not come free")
 
 
-def grants_allowed(site: Site) -> bool:
-    from django.conf import settings
-
-    return site.mode == Site.Mode.AUTO and not settings.POWER_FREEZE
-
-
 def think(site: Site, *, now: datetime) -> Thought:
     """What to command the miners; reads, decides, writes nothing."""
     miners = list(
@@ -89,44 +83,31 @@ def think(site: Site, *, now: datetime) -> Thought:
     need = _shortage(site, ledger, now)
     if need.any():
         return Thought(_shed(site, ledger, miners, need, now), reason="shortage")
-    if not grants_allowed(site) or _frozen(ledger, now):
+    if not power.may_wake(ledger, now=now):
         return Thought([], reason="hold")
-    return _dispatch(site, ledger, miners, now)
+    thought = _dispatch(site, ledger, miners, now)
+    return replace(thought, commands=[*thought.commands, *power.tests_due(site.pk, ledger, now=now)])
 
 
-def _sleep(miner: Miner, *, claim: bool = False) -> power.Command:
-    return power.Command(miner.pk, 0, miner.desired_generation, claim)
+def _sleep(miner: Miner) -> power.Command:
+    return power.Command(miner.pk, 0, miner.desired_generation)
 
 
 def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
     """MW missing at each node: pending grants and meters over their soft cap, less what sleeping machines will soon give."""
     budgets = node_budgets([site.pk])
     need = np.array([max(0, -budgets[k].free_mw) for k in ledger.tree.keys], np.int64)  # type: ignore[index]
-    for reaction in core.over_cap(ledger.tree, _meters(ledger, now), fresh_s=power.FRESH_S):
+    for reaction in ledger.reactions(now):
         if reaction.action != "freeze":
             at = ledger.tree.index[reaction.node]
             need[at] = max(int(need[at]), reaction.shed_mw)
-    in_flight = ShedClaim.objects.filter(site=site, state=ShedClaim.State.COMMANDED).select_related("miner")
+    # What has not obeyed the first time is not counted on: somebody else is asked while it gets its second chance.
+    in_flight = ShedClaim.objects.filter(site=site, state=ShedClaim.State.COMMANDED, attempts=1).select_related("miner")
     for claim in in_flight:
-        freed = max(0, claim.miner.reserved_w - claim.miner.mode_watts[0])
+        freed = max(0, claim.miner.reserved_w - claim.target_w)
         for n in ledger.tree.paths[ledger.tree.index[claim.miner.power_node_id]]:
             need[n] = max(0, int(need[n]) - freed * int(ledger.tree.k[n, core.MINER]))
     return need
-
-
-def _meters(ledger: power.Ledger, now: datetime) -> dict[object, tuple[int, int]]:
-    return {
-        pk: (n.measured_w, int((now - n.measured_at).total_seconds()))
-        for pk, n in ledger.nodes.items()
-        if n.metering == "meter" and n.measured_w is not None and n.measured_at is not None
-    }
-
-
-def _frozen(ledger: power.Ledger, now: datetime) -> bool:
-    """A metered node whose meter is silent: nothing rises at the site. A node that never reported is not metered yet: silent too."""
-    metered = [n for n in ledger.nodes.values() if n.metering == "meter"]
-    fresh = timedelta(seconds=power.FRESH_S)
-    return any(n.measured_at is None or now - n.measured_at > fresh for n in metered)
 
 
 def _shed(
@@ -144,7 +125,7 @@ def _shed(
         for m in awake
     )
     shed = core.choose_shed(ledger.tree, table, need)
-    return [_sleep(awake[i], claim=True) for i in shed.picks]
+    return [_sleep(awake[i]) for i in shed.picks]
 
 
 def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: datetime) -> Thought:
@@ -161,7 +142,10 @@ def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: da
     )
     current = np.array([m.desired_mode for m in miners], np.int16)
     load = core.Load.of(ledger.tree, fleet.node, [core.MINER] * len(miners), [m.reserved_w for m in miners])
-    budget = ledger.free + core.reserved_mw(ledger.tree, load)
+    held = core.reserved_mw(ledger.tree, load)
+    budget = ledger.free + held
+    hot = list(ledger.hot(now))
+    budget[hot] = np.minimum(budget[hot], held[hot])  # over 95 % by its meter: nothing rises under it
     dwell = np.array([_dwell_left(m, now) for m in miners], np.int64)
     slow = site.dispatched_at is None or now - site.dispatched_at >= SLOW
     if slow:

@@ -14,7 +14,16 @@ from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.outbox import IdempotencyKey, OutboxMessage
 from marketplace.models.placements import LogChunk, Placement, PlacementEvent
-from marketplace.models.power import Curtailment, FeedValue, MeterReading, PowerGrant, ShedClaim, SiteMinute
+from marketplace.models.power import (
+    Curtailment,
+    FeedValue,
+    MeterReading,
+    NodeResidual,
+    PowerGrant,
+    ShedBatch,
+    ShedClaim,
+    SiteMinute,
+)
 from marketplace.models.sites import (
     Agent,
     AgentEvent,
@@ -55,6 +64,7 @@ __all__ = [
     "Membership",
     "MeterReading",
     "Miner",
+    "NodeResidual",
     "OfferChange",
     "OfferFloor",
     "Organization",
@@ -66,6 +76,7 @@ __all__ = [
     "Quote",
     "Reservation",
     "ReservationBlock",
+    "ShedBatch",
     "ShedClaim",
     "Site",
     "SiteMinute",

@@ -3,6 +3,7 @@
 Written by services.power (grants, reservations), services.agents (raw readings) and services.feeds alone.
 """
 
+from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models import F, Q
 
@@ -60,8 +61,35 @@ class PowerGrant(TenantModel):
         return f"{self.delta_w} W on {self.host}"
 
 
+class NodeResidual(models.Model):
+    """What a node's meter sees and no device below admits to (scheduler.core.power_proof): the last looks, newest last."""
+
+    node = models.OneToOneField(PowerNode, on_delete=models.CASCADE, related_name="residual", primary_key=True)
+    at = models.DateTimeField(help_text="Of the newest look's meter reading")
+    watts = ArrayField(models.BigIntegerField())
+
+    def __str__(self) -> str:
+        return f"{self.node} {self.watts[-1]} W"
+
+
+class ShedBatch(models.Model):
+    """Machines lowered by one command, and what the meters above them saw just before. Open while any of them sleeps on it."""
+
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="shed_batches")
+    commanded_at = models.DateTimeField()
+    before = models.JSONField(default=dict, help_text="Residual by node id, W")
+    silent = ArrayField(models.CharField(max_length=24), default=list, help_text="Devices that gave no reading then")
+    closed_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        indexes = [models.Index(fields=["site"], condition=Q(closed_at=None), name="shed_batch_open")]
+
+    def __str__(self) -> str:
+        return f"{self.site} {self.commanded_at:%F %T}"
+
+
 class ShedClaim(models.Model):
-    """A miner put to sleep so that a site's pending grants can be given; freed only when its drop is confirmed."""
+    """A miner told to draw less; the difference is freed only when its readings and the meters above it confirm the drop."""
 
     class State(models.TextChoices):
         COMMANDED = "commanded"
@@ -70,14 +98,16 @@ class ShedClaim(models.Model):
 
     site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="shed_claims")
     miner = models.ForeignKey(Miner, on_delete=models.CASCADE, related_name="shed_claims")
-    grant = models.ForeignKey(PowerGrant, null=True, on_delete=models.SET_NULL, related_name="claims")
+    batch = models.ForeignKey(ShedBatch, null=True, on_delete=models.CASCADE, related_name="claims")
     generation = models.BigIntegerField()
     baseline_w = models.PositiveIntegerField()
-    node_baseline_w = models.BigIntegerField(null=True, help_text="The nearest metered node's reading when commanded")
+    target_w = models.PositiveIntegerField(default=0)
     state = models.CharField(max_length=12, choices=State, default=State.COMMANDED)
     reason = models.CharField(max_length=40, blank=True)
     attempts = models.PositiveSmallIntegerField(default=1)
-    commanded_at = models.DateTimeField()
+    commanded_at = models.DateTimeField(help_text="Of the last attempt")
+    votes = models.PositiveSmallIntegerField(default=0, help_text="Looks at the meters that agree with it")
+    voted_at = models.DateTimeField(null=True, blank=True)
     settled_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:

@@ -21,7 +21,7 @@ API::
     shortfall_mw(tree, free, node, delta_w, kind)     -> int64[nodes], what must be freed where before delta_w fits
     choose_shed(tree, miners, need_mw, over_pick_permille=) -> Shed(picks, missing_mw)
     shed_order(miners)                                -> positions, least $/W first: the list the site's own loop gets
-    confirmed_drop(samples, baseline_w, since=, now=, fresh_s=, meter=) -> "" when confirmed, else the reason
+    confirmed_drop(samples, baseline_w, since=, now=, fresh_s=) -> "" when its readings say asleep, else the reason
     staggered_wake_groups(tree, miners, order, step_w=) -> groups of positions, to be woken one after another
     over_cap(tree, load_by_meter, now_age, fresh_s)   -> [Reaction]
 """
@@ -52,16 +52,14 @@ from scheduler.core.power_tree import (
 )
 
 __all__ = [
-    "ASLEEP_PERMILLE", "HOST", "MARGIN_PERMILLE", "METER_SHARE_PERMILLE", "MINER", "OVER_PICK_PERMILLE", "SOFT_PERMILLE",
-    "TARGET_PERMILLE", "Ints", "Load", "MeterDrop", "Miners", "NodeSpec", "PowerError", "PowerTree", "Reaction", "Refusal",
+    "ASLEEP_PERMILLE", "HOST", "MARGIN_PERMILLE", "MINER", "OVER_PICK_PERMILLE", "SOFT_PERMILLE",
+    "TARGET_PERMILLE", "Ints", "Load", "Miners", "NodeSpec", "PowerError", "PowerTree", "Reaction", "Refusal",
     "Sample", "Shed", "admissible", "choose_shed", "confirmed_drop", "free_mw", "host_reserved_w", "margin_w", "margins_w",
     "miner_reserved_w", "over_cap", "reserved_mw", "shed_order", "shortfall_mw", "staggered_wake_groups",
 ]  # fmt: skip
 
 # A reading at or under 15 % of the baseline is a machine asleep: fans and control board draw 1-3 %.
 ASLEEP_PERMILLE = 150
-# The node's meter must see 80 % of the claim; the rest is its own error and neighbours' noise.
-METER_SHARE_PERMILLE = 800
 # Of a few hundred machines some never answer: 3-5 % more are asked than needed.
 OVER_PICK_PERMILLE = 40
 # Over 95 % of the cap a node sheds down to 93 %, so that the reaction does not flutter.
@@ -144,18 +142,6 @@ class Sample:
     watts: int
 
 
-@dataclass(frozen=True)
-class MeterDrop:
-    """The node's own meter before the command and now, and the watts (at that meter) that were claimed from everything
-    slept below it.
-    """
-
-    before_w: int
-    after_w: int
-    after_at: int
-    claim_w: int
-
-
 def confirmed_drop(
     samples: Sequence[Sample],
     baseline_w: int,
@@ -163,16 +149,12 @@ def confirmed_drop(
     since: int,
     now: int,
     fresh_s: int = 60,
-    meter: MeterDrop | None = None,
 ) -> str:
-    """Empty when a sleep is confirmed, else the reason in the words of the curtailment report. An acknowledgement is
-    not a
-    watt.
+    """Empty when the device's own readings say that it sleeps, else the reason in the words of the curtailment report.
 
-    Confirmed: the two newest readings, both taken after the command (`since`) and not older than `fresh_s`, are at most
-    15 % of the baseline, and, where the node is metered, its fresh meter fell by at least 80 % of the claim. Reasons:
-    unreachable (no reading since the command), awaiting_sample (only one), stale_telemetry, acknowledged_no_drop,
-    phantom_load (the device says asleep, the meter does not).
+    The two newest readings, both taken after the command (`since`) and not older than `fresh_s`, are at most 15 % of the
+    baseline. Reasons: unreachable (no reading since the command), awaiting_sample (only one), stale_telemetry,
+    acknowledged_no_drop. Whether the meters agree: `power_proof`.
     """
     after = sorted({sample.at: sample for sample in samples if since < sample.at <= now}.values(), key=lambda s: s.at)
     if not after:
@@ -184,11 +166,6 @@ def confirmed_drop(
         return "acknowledged_no_drop"
     if len(newest) < 2:
         return "awaiting_sample"
-    if meter is not None:
-        if meter.after_at <= since or now - meter.after_at > fresh_s:
-            return "stale_telemetry"
-        if 1000 * (meter.before_w - meter.after_w) < METER_SHARE_PERMILLE * meter.claim_w:
-            return "phantom_load"
     return ""
 
 

@@ -430,7 +430,8 @@ def test_a_job_submitted_while_its_contract_ends_is_refused_or_ended(monkeypatch
 def shed_market():
     """A site where a host's 8 GPUs start only when miners sleep."""
     market = Market(hosts=2, miners=14, power_w=62_000)
-    PowerNode.objects.update(measured_w=50_000, measured_at=NOW)
+    Host.objects.update(measured_w=1100, beat_at=NOW)
+    PowerNode.objects.update(measured_w=51_200, measured_at=NOW)
     return market
 
 

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 from django.db import transaction
+from django.db.models import F
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Host, Job, Miner, Placement, PowerNode, Site
@@ -43,6 +44,7 @@ def read_all(site, now, *, asleep: bool):
             measured_w=watts, measured_at=now, applied_generation=miner.desired_generation,
             low_samples=2 if miner.desired_mode == 0 and asleep else 0,
         )  # fmt: skip
+    Host.objects.filter(site=site).update(measured_w=F("parked_w"), beat_at=now)
     miner_w = sum(Miner.objects.filter(site=site).values_list("measured_w", flat=True))
     PowerNode.objects.filter(site=site).update(measured_w=miner_w + 1100, measured_at=now)
 

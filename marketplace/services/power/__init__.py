@@ -6,8 +6,9 @@ grant_pending (host's watts booked, its limits raised) -> start; and back: relea
 """
 
 from marketplace.services.power.grants import book_nodes, books, grant_pending, limits, lower_hosts, release
-from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
+from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts, may_grant, may_wake
 from marketplace.services.power.miners import Command, command_miners, settle_miners
+from marketplace.services.power.recovery import tests_due
 
 __all__ = [
     "FRESH_S",
@@ -20,6 +21,9 @@ __all__ = [
     "grant_pending",
     "limits",
     "lower_hosts",
+    "may_grant",
+    "may_wake",
     "release",
     "settle_miners",
+    "tests_due",
 ]

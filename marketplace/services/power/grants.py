@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import numpy as np
 from django.conf import settings
@@ -11,9 +11,9 @@ from django.db.models import Exists, F, OuterRef
 
 from marketplace import arrays
 from marketplace.arrays import Ints
-from marketplace.models import Host, Placement, PowerGrant, Site
+from marketplace.models import Host, Placement, PowerGrant, PowerNode, Site
 from marketplace.services.budgets import NodeTable
-from marketplace.services.power.ledger import Ledger, active_watts
+from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
 from scheduler.core import power as core
 from scheduler.core.recheck import Power
 
@@ -42,16 +42,22 @@ SELECT array_agg(host), array_agg(bits), array_agg(alone) FROM (
 """
 
 
-def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable) -> Power:
+def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable, *, now: datetime) -> Power:
     """The books of locked hosts (ids ascending) and of their sites' nodes, for `recheck.book`.
 
-    A site with older pending grants gives nothing past them: first come, first served.
+    A site with older pending grants gives nothing past them: first come, first served. One with a meter fallen silent gives
+    nothing at all (`may_grant`, for many sites).
     """
     gives = {}
     pending = PowerGrant.objects.filter(site=OuterRef("pk"), state=PowerGrant.State.SHEDDING)
-    sites = Site.objects.filter(pk__in=np.unique(host_sites).tolist()).annotate(waits=Exists(pending))
-    for pk, mode, waits in sites.values_list("pk", "mode", "waits"):
-        gives[pk] = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not waits
+    silent = PowerNode.objects.filter(
+        site=OuterRef("pk"), metering=PowerNode.Metering.METER, measured_at__lt=now - timedelta(seconds=FRESH_S)
+    )
+    sites = Site.objects.filter(pk__in=np.unique(host_sites).tolist()).annotate(
+        waits=Exists(pending), silent=Exists(silent)
+    )
+    for pk, mode, waits, dark in sites.values_list("pk", "mode", "waits", "silent"):
+        gives[pk] = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not waits and not dark
     use, alone = np.zeros(len(host_ids), np.int64), np.zeros(len(host_ids), np.int64)
     with_use, bits, lone = arrays.columns(_USE, {"hosts": host_ids})
     if with_use is not None:

@@ -1,13 +1,15 @@
 """A site's nodes with what is booked at each, read and written as one."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 import numpy as np
+from django.conf import settings
 from django.db import connection
 
-from marketplace.models import Host, PowerNode
+from marketplace.models import Host, PowerNode, Site
 from scheduler.core import power as core
 
 FRESH_S = 150  # a full report comes each minute; two missed ones are silence
@@ -52,6 +54,24 @@ class Ledger:
             self.free[n] -= mw
             self.changes[self.tree.keys[n]] += mw  # type: ignore[index]
 
+    def stale(self, now: datetime, *, unread: bool) -> bool:
+        """Whether a metered node's meter is silent. `unread`: one that has never reported counts, too."""
+        fresh = timedelta(seconds=FRESH_S)
+        read = [n.measured_at for n in self.nodes.values() if n.metering == PowerNode.Metering.METER]
+        return any(unread if at is None else now - at > fresh for at in read)
+
+    def reactions(self, now: datetime) -> tuple[core.Reaction, ...]:
+        meters: dict[Hashable, tuple[int, int]] = {
+            pk: (n.measured_w, int((now - n.measured_at).total_seconds()))
+            for pk, n in self.nodes.items()
+            if n.metering == PowerNode.Metering.METER and n.measured_w is not None and n.measured_at is not None
+        }
+        return core.over_cap(self.tree, meters, fresh_s=FRESH_S)
+
+    def hot(self, now: datetime) -> frozenset[int]:
+        """Positions of the nodes whose meter stands over 95 % of the cap: nothing is woken under them."""
+        return frozenset(self.tree.index[r.node] for r in self.reactions(now) if r.action != "freeze")
+
     def save(self) -> None:
         rows = [(mw, pk) for pk, mw in sorted(self.changes.items()) if mw]
         if rows:
@@ -60,6 +80,19 @@ class Ledger:
                     "UPDATE marketplace_powernode SET reserved_mw = reserved_mw + %s WHERE id = %s", rows
                 )
         self.changes.clear()
+
+
+def may_grant(ledger: Ledger, *, now: datetime) -> bool:
+    """Whether watts may be granted: by the site's mode, the platform's freeze, and no meter fallen silent. True only under
+    the site's lock. Where a meter has never reported, every sleep still counts in full: what fits, fits.
+    """
+    mode = Site.objects.values_list("mode", flat=True).get(pk=ledger.site_id)
+    return mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not ledger.stale(now, unread=False)
+
+
+def may_wake(ledger: Ledger, *, now: datetime) -> bool:
+    """As `may_grant`, and every meter has reported: nothing is woken until it is metered."""
+    return may_grant(ledger, now=now) and not ledger.stale(now, unread=True)
 
 
 def active_watts(host: Host, gpu_indices: Iterable[int], cpu_only: bool) -> int:

@@ -1,0 +1,54 @@
+"""The way back of machines that were not believed: a test of their own under a meter that nothing else confuses."""
+
+from collections import defaultdict
+from datetime import datetime, timedelta
+
+from marketplace.models import Miner, PowerNode, ShedClaim
+from marketplace.services.power.ledger import Ledger
+from marketplace.services.power.meters import FRESH
+from marketplace.services.power.miners import SETTLE_S, Command
+
+FIRST_TEST = timedelta(seconds=60)  # after the first failure; twice as long after each further one
+MOST_WAITS = 64
+RAMP = timedelta(seconds=180)  # a machine that has not woken by then is not being tested
+DAY = timedelta(days=1)
+
+
+def tests_due(site_id: int, ledger: Ledger, *, now: datetime) -> list[Command]:
+    """How an unresponsive machine comes back: by waking within the watts still booked for it, and sleeping before a meter
+    that nothing else confuses. One at a time under each meter; after each failure it waits twice as long.
+    """
+    miners = list(Miner.objects.filter(site_id=site_id, state=Miner.State.UNRESPONSIVE, manual=False).order_by("pk"))
+    if not miners:
+        return []
+    failures: dict[int, list[datetime]] = defaultdict(list)
+    claims = ShedClaim.objects.filter(miner__in=miners, state=ShedClaim.State.FAILED, settled_at__gt=now - DAY)
+    for miner_id, at in claims.values_list("miner_id", "settled_at"):
+        failures[miner_id].append(at)  # type: ignore[arg-type]
+    asleep = ShedClaim.objects.filter(miner__in=miners, state=ShedClaim.State.COMMANDED)
+    judged = set(asleep.values_list("miner_id", flat=True))
+    being_tested = judged | {m.pk for m in miners if m.desired_mode and m.changed_at and now - m.changed_at < RAMP}
+    taken: dict[int, int] = {}  # place -> whose turn it is
+    for miner in sorted(miners, key=lambda m: (m.pk not in being_tested, len(failures[m.pk]), m.pk)):
+        wait = FIRST_TEST * min(MOST_WAITS, 2 ** max(0, len(failures[miner.pk]) - 1))
+        due = now - max(failures[miner.pk], default=now - DAY) >= wait
+        if due or miner.pk in being_tested:
+            taken.setdefault(_place(ledger, miner), miner.pk)
+    chosen = set(taken.values()) - judged
+    return [c for m in miners if m.pk in chosen and (c := _test(m, now)) is not None]
+
+
+def _place(ledger: Ledger, miner: Miner) -> int:
+    path = ledger.tree.paths[ledger.tree.index[miner.power_node_id]]
+    return next((n for n in path if ledger.tree.metering[n] == PowerNode.Metering.METER), path[0])
+
+
+def _test(miner: Miner, now: datetime) -> Command | None:
+    if miner.measured_at is None or miner.measured_w is None or now - miner.measured_at > FRESH:
+        return None
+    if miner.desired_mode == 0 and 100 * miner.measured_w <= 15 * miner.mode_watts[-1]:
+        mode = max(i for i, watts in enumerate(miner.mode_watts) if watts <= miner.reserved_w)
+        return Command(miner.pk, mode, miner.desired_generation) if mode else None
+    settled = miner.changed_at is None or now - miner.changed_at >= timedelta(seconds=SETTLE_S)
+    runs = 100 * miner.measured_w >= 85 * (miner.commanded_w if miner.desired_mode else miner.mode_watts[1])
+    return Command(miner.pk, 0, miner.desired_generation) if runs and settled else None

@@ -1,29 +1,28 @@
 """One plan of one cell: order the jobs, place them, preempt for those that may, and say why the others wait.
 
-Order: contract kind (firm, flexible, on-demand, spot), priority, then weighted dominant-resource fairness between
-organizations (decayed usage so far plus what this plan gives them, per weight: progressive filling), then age, then
-job id.
-Quotas and price limits are feasibility, not order. The fair order is computed as if every job were placed: a job that
-then
-waits has cost its organization one turn, not capacity.
+Start times promised by earlier plans come first: they are booked again, and whoever's time has come, or fits sooner, starts
+(`core.backfill`). Then all others in the order of `core.order`: a job that fits is placed; one that does not may preempt
+(`core.preempt`); else, while fewer than `Policy.backfill_depth` promises stand, it is promised a start.
+Quotas and price limits are feasibility, not order.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Hashable, Sequence
-from itertools import groupby
 
 import numpy as np
 
 from scheduler.core import backfill, explain, gang, kernels
 from scheduler.core import fit_kernels as fit
 from scheduler.core.fit import request_error
+from scheduler.core.order import fair_order
 from scheduler.core.pack import Packer, Run, bits, classes_of
-from scheduler.core.preempt import Preemptor
+from scheduler.core.preempt import Preemptor, held
+from scheduler.core.quotas import Quotas
 from scheduler.core.score import Shape, shapes_of, tables_for
 from scheduler.core.ties import Ties
 from scheduler.core.types import (
+    I64,
     Decision,
     Fleet,
     Kind,
@@ -78,20 +77,30 @@ class _Planner:
         classes = np.concatenate([vectors, free])
         self.packer = Packer(fleet, classes, tables, order=order, steps=min(steps, 1 << 20))
         self.ties = Ties(fleet, self.packer.state, order)
-        rank = np.argsort(order) if order is not None else None
-        self.preemptor = Preemptor(self.packer.state, running, lambda h: int(rank[h]) if rank is not None else h)
-        self.holds: list[backfill.Hold] = []
-        self.holds_left = policy.backfill_depth if any(r.ends_at > now_s for r in running) else 0
-        self.quota: dict[int, int] = {}
-        for r in requests:
-            if r.quota_id and r.quota_milli >= 0:
-                self.quota[r.quota_id] = min(r.quota_milli, self.quota.get(r.quota_id, r.quota_milli))
+        self.rank = np.argsort(order) if order is not None else np.arange(len(fleet))
+        self.held = held(running, self.rank.tolist().__getitem__)
+        self._preemptor: Preemptor | None = None
+        self.horizon = backfill.Horizon(self.packer.state, running, self.held, now_s, policy.lag_s)
+        self.promised: dict[int, backfill.Hold] = {}  # request -> its hold, given earlier or by this plan
+        self.done: set[int] = set()  # requests that were decided before the order began
+        self.broken = 0
+        self.depth = policy.backfill_depth if any(r.ends_at > now_s for r in running) else 0
+        self.quotas = Quotas(requests)
         self.out = Plan()
         self.hopeless: set[Hashable] = set()  # what did not fit, and no victims would help: true until somebody leaves
         self.explained: dict[Hashable, Decision] = {}
 
+    @property
+    def preemptor(self) -> Preemptor:
+        """Made when somebody first needs it: most plans evict nobody."""
+        if self._preemptor is None:
+            self._preemptor = Preemptor(self.packer.state, self.running, self.held)
+        return self._preemptor
+
     def run(self) -> Plan:
-        late = self._pass(fair_order(self.fleet, self.requests, self.policy.usage_scale))
+        self._keep_promises()
+        order = fair_order(self.fleet, self.requests, self.policy, self.now)
+        late = self._pass([i for i in order if i not in self.done])
         # A job refused for its quota gets a second look: one that was charged before it may not have been placed.
         if late:
             late = self._pass(late)
@@ -104,23 +113,98 @@ class _Planner:
             "placed_jobs": sum(d.placed for d in self.out.decisions),
             "placements": len(self.out.placements),
             "preemptions": len(self.out.preemptions),
-            "holds": len(self.holds),
+            "holds": len(self.promised),
+            "promises_broken": self.broken,
             "classes": self.class_count,
             "rescored": int(meta[kernels.META_RESCORED]),
             "filled": int(meta[kernels.META_FILLED]),
         }
         return self.out
 
+    # --- promises of earlier plans
+    def _keep_promises(self) -> None:
+        """Books again what was promised, the earliest first; then starts each that fits already."""
+        mine = [i for i, r in enumerate(self.requests) if r.promised_start > 0]
+        mine.sort(key=lambda i: (self.requests[i].promised_start, self.requests[i].job))
+        lost = []
+        for i in mine:
+            r = self.requests[i]
+            refusal = self._refusal(r)
+            if refusal is not None:
+                self._decided(i, refusal)
+            elif self.quotas.charge(r):
+                rows = [int(self.rank[h]) if 0 <= h < len(self.rank) else -1 for h in r.promised_hosts]
+                whole = len(rows) == r.replicas
+                where = self.ties.where(r)
+                hold = self.horizon.again(self._free(i), rows, r.promised_start, r.duration_s, where) if whole else None
+                if hold is None:
+                    lost.append(i)
+                else:
+                    self._hold(i, hold)
+        for i in lost:
+            hold = self._promise(i)
+            self.broken += hold is None or hold.start > self.requests[i].promised_start
+        for i in mine:
+            if i in self.promised and self._start_promised(i):
+                self.done.add(i)
+            elif i in lost and i not in self.promised:
+                self.quotas.refund(self.requests[i])
+
+    def _promise(self, i: int) -> backfill.Hold | None:
+        """A start time for the job and a hold from then on, if known ends make room for it."""
+        r = self.requests[i]
+        hold = self.horizon.earliest(
+            *(self._free(i), r.replicas, self.ties.topology(r), r.duration_s, self.ties.where(r)),
+        )
+        if hold is not None:
+            self._hold(i, hold)
+        return hold
+
+    def _decided(self, i: int, decision: Decision) -> None:
+        self.out.decisions.append(decision)
+        self.done.add(i)
+
+    def _hold(self, i: int, hold: backfill.Hold) -> None:
+        self.horizon.book(hold)
+        self.promised[i] = hold
+        self._holds_changed(hold)
+
+    def _unhold(self, i: int) -> backfill.Hold:
+        hold = self.promised.pop(i)
+        self.horizon.drop(hold)
+        self._holds_changed(hold)
+        return hold
+
+    def _holds_changed(self, hold: backfill.Hold) -> None:
+        for row in dict.fromkeys(hold.rows):
+            self.packer.touched(row)
+        self.packer.watts_returned()
+        self.hopeless.clear()
+
+    def _start_promised(self, i: int) -> bool:
+        """Starts the job now if it fits beside all other holds; else its hold stands as it was."""
+        hold = self._unhold(i)
+        if self._beside(i) or (self._preempts(self.requests[i]) and self._preempt(i)):
+            return True
+        self._hold(i, hold)
+        return False
+
+    # --- the pass
     def _pass(self, order: list[int]) -> list[int]:
         """Considers jobs in order; returns those over their quota."""
         late: list[int] = []
         singles: list[int] = []
         for i in order:
             r = self.requests[i]
+            if i in self.promised:  # charged when its promise was booked
+                self._singles(singles)
+                singles = []
+                self._wait(i)
+                continue
             refusal = self._refusal(r)
             if refusal is not None:
                 self.out.decisions.append(refusal)
-            elif not self._charge(r):
+            elif not self.quotas.charge(r):
                 late.append(i)
             elif r.replicas > 1 or r.tied:
                 self._singles(singles)
@@ -141,48 +225,50 @@ class _Planner:
             return _refused(r, Reason.EMPTY_CELL, "no host in this cell")
         return None
 
-    def _charge(self, r: Request) -> bool:
-        need = r.replicas * r.gpus * r.gpu_milli
-        if r.quota_id in self.quota:
-            if need > self.quota[r.quota_id]:
-                return False
-            self.quota[r.quota_id] -= need
-        elif 0 <= r.quota_milli < need:
-            return False
-        return True
+    def _free(self, i: int) -> I64:
+        """The request's vector without holds: for looks at states in which they are booked."""
+        vector: I64 = self.packer.classes[int(self.of[i]) + self.class_count]
+        return vector
+
+    def _outlasts(self, r: Request) -> bool:
+        """Whether it may still run when the first held start comes."""
+        return self.horizon.overlapped(r.duration_s) > 0
 
     def _class(self, i: int) -> int:
         """The class of a request, in its form without holds when it ends before the first held start."""
-        r = self.requests[i]
-        if self.holds and r.duration_s and self.now + r.duration_s <= min(h.start for h in self.holds):
-            return int(self.of[i]) + self.class_count
-        return int(self.of[i])
+        k = int(self.of[i])
+        return k + self.class_count if self.horizon.holds and not self._outlasts(self.requests[i]) else k
 
     def _singles(self, jobs: list[int]) -> None:
-        """Places jobs of one replica, in order; stops at each that did not fit and may preempt or get a hold."""
+        """Places jobs of one replica, in order; stops at each that did not fit and may have another way."""
         start = 0
         while start < len(jobs):
             rest = jobs[start:]
-            more = [self.holds_left > 0 or self._preempts(self.requests[i]) for i in rest]
+            ways = bool(self.promised) or len(self.promised) < self.depth
+            more = [ways or self._preempts(self.requests[i]) for i in rest]
             run = Run(np.array([self._class(i) for i in rest], np.int32), np.array(more, np.uint8))
-            at, held = 0, False
-            while at < len(rest) and not held:
+            at, holds, changed = 0, len(self.promised), False
+            while at < len(rest) and not changed:
                 end = self.packer.resume(run, at)
                 rows = zip(
                     run.host[at:end].tolist(), run.mask[at:end].tolist(), run.delta[at:end].tolist(), strict=True
                 )
                 for i, (row, mask, delta) in zip(rest[at:end], rows, strict=True):
                     if row >= 0:
-                        self._place(self.requests[i], 0, row, mask, delta)
+                        self._place(i, 0, row, mask, delta)
                         self.out.decisions.append(Decision(self.requests[i].job, True, Reason.OK))
                     else:
-                        held = self._other_ways(i)
+                        self._other_ways(i)
+                        changed = len(self.promised) != holds
                 at = end
             start += at  # a new hold changes the classes of those that follow
 
-    def _place(self, r: Request, replica: int, row: int, mask: int, delta: int) -> None:
+    def _place(self, i: int, replica: int, row: int, mask: int, delta: int) -> None:
+        r = self.requests[i]
         place = Placement(r.job, replica, self.packer.host_of(row), bits(mask), r.gpu_milli, delta)
         self.out.placements.append(place)
+        if r.duration_s and (self.depth or self.promised):
+            self.horizon.add(row, self._free(i), mask, r.duration_s)
 
     def _gang(self, i: int) -> None:
         r, q = self.requests[i], self.packer.classes[self._class(i)]
@@ -202,41 +288,41 @@ class _Planner:
             self.ties.placed(r, where.host.tolist())
             self.hopeless.clear()  # whoever must stand near it may now have a place
         for replica, (row, mask, delta) in enumerate(zip(*(column.tolist() for column in where), strict=True)):
-            self._place(r, replica, row, mask, delta)
+            self._place(i, replica, row, mask, delta)
         self.out.decisions.append(Decision(r.job, True, Reason.OK))
+
+    def _beside(self, i: int) -> bool:
+        """Places a job now into what the holds leave it."""
+        r = self.requests[i]
+        topology, where = self.ties.topology(r), self.ties.where(r)
+        found = self.horizon.beside(self._free(i), r.replicas, topology, r.duration_s, where)
+        if found is None:
+            return False
+        self._placed(i, found)
+        return True
 
     def _preempts(self, r: Request) -> bool:
         return self.policy.preemption and r.may_preempt and bool(self.running)
 
     def _key(self, i: int) -> Hashable:
+        """What a failure of this job says of others: same class, same gang, same victims, same holds in the way."""
         r = self.requests[i]
         who = (r.kind == Kind.SPOT, r.org, r.priority) if self._preempts(r) else None
-        return self._class(i), r.replicas, r.topology, who, r.near, r.apart, r.members
+        holds = self.horizon.overlapped(r.duration_s)
+        return self._class(i), r.replicas, r.topology, who, r.near, r.apart, r.members, holds
 
-    def _other_ways(self, i: int) -> bool:
-        """For a job that fits nowhere: preempt, else get a start time, else wait. True when a hold was made."""
-        r = self.requests[i]
-        if self._key(i) not in self.hopeless:
+    def _other_ways(self, i: int) -> None:
+        """For a job that fits nowhere free of holds: beside them, or preempt, else get a start time, else wait."""
+        r, key = self.requests[i], self._key(i)
+        if key not in self.hopeless:
+            if self._outlasts(r) and self._beside(i):
+                return
             if self._preempts(r) and self._preempt(i):
-                return False
-            self.hopeless.add(self._key(i))
-            if self.holds_left > 0:
-                state, gone = self.packer.state, self.preemptor.gone
-                hold = backfill.earliest(
-                    *(state, self.running, self.preemptor.held, gone, self.packer.classes[self._class(i)]),
-                    *(r.replicas, self.ties.topology(r), self.now, self.ties.where(r)),
-                )
-                if hold is not None:
-                    self._wait(i, hold.start)
-                    backfill.apply(state, hold)
-                    for row in hold.rows.tolist():
-                        self.packer.touched(row)
-                    self.holds.append(hold)
-                    self.holds_left -= 1
-                    self.packer.watts_returned()
-                    return True
+                return
+            self.hopeless.add(key)
+            if len(self.promised) < self.depth:
+                self._promise(i)
         self._wait(i)
-        return False
 
     def _preempt(self, i: int) -> bool:
         r, state = self.requests[i], self.packer.state
@@ -258,6 +344,7 @@ class _Planner:
             return False
         for row in self.preemptor.evict(victims):
             self.packer.touched(row)
+        self.horizon.left(victims)
         self.packer.watts_returned()
         placed = gang.place_gang(state, q, r.replicas, topology, where)
         assert placed is not None, f"job {r.job}: victims were found, but it does not fit without them"
@@ -269,68 +356,25 @@ class _Planner:
         self.explained.clear()
         return True
 
-    def _wait(self, i: int, start: int = 0) -> None:
-        r, k = self.requests[i], self._class(i)
-        if r.quota_id in self.quota:
-            self.quota[r.quota_id] += r.replicas * r.gpus * r.gpu_milli
-        key = (k, r.replicas, r.topology, r.near, r.apart, r.members)
+    def _wait(self, i: int) -> None:
+        r, k, hold = self.requests[i], self._class(i), self.promised.get(i)
+        start = hold.start if hold else 0
+        where = tuple(self.packer.host_of(row) for row in hold.rows) if hold else ()
+        if hold is None:  # who has a promise keeps its part of the quota, too
+            self.quotas.refund(r)
+        key = (k, r.replicas, r.topology, r.near, r.apart, r.members, r.job if hold else 0)
         known = self.explained.get(key)
         if known is None:
             if not self.policy.explain or len(self.explained) >= self.policy.explain_limit:
                 reason = Reason.GANG_INCOMPLETE if r.replicas > 1 else Reason.NO_GPU if r.gpus else Reason.NO_CPU
-                self.out.decisions.append(Decision(r.job, False, reason, earliest_start=start))
+                self.out.decisions.append(Decision(r.job, False, reason, earliest_start=start, held=where))
                 return
-            known = self.explained[key] = explain.explain(
-                self.packer.state, self.packer.classes[k], r, where=self.ties.where(r)
-            )
-        self.out.decisions.append(Decision(r.job, *known[1:-1], start))
+            with self.horizon.hidden(hold):  # its own hold is not what it waits for
+                known = self.explained[key] = explain.explain(
+                    self.packer.state, self.packer.classes[k], r, where=self.ties.where(r)
+                )
+        self.out.decisions.append(known._replace(job=r.job, placed=False, earliest_start=start, held=where))
 
 
 def _refused(r: Request, reason: Reason, change: str) -> Decision:
     return Decision(r.job, False, reason, binding=reason, change=change)
-
-
-def fair_order(fleet: Fleet, requests: Sequence[Request], usage_scale: float = 1.0) -> list[int]:
-    """Indices of the requests in the order of the module's docstring."""
-    total = (
-        max(1.0, float(fleet.gpu_count.sum()) * 1000),
-        max(1.0, float(fleet.cpu_free.sum())),
-        max(1.0, float(fleet.ram_free.sum())),
-    )
-    indices = sorted(
-        range(len(requests)),
-        key=lambda i: (requests[i].kind, -requests[i].priority, requests[i].queued_at, requests[i].job),
-    )
-    share: dict[int, float] = {}
-    weight: dict[int, int] = {}
-    for r in requests:
-        share[r.org] = max(share.get(r.org, 0.0), r.usage / usage_scale)
-        weight[r.org] = max(1, r.weight)
-    out: list[int] = []
-    for _, tier in groupby(indices, key=lambda i: (requests[i].kind, requests[i].priority)):
-        queues: dict[int, list[int]] = {}
-        for i in tier:
-            queues.setdefault(requests[i].org, []).append(i)
-        if len(queues) == 1:
-            queue = next(iter(queues.values()))
-            out += queue
-            r = requests[queue[0]]
-            share[r.org] += sum(_dominant(requests[i], total) for i in queue)
-            continue
-        heap = [(share[org] / weight[org], requests[queue[0]].queued_at, org, 0) for org, queue in queues.items()]
-        heapq.heapify(heap)
-        while heap:
-            _, _, org, at = heap[0]
-            queue = queues[org]
-            out.append(queue[at])
-            share[org] += _dominant(requests[queue[at]], total)
-            if at + 1 < len(queue):
-                following = requests[queue[at + 1]]
-                heapq.heapreplace(heap, (share[org] / weight[org], following.queued_at, org, at + 1))
-            else:
-                heapq.heappop(heap)
-    return out
-
-
-def _dominant(r: Request, total: tuple[float, float, float]) -> float:
-    return r.replicas * max(r.gpus * r.gpu_milli / total[0], r.cpu / total[1], r.ram / total[2])

@@ -194,6 +194,9 @@ class Request:
     price_ok: bool = True
     may_preempt: bool = True
     duration_s: int = 0  # upper bound on the run time, 0 = unknown
+    limit_milli: int = -1  # milli-GPU that its organization may still take over all its contracts, -1 = no limit
+    promised_start: int = 0  # seconds; a start time given earlier and to be kept, 0 = none
+    promised_hosts: tuple[int, ...] = ()  # the host held for each replica, as indices of the fleet
     tolerates: int = 0  # bit i = taint i of the cell
     until: int = 0  # seconds by which it has left its hosts, rounded up; 0 = no host of the cell leaves
     near: tuple[Tie, ...] = ()
@@ -226,6 +229,7 @@ class Running:
     priority: int = 0
     work_lost_s: int = 0  # since the last checkpoint
     gang_size: int = 1
+    gang_min: int = 0  # replicas that its gang may shrink to (0 = it goes whole)
     ends_at: int = 0  # seconds, 0 = unknown
     preemptible: bool = True
 
@@ -260,8 +264,8 @@ class Decision(NamedTuple):
     stopped most of the hosts that came furthest. `node`: the power node that binds, or -1. `short`: by how much the
     best host
     misses (unit of the binding resource). `change`: the smallest change that would make it fit, in words.
-    `earliest_start`:
-    seconds, 0 = not known.
+    `earliest_start`: seconds, 0 = not known. `held`: the host (index of the fleet) held for each replica from then on; with it
+    the start is a promise, and comes back in the next plan's request as `promised_start` and `promised_hosts`.
     """
 
     job: int
@@ -274,6 +278,7 @@ class Decision(NamedTuple):
     fitting_replicas: int = 0
     change: str = ""
     earliest_start: int = 0
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +290,11 @@ class Policy:
     packer: str = "tailrace"  # or fgd, best_fit
     shapes: tuple[tuple[int, int, int, int, int, int], ...] | None = None
     preemption: bool = True
-    backfill_depth: int = 4  # waiting jobs that get a start time and a hold
+    backfill_depth: int = 4  # start times promised, and hosts held for them, at any one time
+    queue: str = "age"  # order within one organization's queue (or shortest), see core.order
+    patience_s: int = 86_400  # waiting so long halves a job's size in that order
+    unknown_s: int = 86_400  # run time taken for a job without a limit
+    lag_s: int = 0  # most that passes from a placement to its run (miners shed) and from its limit to the GPUs' return
     explain: bool = True
     explain_limit: int = 256  # distinct waiting shapes explained a plan
     usage_scale: float = 1.0

@@ -32,6 +32,8 @@ def warm() -> None:
         choice.choice(case, case.plan(), 1)
     victim = Running(placement=1, job=9, org=1, kind=Kind.SPOT, host=0, gpus=tuple(range(8)), vram=80_000)
     plan(full, [Request(job=6, gpus=8, kind=Kind.FIRM, **shape)], [victim])
+    ends = Running(placement=1, job=9, org=1, kind=Kind.FIRM, host=0, gpus=tuple(range(8)), vram=80_000, ends_at=100)
+    plan(full, [Request(job=7, gpus=8, **shape), Request(job=8, gpus=1, **shape)], [ends], now_s=1)
     one, none = np.zeros(1, np.int64), np.zeros(1, np.int64)
     classes, of = classes_of(wanted[:1])
     state = make_state(fleet)

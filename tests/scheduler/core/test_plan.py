@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.core.fit import budgets_of, fits_one, host_row
-from scheduler.core.plan import fair_order, plan
+from scheduler.core.order import fair_order
+from scheduler.core.plan import plan
 from scheduler.core.types import Fleet, HostFlag, Kind, Level, Policy, Reason, Request, Running, Topology
 from tests.scheduler.core.cells import cell, check, queue, settle
 

@@ -1,0 +1,40 @@
+"""Limits that jobs share: a contract's ceiling and its organization's own. They are feasibility: they refuse, they never order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from scheduler.core.types import Request
+
+Key = tuple[str, int]
+
+
+class Quotas:
+    """What is still free under each limit, milli-GPU. A job that waits gives back what it was charged; one with a promise keeps it."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self.left: dict[Key, int] = {}
+        for r in requests:
+            for key, free in _limits(r):
+                self.left[key] = min(free, self.left.get(key, free))
+
+    def charge(self, r: Request) -> bool:
+        """Takes the job off all its limits; False, and nothing taken, when one of them has not that much left."""
+        need = r.replicas * r.gpus * r.gpu_milli
+        keys = [key for key, _ in _limits(r)]
+        if (not r.quota_id and 0 <= r.quota_milli < need) or any(self.left[key] < need for key in keys):
+            return False
+        for key in keys:
+            self.left[key] -= need
+        return True
+
+    def refund(self, r: Request) -> None:
+        """Undoes `charge`."""
+        for key, _ in _limits(r):
+            self.left[key] += r.replicas * r.gpus * r.gpu_milli
+
+
+def _limits(r: Request) -> list[tuple[Key, int]]:
+    """Limits that the job shares with others, and the milli-GPU free under each."""
+    found = [(("quota", r.quota_id), r.quota_milli)] if r.quota_id and r.quota_milli >= 0 else []
+    return [*found, (("org", r.org), r.limit_milli)] if r.limit_milli >= 0 else found

@@ -6,14 +6,19 @@
 
 A handler is at-least-once: it may run again after a crash, so it is idempotent by guarded updates. A message with a key is
 coalesced with an unclaimed one of the same topic and key: a thousand submissions are one cycle.
+
+Whoever writes a message nudges a worker once; who coalesces with it need not. A handler that finds somebody else at the same
+work raises `Busy`: the message goes back, and the other, who looks for more when it is done, takes it with no delay.
+Claiming and deleting do not wait for the disk: what a crash undoes of them is done again.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
 from marketplace.models import OutboxMessage
@@ -21,27 +26,49 @@ from marketplace.models import OutboxMessage
 log = logging.getLogger(__name__)
 Handler = Callable[[dict[str, Any]], None]
 _handlers: dict[str, Handler] = {}
+_alone: set[str] = set()  # topics of which a worker takes one message at a time: others may take the rest
 
 CLAIM_SECONDS = 150  # longer than a task's hard limit: a live handler is never claimed twice
 MAX_ATTEMPTS = 12
 CAUSE_WAIT_S = 10  # for a transaction that coalesced with a claimed message; then the message waits its turn again
-SOONER_S = 1  # a message delayed by more than this is brought forward by one that is not
+SOONER_S = 1  # a message delayed by more than this is brought forward by one delayed less
 
 
-def handler(topic: str) -> Callable[[Handler], Handler]:
+class Busy(Exception):  # noqa: N818 (it is no error)
+    """Somebody else is at this work and looks for more of it when done. `still` says whether it is so: it is asked when the
+    message has gone back, so that the other has seen it or we take it again.
+    """
+
+    def __init__(self, still: Callable[[], bool]) -> None:
+        super().__init__("somebody else is at it")
+        self.still = still
+
+
+def handler(topic: str, *, one_at_a_time: bool = False) -> Callable[[Handler], Handler]:
+    """Register the function for a topic. `one_at_a_time`: of long work, so that other workers share what waits."""
+
     def register(function: Handler) -> Handler:
         _handlers[topic] = function
+        if one_at_a_time:
+            _alone.add(topic)
         return function
 
     return register
 
 
 def emit(topic: str, *, payload: dict[str, Any] | None = None, key: str = "", delay_s: float = 0) -> None:
-    """Write the message in the running transaction; after its commit nudge a worker."""
+    """Write the message in the running transaction; after its commit nudge a worker, unless whoever wrote it first does."""
     with connection.cursor() as cursor:
-        while not _insert(cursor, topic, key, payload, delay_s) and not _join(cursor, topic, key, delay_s):
-            pass  # the one that waited has been claimed between the two: now there is room for ours
-    if not delay_s:
+        new = _insert(cursor, topic, key, payload, delay_s)
+        sooner = False
+        while not new:
+            found, sooner = _join(cursor, topic, key, delay_s)
+            if found:
+                break
+            new = _insert(
+                cursor, topic, key, payload, delay_s
+            )  # it has been claimed between the two: now there is room
+    if not delay_s and (new or sooner):
         transaction.on_commit(lambda: nudge(topic), robust=True)
 
 
@@ -55,8 +82,8 @@ def _insert(cursor: Any, topic: str, key: str, payload: dict[str, Any] | None, d
     return bool(cursor.rowcount)
 
 
-def _join(cursor: Any, topic: str, key: str, delay_s: float) -> bool:
-    """Coalesce with the message that waits; False where there is none any more.
+def _join(cursor: Any, topic: str, key: str, delay_s: float) -> tuple[bool, bool]:
+    """Coalesce with the message that waits: (whether there is one still, whether it was to come later and now comes at once).
 
     The shared lock tells its handler to begin after our commit (`_await_causes`): a message claimed before we commit would
     otherwise be handled without seeing what we did, and nothing would be left to tell of it. Emitters share it.
@@ -64,7 +91,7 @@ def _join(cursor: Any, topic: str, key: str, delay_s: float) -> bool:
     cursor.execute(
         "SELECT id, available_at > clock_timestamp() + make_interval(secs => %s) FROM marketplace_outboxmessage"
         " WHERE topic = %s AND key = %s AND claimed_until IS NULL AND parked_at IS NULL FOR KEY SHARE",
-        [delay_s + SOONER_S, topic, key],
+        [delay_s + SOONER_S if delay_s else 0, topic, key],
     )
     found = cursor.fetchone()
     if found and found[1]:
@@ -72,13 +99,13 @@ def _join(cursor: Any, topic: str, key: str, delay_s: float) -> bool:
             "UPDATE marketplace_outboxmessage SET available_at = clock_timestamp() + make_interval(secs => %s) WHERE id = %s",
             [delay_s, found[0]],
         )
-    return found is not None
+    return found is not None, bool(found and found[1])
 
 
 def _await_causes(message: OutboxMessage) -> None:
     """Wait for the open transactions that have coalesced with a message we claimed; the handler then sees what they did."""
     if message.key:
-        with transaction.atomic(), connection.cursor() as cursor:
+        with _undoable() as cursor:
             cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{CAUSE_WAIT_S}s"])
             cursor.execute("SELECT 1 FROM marketplace_outboxmessage WHERE id = %s FOR UPDATE", [message.pk])
 
@@ -99,33 +126,57 @@ def nudge(topic: str) -> None:
         log.warning("the broker does not answer; the sweep will find the message of %s", topic)
 
 
-def claim(limit: int, topic: str | None = None) -> list[OutboxMessage]:
-    """Claim due messages, oldest first, for CLAIM_SECONDS; rivals skip them.
+@contextmanager
+def _undoable() -> Iterator[Any]:
+    """A transaction whose commit does not wait for the disk: a crash may undo it, and it is done again."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET LOCAL synchronous_commit = off")
+        yield cursor
+
+
+def claim(limit: int, topic: str | None = None, *, alone: bool | None = None) -> list[OutboxMessage]:
+    """Claim due messages, oldest first, for CLAIM_SECONDS; rivals skip them. `alone`: only (not) topics taken one at a time.
 
     NO KEY UPDATE passes by emitters that are joining a message: a steady stream of them cannot keep it from being claimed.
     """
     now = timezone.now()
-    with transaction.atomic(), connection.cursor() as cursor:
+    with _undoable() as cursor:
         cursor.execute(
             "UPDATE marketplace_outboxmessage SET claimed_until = %s, attempts = attempts + 1 WHERE id IN ("
             " SELECT id FROM marketplace_outboxmessage WHERE parked_at IS NULL AND available_at <= %s"
             " AND (claimed_until IS NULL OR claimed_until < %s) AND (%s::text IS NULL OR topic = %s)"
+            " AND (%s::bool IS NULL OR (topic = ANY(%s::text[])) = %s)"
             " ORDER BY available_at, id LIMIT %s FOR NO KEY UPDATE SKIP LOCKED) RETURNING id",
-            [now + timedelta(seconds=CLAIM_SECONDS), now, now, topic, topic, limit],
+            [now + timedelta(seconds=CLAIM_SECONDS), now, now, topic, topic, alone, sorted(_alone), alone, limit],
         )
         ids = [row[0] for row in cursor.fetchall()]
-    return list(OutboxMessage.objects.filter(pk__in=ids).order_by("id"))
+        return list(OutboxMessage.objects.filter(pk__in=ids).order_by("id"))
+
+
+def _next(limit: int, topic: str | None) -> list[OutboxMessage]:
+    """What a worker takes now: several of what is quick, or one of what is long."""
+    if topic is not None:
+        return claim(1 if topic in _alone else limit, topic)
+    return claim(limit, alone=False) or claim(1, alone=True)
 
 
 def drain(*, limit: int = 50, topic: str | None = None) -> int:
     """Handle due messages until `limit`; returns how many succeeded. One failure delays its message only."""
-    done = 0
-    while done < limit:
-        messages = claim(min(10, limit - done), topic)
+    done = tried = 0
+    while tried < limit:
+        messages = _next(min(10, limit - tried), topic)
         if not messages:
-            break
+            return done
         for message in messages:
-            done += _handle(message)
+            tried += 1
+            try:
+                done += _handle(message)
+            except Busy as busy:
+                _hand_back(message)
+                if busy.still():
+                    return done
+    if topic is not None:  # who hands messages back to us counts on it that we look again
+        nudge(topic)
     return done
 
 
@@ -133,12 +184,35 @@ def _handle(message: OutboxMessage) -> int:
     try:
         _await_causes(message)
         _handlers[message.topic](message.payload)
+    except Busy:
+        raise
     except Exception as error:
         log.exception("outbox %s %s failed (attempt %d)", message.topic, message.key, message.attempts)
         _postpone(message, error)
         return 0
-    OutboxMessage.objects.filter(pk=message.pk, attempts=message.attempts).delete()
+    with _undoable() as cursor:
+        cursor.execute(
+            "DELETE FROM marketplace_outboxmessage WHERE id = %s AND attempts = %s", [message.pk, message.attempts]
+        )
     return 1
+
+
+def _hand_back(message: OutboxMessage) -> None:
+    """Unclaim it; where a newer one of its key waits already, that one says it all."""
+    with _undoable() as cursor:
+        cursor.execute(
+            "DELETE FROM marketplace_outboxmessage m WHERE m.id = %s AND m.attempts = %s AND m.key <> '' AND EXISTS (SELECT 1 FROM"
+            " marketplace_outboxmessage o WHERE o.topic = m.topic AND o.key = m.key AND o.claimed_until IS NULL AND o.parked_at IS NULL)",
+            [message.pk, message.attempts],
+        )
+    with (
+        suppress(IntegrityError),
+        _undoable() as cursor,
+    ):  # a newer one has come this moment: ours comes again when its claim is over
+        cursor.execute(
+            "UPDATE marketplace_outboxmessage SET claimed_until = NULL, attempts = attempts - 1 WHERE id = %s AND attempts = %s",
+            [message.pk, message.attempts],
+        )
 
 
 def _postpone(message: OutboxMessage, error: Exception) -> None:

@@ -13,9 +13,9 @@ from django.utils import timezone
 from marketplace import arrays, outbox
 from marketplace.locks import Lock, acquire
 from marketplace.models import Cell, Job, PowerNode
+from marketplace.services import holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from marketplace.services import replicas
 from scheduler import commit, snapshot
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
@@ -44,12 +44,20 @@ def _alone(cell_id: int) -> Iterator[bool]:
 
 def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
     """Plan and commit the cell once. None when nothing waits, or when another cycle runs (then a nudge is left for later)."""
+    try:
+        return attempt(cell_id, now=now)
+    except outbox.Busy:
+        with transaction.atomic():
+            outbox.emit(job_service.CYCLE, key=str(cell_id), payload={"cell": cell_id}, delay_s=AGAIN_S)
+        return None
+
+
+def attempt(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
+    """As `run`; raises `outbox.Busy` when another cycle of the cell runs."""
     moment = now or timezone.now()
     with _alone(cell_id) as mine:
         if not mine:
-            with transaction.atomic():
-                outbox.emit(job_service.CYCLE, key=str(cell_id), payload={"cell": cell_id}, delay_s=AGAIN_S)
-            return None
+            raise outbox.Busy(lambda: _runs(cell_id))
         evict_for_reservations(cell_id, now=moment)
         waits = Job.objects.filter(cell_id=cell_id, state__in=Job.WAITING).exists()
         if not waits and not replicas.waiting().filter(cell_id=cell_id).exists():
@@ -57,6 +65,12 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
         Cell.objects.filter(pk=cell_id).update(generation=F("generation") + 1)
         cell = Cell.objects.get(pk=cell_id)
         return _run(cell, moment)
+
+
+def _runs(cell_id: int) -> bool:
+    """Whether a cycle of the cell runs now."""
+    with _alone(cell_id) as mine:
+        return not mine
 
 
 def _run(cell: Cell, now: datetime) -> Cycle:
@@ -182,10 +196,13 @@ WHERE r.state = 'firm' AND r.claims_at <= %(now)s AND r.ends_at > %(now)s AND p.
 
 
 def _strangers(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
-    """(cell, job, site) of each; of all cells where none is named."""
+    """(cell, job, site) of each, and of those who hold the CPU, RAM or NVMe that goes with such GPUs; of all cells where none is
+    named.
+    """
     with connection.cursor() as cursor:
         cursor.execute(_STRANGERS, {"cell": cell_id, "now": now})
-        return cursor.fetchall()
+        found = set(cursor.fetchall())
+    return sorted(found | set(holds.crowding(cell_id, now)))
 
 
 def evict_for_reservations(cell_id: int, *, now: datetime) -> list[int]:

@@ -15,9 +15,9 @@ from scheduler import cycle, site_loop
 log = logging.getLogger(__name__)
 
 
-@outbox.handler(CYCLE)
+@outbox.handler(CYCLE, one_at_a_time=True)
 def run_cycle(payload: dict[str, Any]) -> None:
-    cycle.run(payload["cell"])
+    cycle.attempt(payload["cell"])
 
 
 @outbox.handler("scheduler.site_loop")

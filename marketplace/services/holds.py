@@ -153,6 +153,106 @@ def lent_to_spot(reservation: Reservation) -> bool:
     return any(own[host] & set(indices) for host, indices in spot.values_list("host_id", "gpu_indices"))
 
 
+@dataclass(frozen=True)
+class Lodger:
+    """A placement that stands on a promised host without a promise there. `amounts`: CPU milli, RAM MiB, NVMe GiB."""
+
+    job: int
+    amounts: tuple[int, ...]
+    spot: bool
+    bid: int
+
+
+def leavers(owed: Sequence[int], free: Sequence[int], lodgers: Sequence[Lodger]) -> list[int]:
+    """Jobs that must leave one host so that what is `owed` there is free: spot first, the lowest bid first, then the youngest
+    (largest id) of the others; who turns out to be needless stays. [] when all is free already, and all when all are not enough.
+
+    Pure. GPUs are not looked at: whoever stands on a promised device leaves anyhow.
+    """
+    order = sorted(lodgers, key=lambda p: (not p.spot, p.bid if p.spot else 0, -p.job))
+    short = [max(0, want - have) for want, have in zip(owed, free, strict=True)]
+    going: list[Lodger] = []
+
+    def enough(some: Sequence[Lodger]) -> bool:
+        return all(sum(p.amounts[i] for p in some) >= lack for i, lack in enumerate(short))
+
+    for lodger in order:
+        if enough(going):
+            break
+        if any(lack and amount for lack, amount in zip(short, lodger.amounts, strict=True)):
+            going.append(lodger)
+    for lodger in reversed(list(going)):
+        rest = [p for p in going if p is not lodger]
+        if enough(rest):
+            going = rest
+    return [p.job for p in going]
+
+
+def crowding(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
+    """(cell, job, site) of jobs that hold the CPU, RAM or NVMe which goes with GPUs whose claim has begun.
+
+    A reservation of g of n GPUs is owed g/n of its host, less what its own jobs hold there. Work that stands beside it took
+    more than its share in the days before, when nobody needed it. Of all cells where none is named.
+    """
+    claims = ReservationBlock.objects.filter(
+        reservation__state=Reservation.State.FIRM, reservation__claims_at__lte=now, reservation__ends_at__gt=now
+    )
+    if cell_id is not None:
+        claims = claims.filter(host__cell_id=cell_id)
+    promised: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for host_id, contract_id, indices in claims.values_list("host_id", "reservation__contract_id", "gpu_indices"):
+        promised[host_id][contract_id] += len(indices)
+    hosts = _short_hosts(promised)
+    if not hosts:
+        return []
+    live: dict[int, list[Placement]] = defaultdict(list)
+    rows = Placement.objects.filter(host__in=hosts).exclude(state__in=Placement.FINAL).select_related("contract")
+    for placement in rows.order_by("pk"):
+        live[placement.host_id].append(placement)
+    found: set[tuple[int, int, int]] = set()
+    for host in hosts:
+        owed = [0, 0, 0]
+        held: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+        lodgers: list[Lodger] = []
+        free = [host.vcpu_free, host.ram_free, host.nvme_free]
+        for p in live[host.pk]:
+            amounts = (p.vcpu_milli, p.ram_mib, p.nvme_gib)
+            if p.contract_id in promised[host.pk]:
+                held[p.contract_id] = [a + b for a, b in zip(held[p.contract_id], amounts, strict=True)]
+            elif p.release_requested_at is not None:  # on its way out
+                free = [a + b for a, b in zip(free, amounts, strict=True)]
+            else:
+                lodgers.append(Lodger(p.job_id, amounts, p.contract.kind == Kind.SPOT, p.contract.limit_price or 0))
+        for contract_id, gpus in promised[host.pk].items():
+            share = _share(host, gpus)
+            owed = [o + max(0, s - h) for o, s, h in zip(owed, share, held[contract_id], strict=True)]
+        found |= {(host.cell_id, job, host.site_id) for job in leavers(owed, free, lodgers)}
+    return sorted(found)
+
+
+def _short_hosts(promised: dict[int, dict[int, int]]) -> list[Host]:
+    """Those of the hosts that have less free than all that is promised there would be owed: few, and the only ones looked at."""
+    rows = Host.objects.filter(pk__in=promised).order_by("pk")
+    return [
+        host
+        for host in rows
+        if any(
+            free < owed
+            for free, owed in zip(
+                (host.vcpu_free, host.ram_free, host.nvme_free),
+                _share(host, sum(promised[host.pk].values())),
+                strict=True,
+            )
+        )
+    ]
+
+
+def _share(host: Host, gpus: int) -> tuple[int, int, int]:
+    """CPU, RAM and NVMe that go with so many of the host's GPUs."""
+    of = max(1, host.gpu_count)
+    return host.vcpu_milli * gpus // of, host.ram_mib * gpus // of, host.nvme_gib * gpus // of
+
+
 def heal(now: datetime) -> int:
     """Reservations that begin within HEAL_AHEAD and were disturbed get other GPUs of their listing, if there are any; returns how
     many moved. What finds no room stays as it is, is logged, and is tried again by the next tick.

@@ -1,0 +1,281 @@
+"""The fault harness's auditor: reads rows by plain SQL, knows no rule of the code under test but those of design/power.md and
+design/scheduler.md as written down here again, and names every row that breaks one.
+
+Never oversold: milli-GPU and VRAM of each GPU, CPU, RAM, NVMe of each host, watts at each node. Gangs whole. A job stands
+where its placements say, once per (job, attempt, rank). What must happen next is told: a waiting job to a cycle, a contract
+that is over to whoever ends its jobs. A reservation's GPUs go to nobody else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+from django.db import connection
+
+OVER = {"released", "failed", "lost"}  # placements
+DONE = {"succeeded", "failed", "cancelled"}  # jobs
+WAITS, STANDS = {"queued", "requeued"}, {"placed", "running", "preempting"}
+THERE = {"granted", "starting", "running", "draining", "unreachable"}  # placements whose watts are granted
+LEAVING = {"draining", "unreachable"}
+CLOSED = timedelta(hours=24)  # so long before its claim a reservation's GPUs are closed to others
+TOLERATED = ("MarketError", "FencedError", "OperationalError", "InterfaceError", "AdminShutdown")
+
+Row = dict[str, Any]
+
+
+def rows(sql: str) -> list[Row]:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        names = [c.name for c in cursor.description]
+        return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+
+
+class Auditor:
+    """Remembers what it saw at the last audit: some rules are about what is new since."""
+
+    def __init__(self) -> None:
+        self.hosts_before: dict[int, str] = {}
+        self.newest_placement = 0
+        self.limits: dict[int, int | None] = {}
+        self.granted_mw: dict[int, int] = {}
+
+    def audit(self, now: datetime) -> list[str]:
+        """Everything that is wrong now, in words."""
+        hosts = {r["id"]: r for r in rows("SELECT * FROM marketplace_host")}
+        placements = rows(
+            "SELECT p.*, g.state AS watts, g.id AS watts_id FROM marketplace_placement p"
+            " LEFT JOIN marketplace_powergrant g ON g.placement_id = p.id ORDER BY p.id"
+        )
+        jobs = {r["id"]: r for r in rows("SELECT * FROM marketplace_job")}
+        contracts = {r["id"]: r for r in rows("SELECT * FROM marketplace_contract")}
+        live = [p for p in placements if p["state"] not in OVER]
+        found = [
+            *self._hosts(hosts, live),
+            *_node_books(hosts, self),
+            *_jobs(jobs, placements),
+            *_gangs(jobs, placements),
+            *_ceilings(contracts, live),
+            *_told(jobs, contracts, now),
+            *_reservations(live, contracts),
+        ]
+        self.newest_placement = max((p["id"] for p in placements), default=0)
+        self.hosts_before = {pk: h["state"] for pk, h in hosts.items()}
+        return found
+
+    # --- hosts
+    def _hosts(self, hosts: dict[int, Row], live: list[Row]) -> list[str]:
+        found = []
+        on: dict[int, list[Row]] = defaultdict(list)
+        for p in live:
+            on[p["host_id"]].append(p)
+            if p["watts"] != ("granted" if p["state"] in THERE else "shedding"):
+                found.append(f"placement {p['id']} is {p['state']}, its watts are {p['watts']}")
+            shut = {self.hosts_before.get(p["host_id"]), hosts[p["host_id"]]["state"]}
+            if p["id"] > self.newest_placement and "active" not in shut and None not in shut:
+                found.append(
+                    f"placement {p['id']} is new on host {p['host_id']}, which is {hosts[p['host_id']]['state']}"
+                )
+        for pk, h in hosts.items():
+            here = on[pk]
+            for i in range(h["gpu_count"]):
+                milli = sum(p["gpu_milli"] for p in here if i in p["gpu_indices"])
+                vram = sum(p["vram_mib"] for p in here if i in p["gpu_indices"])
+                if milli > 1000 or vram > h["vram_mib"]:
+                    found.append(f"GPU {pk}/{i} is sold {milli} milli, {vram} MiB")
+                if (h["gpu_free"][i], h["vram_free"][i]) != (1000 - milli, h["vram_mib"] - vram):
+                    found.append(
+                        f"GPU {pk}/{i} says {h['gpu_free'][i]} milli, {h['vram_free'][i]} MiB free; sold {milli}, {vram}"
+                    )
+            for total, free, used in (
+                ("vcpu_milli", "vcpu_free", "vcpu_milli"), ("ram_mib", "ram_free", "ram_mib"), ("nvme_gib", "nvme_free", "nvme_gib"),
+            ):  # fmt: skip
+                sold = sum(p[used] for p in here)
+                if sold > h[total] or h[free] != h[total] - sold:
+                    found.append(f"host {pk} has {h[total]} {total}, {sold} sold, says {h[free]} free")
+            if h["cpu_only_active"] != sum(not p["gpu_indices"] for p in here):
+                found.append(f"host {pk} counts {h['cpu_only_active']} placements without a GPU")
+            least = _host_w(h, [p for p in here if p["state"] in THERE])
+            if h["reserved_w"] < least:
+                found.append(f"host {pk} has {h['reserved_w']} W booked, what is granted there may draw {least} W")
+        return found
+
+
+def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
+    """No GPU is promised twice for one moment, and nobody else comes onto one that is closed for its claim.
+
+    Who came first: a placement is made, and a reservation becomes firm, under the cell's lock, so the order of their
+    transactions' numbers is that of the facts.
+    """
+    blocks = rows(
+        "SELECT b.host_id, b.gpu_indices, r.contract_id, r.claims_at, r.ends_at,"
+        " greatest(b.xmin::text::bigint, r.xmin::text::bigint) AS born FROM marketplace_reservationblock b"
+        " JOIN marketplace_reservation r ON r.id = b.reservation_id WHERE r.state = 'firm' ORDER BY b.id"
+    )
+    born = {
+        e["placement_id"]: e["born"]
+        for e in rows("SELECT placement_id, min(xmin::text::bigint) AS born FROM marketplace_placementevent GROUP BY 1")
+    }
+    found = []
+    holders: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for b in blocks:
+        for i in b["gpu_indices"]:
+            found += [
+                f"GPU {b['host_id']}/{i} is promised to contracts {o['contract_id']} and {b['contract_id']}"
+                for o in holders[b["host_id"], i] if o["claims_at"] < b["ends_at"] and b["claims_at"] < o["ends_at"]
+            ]  # fmt: skip
+            holders[b["host_id"], i].append(b)
+    for p in live:
+        windows = [b for i in p["gpu_indices"] for b in holders[p["host_id"], i]]
+        if any(
+            b["contract_id"] == p["contract_id"] and b["claims_at"] <= p["created_at"] < b["ends_at"] for b in windows
+        ):
+            continue  # on its own; who has the same GPUs after it comes after it
+        for b in windows:
+            closed = b["claims_at"] - CLOSED <= p["created_at"] < b["ends_at"]
+            if p["contract_id"] != b["contract_id"] and closed and born[p["id"]] > b["born"]:
+                found.append(
+                    f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}"
+                )
+    over = [c["id"] for c in contracts.values() if c["state"] not in {"active", "pending_payment"}]
+    return found + [f"contract {b['contract_id']} is over and holds GPUs" for b in blocks if b["contract_id"] in over]
+
+
+def _host_w(h: Row, granted: list[Row]) -> int:
+    """W that a host may draw with these placements on it (design/power.md: reserved(host))."""
+    if not h["cap_control"]:
+        return int(h["base_w"] + h["gpu_count"] * h["gpu_max_w"])
+    if not granted:
+        return int(h["standby_w"] if h["power_state"] == "off" else h["parked_w"])
+    active = len({i for p in granted for i in p["gpu_indices"]})
+    return int(h["base_w"] + active * h["gpu_max_w"] + (h["gpu_count"] - active) * h["gpu_min_w"])
+
+
+def _node_books(hosts: dict[int, Row], memory: Auditor) -> list[str]:
+    """The invariant of design/power.md at every node: what devices below may draw, overhead, fixed watts and margin, under the cap.
+
+    A miner's silence books its nameplate, whatever is free: that part is left out of the promise, not out of the books. A
+    limit may be crossed while the site ramps down to it, but nothing is granted over it.
+    """
+    found = []
+    nodes = {n["id"]: n for n in rows("SELECT * FROM marketplace_powernode")}
+    booked: dict[int, int] = defaultdict(int)
+    proved: dict[int, int] = defaultdict(int)
+    granted: dict[int, int] = defaultdict(int)
+
+    def climb(pk: int | None, column: str, watts: int, sure: int, *, host: bool) -> None:
+        while pk is not None:
+            k = nodes[pk][column]
+            booked[pk] += watts * k
+            proved[pk] += sure * k
+            granted[pk] += watts * k if host else 0
+            pk = nodes[pk]["parent_id"]
+
+    for h in hosts.values():
+        climb(h["power_node_id"], "overhead_gpu_permille", h["reserved_w"], h["reserved_w"], host=True)
+    for m in rows("SELECT * FROM marketplace_miner"):
+        sure = max(m["commanded_w"], m["confirmed_w"])
+        if m["reserved_w"] < sure:
+            found.append(
+                f"miner {m['id']} has {m['reserved_w']} W booked, was told {m['commanded_w']}, last proved {m['confirmed_w']}"
+            )
+        climb(m["power_node_id"], "overhead_miner_permille", m["reserved_w"], min(sure, m["reserved_w"]), host=False)
+    for pk, n in nodes.items():
+        cap = 1000 * (n["cap_w"] - n["fixed_w"] - n["margin_w"])
+        if n["reserved_mw"] != booked[pk]:
+            found.append(f"node {n['name']} says {n['reserved_mw']} mW booked, its devices have {booked[pk]}")
+        if proved[pk] > cap:
+            found.append(f"node {n['name']} has {proved[pk]} mW sold of {cap}")
+        limit = cap if n["limit_w"] is None else min(cap, 1000 * (n["limit_w"] - n["fixed_w"] - n["margin_w"]))
+        same = memory.limits.get(pk, "new") == n["limit_w"]
+        if same and granted[pk] > memory.granted_mw.get(pk, 0) and booked[pk] > limit:
+            found.append(f"node {n['name']} granted hosts watts while {booked[pk]} mW are booked of {limit}")
+        memory.limits[pk], memory.granted_mw[pk] = n["limit_w"], granted[pk]
+    return found
+
+
+def _jobs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
+    """Each job's state is that of its events, and its live placements are what that state demands."""
+    found = []
+    events: dict[int, list[Row]] = defaultdict(list)
+    for e in rows("SELECT job_id, from_state, to_state FROM marketplace_jobevent ORDER BY id"):
+        events[e["job_id"]].append(e)
+    live: dict[int, list[Row]] = defaultdict(list)
+    attempts: dict[int, int] = defaultdict(int)
+    for p in placements:
+        attempts[p["job_id"]] = max(attempts[p["job_id"]], p["attempt"])
+        if p["state"] not in OVER:
+            live[p["job_id"]].append(p)
+    for pk, job in jobs.items():
+        mine, story = live[pk], events[pk]
+        if bool(mine) != (job["state"] in STANDS):
+            found.append(f"job {pk} is {job['state']} with {len(mine)} live placements")
+        if {p["attempt"] for p in mine} - {job["attempt"]}:
+            found.append(f"job {pk}, attempt {job['attempt']}, has live placements of other attempts")
+        placed = sum(e["to_state"] == "placed" for e in story)
+        if not placed == job["attempt"] == attempts[pk]:
+            found.append(
+                f"job {pk} was placed {placed} times, counts {job['attempt']} attempts, its placements {attempts[pk]}"
+            )
+        if not story or story[-1]["to_state"] != job["state"]:
+            found.append(f"job {pk} is {job['state']}; its events do not say so")
+        if any(a["to_state"] != b["from_state"] or a["to_state"] in DONE for a, b in pairwise(story)):
+            found.append(f"job {pk} has a broken story: {[e['to_state'] for e in story]}")
+    return found
+
+
+def _gangs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
+    found = []
+    gangs: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for p in placements:
+        gangs[p["job_id"], p["attempt"]].append(p)
+    for (pk, attempt), gang in gangs.items():
+        job = jobs[pk]
+        if sorted(p["rank"] for p in gang) != list(range(job["replicas"])):
+            found.append(f"job {pk}, attempt {attempt}: ranks {sorted(p['rank'] for p in gang)} of {job['replicas']}")
+        if len({p["site_id"] for p in gang}) > 1:
+            found.append(f"job {pk}, attempt {attempt} stands at two sites")
+        # Where one is gone without success, the others are on their way out.
+        broken = any(p["state"] in OVER and not (p["state"] == "released" and p["exit_code"] == 0) for p in gang)
+        if broken and any(p["state"] not in OVER | LEAVING for p in gang):
+            found.append(f"job {pk}, attempt {attempt} goes on without a replica: {[p['state'] for p in gang]}")
+    return found
+
+
+def _ceilings(contracts: dict[int, Row], live: list[Row]) -> list[str]:
+    used: dict[int, int] = defaultdict(int)
+    for p in live:
+        used[p["contract_id"]] += len(p["gpu_indices"]) * p["gpu_milli"]
+    return [f"contract {pk} holds {milli} milli-GPU of {contracts[pk]['gpu_count']} GPUs"
+            for pk, milli in used.items() if milli > 1000 * contracts[pk]["gpu_count"]]  # fmt: skip
+
+
+def _told(jobs: dict[int, Row], contracts: dict[int, Row], now: datetime) -> list[str]:
+    """Somebody will hear of each job that waits, and of each contract whose end its jobs have not seen."""
+    messages = {(m["topic"], m["key"]) for m in rows("SELECT * FROM marketplace_outboxmessage WHERE parked_at IS NULL")}
+    found = [
+        f"message {m['topic']} {m['key']} failed: {m['last_error'][:300]}"
+        for m in rows("SELECT topic, key, last_error FROM marketplace_outboxmessage WHERE last_error <> ''")
+        if not m["last_error"].startswith(TOLERATED) or "deadlock" in m["last_error"]
+    ]
+    seen = {d["job_id"]: d["at"] for d in rows("SELECT job_id, at FROM scheduler_decision")}
+    since = {
+        e["job_id"]: e["at"] for e in rows("SELECT job_id, max(at) AS at FROM marketplace_jobevent GROUP BY job_id")
+    }
+    for pk, job in jobs.items():
+        contract = contracts[job["contract_id"]]
+        if contract["state"] == "active":
+            told = ("scheduler.run_cycle", str(job["cell_id"])) in messages
+            looked_at = pk in seen and seen[pk] >= since[pk]
+            open_now = contract["starts_at"] <= since[pk] and (contract["ends_at"] is None or contract["ends_at"] > now)
+            if job["state"] in WAITS and open_now and not told and not looked_at:
+                found.append(f"job {pk} waits, and no cycle was told")
+        elif job["state"] not in DONE and job["cancel_requested_at"] is None:
+            told = ("marketplace.end_contract_jobs", str(contract["id"])) in messages
+            if not told:
+                found.append(
+                    f"job {pk} is {job['state']}, its contract {contract['state']}, and nobody was told to end it"
+                )
+    return found

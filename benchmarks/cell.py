@@ -62,9 +62,7 @@ def build(hosts: int, customers: int = 8) -> World:
     contracts = []
     for _ in range(customers):
         customer = factories.organization(gpu_limit=1 << 30)
-        contracts.append(
-            factories.contract(listing, customer, gpu_count=1 << 30, starts_at=now - timedelta(days=1))
-        )
+        contracts.append(factories.contract(listing, customer, gpu_count=1 << 30, starts_at=now - timedelta(days=1)))
     analyze()
     return World(cell, contracts)
 
@@ -87,22 +85,21 @@ SHAPES = (
 
 
 def queue(world: World, jobs: int) -> list[int]:
-    """Submit `jobs` of a mix of shapes through the service, in batches; returns their ids."""
+    """Queued jobs of a mix of shapes: one of each shape and contract submitted through the service, the others copied from it."""
     from django.utils import timezone
 
+    from benchmarks.books import clone
     from marketplace.services import jobs as service
     from tests import factories
 
     made: list[int] = []
-    for start in range(0, jobs, 500):
-        contract = world.contracts[(start // 500) % len(world.contracts)]
-        specs = []
-        for i in range(start, min(jobs, start + 500)):
-            gpus, milli, cpu, ram = SHAPES[i % len(SHAPES)]
-            specs.append(
-                (contract, {"command": ["true"], "gpus": gpus, "gpu_milli": milli, "vcpu_milli": cpu, "ram_mib": ram})
-            )
-        made += [
-            job.pk for job in service.submit_many(factories.actor(contract.organization), specs, now=timezone.now())
-        ]
+    kinds = [(contract, shape) for contract in world.contracts for shape in SHAPES]
+    for n, (contract, (gpus, milli, cpu, ram)) in enumerate(kinds):
+        copies = jobs // len(kinds) + (n < jobs % len(kinds))
+        if not copies:
+            break
+        spec = {"command": ["true"], "gpus": gpus, "gpu_milli": milli, "vcpu_milli": cpu, "ram_mib": ram}
+        job = service.submit(factories.actor(contract.organization), contract, spec, now=timezone.now())
+        made += [job.pk, *clone("marketplace_job", job.pk, copies - 1, queued_at="t.queued_at + g * interval '1 ms'")]
+    analyze()
     return made

@@ -41,12 +41,12 @@ def _differs(columns: str) -> str | None:
     return f"({old}) IS DISTINCT FROM ({new})"
 
 
-FORWARD = f"""
+FORWARD = """
 CREATE FUNCTION marketplace_offer_changed(what smallint, row_id bigint) RETURNS void LANGUAGE sql AS $$
   INSERT INTO marketplace_offerchange (changed_in, what, row_id) VALUES (pg_current_xact_id()::text::bigint, $1, $2)
   ON CONFLICT DO NOTHING
 $$;
-""" + "".join(
+""" + "".join(  # noqa: S608
     (
         changes(
             "marketplace_listing", LISTING, "ROW.id",

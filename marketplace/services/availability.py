@@ -188,11 +188,11 @@ def stock(
 ) -> dict[int, Stock]:
     """{listing id: Stock}: the most GPUs one block inside one cell of `level` can have; without a window, in the next hour."""
     market = load(listings, now)
-    start, end = _window(starts_at, ends_at, now)
+    start, end = window(starts_at, ends_at, now)
     groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
     for listing in listings:
-        window = claim_window(listing, start, end, now) if kind in HOLDING else (seconds(start), seconds(end))
-        groups[market.chunks[listing.pk], window].append(listing.pk)
+        taken = claim_window(listing, start, end, now) if kind in HOLDING else (seconds(start), seconds(end))
+        groups[market.chunks[listing.pk], taken].append(listing.pk)
     most: dict[int, int] = {}
     for (chunk, (t1, t2)), ids in groups.items():
         each = capacity.largest_each(market.pool, Shape(chunk), level, t1, t2)
@@ -203,7 +203,8 @@ def stock(
     }
 
 
-def _window(starts_at: datetime | None, ends_at: datetime | None, now: datetime) -> tuple[datetime, datetime]:
+def window(starts_at: datetime | None, ends_at: datetime | None, now: datetime) -> tuple[datetime, datetime]:
+    """The window that is meant: not in the past; without an end, the next hour of it."""
     start = max(starts_at or now, now)
     return start, ends_at if ends_at is not None and ends_at > start else start + NOW_WINDOW
 

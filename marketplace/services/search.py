@@ -1,97 +1,56 @@
 """The market's search: published listings that an actor may see, filtered, sorted, with facets and exact stock.
 
-What stands in columns is filtered in SQL. What depends on time (is there room for `count` in that window?) is asked of the
-capacity core, batch by batch along the keyset, with batches that grow fourfold, so that the number of queries is bounded
-whatever the size of the catalogue: MAX_BATCHES x 4 for rows and stock, one for facets, and one more when nothing matched.
+Which offers match, in which order, and how much of them is free is worked out on the columns of `services.catalogue`, brought up to
+date before each search. The rows of the page are then read from the database under the actor's own rule of sight, so that nothing
+is shown that is no longer on offer. Four statements at most, whatever the size of the market, while nothing has changed.
 """
 
 import base64
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
-from django.db.models import (
-    BigIntegerField,
-    BooleanField,
-    Count,
-    Exists,
-    ExpressionWrapper,
-    F,
-    OuterRef,
-    Q,
-    QuerySet,
-    Sum,
-    Value,
-)
-from django.db.models.functions import Coalesce
+import numpy as np
+from django.db.models import Min, QuerySet
 
 from marketplace.errors import MarketError
-from marketplace.models import Host, Kind, Listing
-from marketplace.services import availability
-from marketplace.services.availability import HOLDING, Stock
+from marketplace.models import Host, Kind, Listing, Site
+from marketplace.services import availability, catalogue
+from marketplace.services.availability import Stock
+from marketplace.services.filters import (
+    COMPARABLE,
+    FACETS,
+    FILTER_NAMES,
+    Comparison,
+    Filters,
+    comparisons,
+    conditions,
+    one_of,
+    priced,
+)
+from marketplace.services.offers import NONE, PRICES, Mask, Offers, facet
 from marketplace.tenancy import Actor
-from scheduler.core.capacity import LEVELS
+from scheduler.core.stock import Ints
 
-MAX_BATCHES = 8  # 32 x 4^7: the last takes all that is left of a catalogue of 500,000 listings
-FIRST_BATCH = 32
+__all__ = [
+    "COMPARABLE", "FACETS", "FILTER_NAMES", "SORTS", "Comparison", "Filters", "Found", "Result", "comparisons", "on_offer", "search",
+]  # fmt: skip
+
 UNKNOWN = (1 << 62) - 1  # sorts what has no value last
-
-PRICE_COLUMN = {
-    Kind.ON_DEMAND: "on_demand_price",
-    Kind.RESERVED: "reserved_price",
-    Kind.FLEXIBLE: "flexible_price",
-    Kind.SPOT: "spot_floor",
+_COLUMN = {
+    "vram": "vram_mib",
+    "fabric": "fabric_gbps",
+    "carbon": "carbon_g_per_kwh",
+    "renewable": "renewable_permille",
+    "nvlink": "nvlink_gpus",
+    "vcpu": "vcpu_milli",
+    "ram": "ram_mib",
+    "nvme": "nvme_gib",
+    "notice": "eviction_notice_s",
+    "term": "min_term_hours",
 }
-SORTS = ("price", "-price", "vram", "-vram", "fabric", "-fabric", "carbon", "-carbon", "newest", "term")
-FACETS = {
-    "gpu_model": "gpu_model__name",
-    "region": "site__region",
-    "country": "site__country",
-    "interconnect": "interconnect",
-    "runtime": "runtime",
-}
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What a buyer asks for; empty or None asks for nothing. Prices: millionths of the major unit per GPU-hour. Window: [start, end)."""
-
-    gpu_model: tuple[str, ...] = ()
-    vram_min_mib: int | None = None
-    region: tuple[str, ...] = ()
-    country: tuple[str, ...] = ()
-    interconnect: tuple[str, ...] = ()
-    fabric_gbps_min: int | None = None
-    carbon_max_g: int | None = None  # g/kWh; sites that state none are left out
-    runtime: tuple[str, ...] = ()
-    kind: str | None = None
-    price_max: int | None = None
-    start: datetime | None = None
-    end: datetime | None = None
-    count: int | None = None
-    level: str = "site"
-
-    def __post_init__(self) -> None:
-        wrong: dict[str, str] = {}
-        if self.level not in LEVELS:
-            wrong["/level"] = f"one of {', '.join(LEVELS)}"
-        if self.kind is not None and self.kind not in Kind.values:
-            wrong["/kind"] = f"one of {', '.join(Kind.values)}"
-        if self.count is not None and self.count < 1:
-            wrong["/count"] = "at least 1"
-        if self.end is not None and self.start is None:
-            wrong["/start"] = "an end needs a start"
-        if self.start and self.end and self.start >= self.end:
-            wrong["/end"] = "after start"
-        if wrong:
-            raise MarketError("invalid_request", "; ".join(f"{k}: {v}" for k, v in wrong.items()), wrong)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return (Kind(self.kind),) if self.kind else tuple(PRICE_COLUMN)
+SORTS = ("price", "-price", "newest", "oldest", *(sign + name for name in _COLUMN for sign in ("", "-")))
 
 
 @dataclass(frozen=True)
@@ -135,136 +94,81 @@ def search(
     """One page of offers. `sort`: one of SORTS. MarketError("invalid_request") for a sort or cursor that is not ours."""
     if sort not in SORTS:
         raise MarketError("invalid_request", f"sort is {sort}", {"/sort": f"one of {', '.join(SORTS)}"})
-    base = on_offer(actor)
-    steps = conditions(wanted, now)
-    matching = base.filter(*[q for _, q in steps])
-    rows, more = _page(matching.filter(_large_enough(wanted)), wanted, sort=sort, limit=limit, cursor=cursor, now=now)
+    after = _decode(cursor, sort) if cursor else None
+    offers = catalogue.read()
+    base = offers.visible(actor)
+    steps = conditions(offers, wanted, now)
+    matching = base.copy()
+    for _, mask in steps:
+        matching &= mask
+    start, end = availability.window(wanted.start, wanted.end, now)
+    free = offers.stock(now=now, level=wanted.level, kind=wanted.stock_kind, starts_at=start, ends_at=end)
+    shown = matching
+    if wanted.count is not None or wanted.start is not None:
+        shown = matching & (free >= np.maximum(wanted.count or 1, offers.listings["min_gpus"]))
+    chosen, value = _ordered(offers, shown, sort, wanted, after)
+    page = chosen[:limit]
+    more = len(chosen) > limit
     return Result(
-        rows=rows,
+        rows=_rows(actor, offers, page, free, now),
         has_more=more,
-        cursor=_encode(rows[-1].listing, sort) if more else None,
+        cursor=_encode(sort, int(value[page[-1]]), int(offers.listings["id"][page[-1]])) if more else None,
         as_of=now,
-        facets=facets(base, wanted, now) if with_facets else {},
-        nothing=_why_nothing(base, steps, wanted, now) if not rows and cursor is None else None,
+        facets=_facets(offers, base, steps, wanted) if with_facets else {},
+        nothing=_why_nothing(base, steps, matching, free) if not len(chosen) and cursor is None else None,
     )
 
 
-def conditions(wanted: Filters, now: datetime) -> list[tuple[str, Q]]:
-    """(name, condition) of each filter that was set, in the order in which "what removed the last offers" is told."""
-    start = max(wanted.start or now, now)
-    steps: list[tuple[str, Q | None]] = [
-        ("gpu_model", Q(gpu_model__name__in=wanted.gpu_model) if wanted.gpu_model else None),
-        ("vram_min_mib", _least("gpu_model__vram_mib", wanted.vram_min_mib)),
-        ("region", Q(site__region__in=wanted.region) if wanted.region else None),
-        ("country", Q(site__country__in=wanted.country) if wanted.country else None),
-        ("interconnect", Q(interconnect__in=wanted.interconnect) if wanted.interconnect else None),
-        ("fabric_gbps_min", _least("fabric_gbps", wanted.fabric_gbps_min)),
-        ("carbon_max_g", None if wanted.carbon_max_g is None else Q(site__carbon_g_per_kwh__lte=wanted.carbon_max_g)),
-        ("runtime", Q(runtime__in=wanted.runtime) if wanted.runtime else None),
-        ("kind", Q(**{f"{PRICE_COLUMN[Kind(wanted.kind)]}__isnull": False}) if wanted.kind else None),
-        ("price_max", _priced(wanted.kinds, wanted.price_max) if wanted.price_max is not None else None),
-        ("end", _term(wanted, start)),
-        ("count", None if wanted.count is None else Q(min_gpus__lte=wanted.count)),
-    ]
-    return [(name, q) for name, q in steps if q is not None]
+# --- rows, in the order asked for
+def _ordered(
+    offers: Offers, shown: Mask, sort: str, wanted: Filters, after: tuple[int, int] | None
+) -> tuple[Ints, Ints]:
+    """(positions of `shown` behind the cursor in the order asked for, the value of each offer that they are sorted by)."""
+    ids = offers.listings["id"]
+    descending = sort.startswith("-") or sort == "newest"
+    name = sort.lstrip("-")
+    if name == "price":
+        value = np.full(len(offers), NONE)
+        for kind in reversed(wanted.kinds):
+            price = offers.listings[PRICES[kind]]
+            value = np.where(price != NONE, price, value)
+    else:
+        value = ids if name in {"newest", "oldest"} else offers.number(_COLUMN[name])
+    if not descending:  # what has no value comes last either way
+        value = np.where(value == NONE, UNKNOWN, value)
+    sign = -1 if descending else 1
+    if after is not None:
+        beyond, at = sign * value, sign * after[0]
+        shown = shown & ((beyond > at) | ((beyond == at) & (sign * ids > sign * after[1])))
+    chosen = np.flatnonzero(shown)
+    return chosen[np.lexsort((sign * ids[chosen], sign * value[chosen]))], value
 
 
-def _least(column: str, value: int | None) -> Q | None:
-    return None if value is None else Q(**{f"{column}__gte": value})
-
-
-def _priced(kinds: Iterable[Kind], most: int | None) -> Q:
-    """Offered as one of `kinds`, at `most` or less."""
-    found = Q(pk__in=())
-    for kind in kinds:
-        column = PRICE_COLUMN[kind]
-        found |= Q(**{f"{column}__isnull": False}) if most is None else Q(**{f"{column}__lte": most})
-    return found
-
-
-def _term(wanted: Filters, start: datetime) -> Q | None:
-    """Terms bind what is reserved; on-demand and spot end when their owner likes."""
-    if wanted.end is None or (wanted.kind is not None and wanted.kind not in HOLDING):
-        return None
-    term = wanted.end - start
-    hours, days = term // timedelta(hours=1), -(-term // timedelta(days=1))
-    return Q(min_term_hours__lte=hours, max_term_days__gte=days)
-
-
-def _large_enough(wanted: Filters) -> Q:
-    """Only listings whose working hosts could hold the block if all were free: what the capacity core need not look at."""
-    if wanted.count is None:
-        return Q()
-    up = Host.objects.filter(listing=OuterRef("pk"), state=Host.State.ACTIVE)
-    if wanted.level == "host":
-        return Q(Exists(up.filter(gpu_count__gte=wanted.count)))
-    total = up.order_by().values("listing").annotate(gpus=Sum("gpu_count"))
-    return Q(Exists(total.filter(gpus__gte=wanted.count)))
-
-
-# --- rows, in the order asked for, with room in the window
-def _sorting(sort: str, kinds: tuple[Kind, ...]) -> tuple[Any, bool]:
-    """(expression, descending); what has no value comes last either way."""
-    columns = {
-        "price": Coalesce(*[F(PRICE_COLUMN[k]) for k in kinds], Value(UNKNOWN), output_field=BigIntegerField()),
-        "vram": F("gpu_model__vram_mib"),
-        "fabric": F("fabric_gbps"),
-        "carbon": F("site__carbon_g_per_kwh"),
-        "newest": F("id"),
-        "term": F("min_term_hours"),
-    }
-    name, descending = sort.lstrip("-"), sort.startswith("-") or sort == "newest"
-    missing = Value(-1 if descending else UNKNOWN)
-    return Coalesce(columns[name], missing, output_field=BigIntegerField()), descending
-
-
-def _page(
-    matching: QuerySet[Listing], wanted: Filters, *, sort: str, limit: int, cursor: str | None, now: datetime
-) -> tuple[list[Found], bool]:
-    found: list[Found] = []
-    needs_room = wanted.count is not None or wanted.start is not None
-    size = max(FIRST_BATCH, limit + 1) if needs_room else limit + 1
-    for batch in _batches(matching, wanted, sort=sort, cursor=cursor, size=size):
-        kind = wanted.kind or (Kind.RESERVED if wanted.end is not None else Kind.ON_DEMAND)
-        stock = availability.stock(
-            batch, now=now, level=wanted.level, kind=kind, starts_at=wanted.start, ends_at=wanted.end
+def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -> list[Found]:
+    """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
+    ids = offers.listings["id"][page].tolist()
+    rows = on_offer(actor).select_related("site", "gpu_model", "organization").in_bulk(ids) if ids else {}
+    heard = (
+        dict(
+            Host.objects.filter(listing_id__in=ids, state=Host.State.ACTIVE)
+            .exclude(site__mode=Site.Mode.OFF)
+            .order_by()
+            .values_list("listing_id")
+            .annotate(Min("beat_at"))
         )
-        found += [Found(row, stock[row.pk]) for row in batch if not needs_room or _has_room(row, stock[row.pk], wanted)]
-        if len(found) > limit or not needs_room:
-            break
-    return found[:limit], len(found) > limit
-
-
-def _has_room(listing: Listing, stock: Stock, wanted: Filters) -> bool:
-    return stock.gpus >= max(wanted.count or 1, listing.min_gpus)
-
-
-def _batches(
-    matching: QuerySet[Listing], wanted: Filters, *, sort: str, cursor: str | None, size: int
-) -> Iterator[Sequence[Listing]]:
-    expression, descending = _sorting(sort, wanted.kinds)
-    sign, op = ("-", "lt") if descending else ("", "gt")
-    ordered = (
-        matching.select_related("site", "gpu_model", "organization")
-        .annotate(sort_value=expression)
-        .order_by(f"{sign}sort_value", f"{sign}id")
+        if ids
+        else {}
     )
-    at = _decode(cursor, sort) if cursor else None
-    for _ in range(MAX_BATCHES):
-        rows = ordered
-        if at is not None:
-            rows = rows.filter(Q(**{f"sort_value__{op}": at[0]}) | Q(**{"sort_value": at[0], f"id__{op}": at[1]}))
-        batch = list(rows[:size])
-        if batch:
-            yield batch
-        if len(batch) < size:
-            return
-        at = (batch[-1].sort_value, batch[-1].pk)
-        size *= 4
+    totals, stock = offers.totals[page].tolist(), free[page].tolist()
+    return [
+        Found(rows[pk], Stock(gpus, total, now, heard.get(pk)))
+        for pk, gpus, total in zip(ids, stock, totals, strict=True)
+        if pk in rows
+    ]
 
 
-def _encode(row: Listing, sort: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([sort, row.sort_value, row.pk]).encode()).decode()  # type: ignore[attr-defined]
+def _encode(sort: str, value: int, pk: int) -> str:
+    return base64.urlsafe_b64encode(json.dumps([sort, value, pk]).encode()).decode()
 
 
 def _decode(cursor: str, sort: str) -> tuple[int, int]:
@@ -273,7 +177,7 @@ def _decode(cursor: str, sort: str) -> tuple[int, int]:
         at = int(value), int(pk)
     except (ValueError, TypeError):
         name, at = None, (0, 0)
-    if name != sort:
+    if name != sort or max(map(abs, at)) > UNKNOWN:
         raise MarketError(
             "invalid_request", "The cursor is not one of this search and sort; start again.", {"/cursor": "invalid"}
         )
@@ -281,81 +185,58 @@ def _decode(cursor: str, sort: str) -> tuple[int, int]:
 
 
 # --- what else there is
-def facets(base: QuerySet[Listing], wanted: Filters, now: datetime) -> dict[str, dict[str, int]]:
-    """Offers per value of each facet, counted as if its own filter were off. One query, over combinations of values."""
-    own = {*FACETS, "kind", "price_max"}
-    others = [q for name, q in conditions(wanted, now) if name not in own]
-    # Kinds offered differ within a combination of the other facets, so they are part of its key.
-    keys = [*FACETS.values(), *[f"sells_{kind}" for kind in Kind.values]]
-    rows = (
-        base.filter(*others)
-        .annotate(**{f"sells_{kind}": _flag(_priced((Kind(kind),), wanted.price_max)) for kind in Kind.values})
-        .order_by()
-        .values(*keys)
-        .annotate(offers=Count("id"))
-        .values_list(*keys, "offers")
-    )
-    names = tuple(FACETS)
-    allowed = [frozenset(getattr(wanted, name)) for name in names]
-    asked = [kind in wanted.kinds for kind in Kind.values]
-    counts: dict[str, dict[str, int]] = {name: defaultdict(int) for name in (*names, "kind")}
-    for row in rows:
-        values, sells, offers = row[: len(names)], row[len(names) : -1], row[-1]
-        fails = [i for i, value in enumerate(values) if allowed[i] and value not in allowed[i]]
-        sold = any(sold and wish for sold, wish in zip(sells, asked, strict=True))
-        if len(fails) + (not sold) > 1:
-            continue  # two filters are in the way: no facet counts it
-        for i in fails or (range(len(names)) if sold else ()):
-            if values[i]:
-                counts[names[i]][values[i]] += offers
-        if not fails:
-            for kind, one in zip(Kind.values, sells, strict=True):
-                if one:
-                    counts["kind"][kind] += offers
-    return {name: dict(sorted(values.items(), key=lambda v: (-v[1], v[0]))) for name, values in counts.items()}
+def _facets(offers: Offers, base: Mask, steps: list[tuple[str, Mask]], wanted: Filters) -> dict[str, dict[str, int]]:
+    """Offers per value of each facet, counted as if its own filter were off."""
+    common = base.copy()
+    for name, mask in steps:
+        if name not in {*FACETS, "kind", "price_max"}:
+            common &= mask
+    sells = {kind: priced(offers, (kind,), wanted.price_max) for kind in Kind}
+    sold = np.zeros(len(offers), bool)
+    for kind in wanted.kinds:
+        sold |= sells[kind]
+    own = {name: one_of(offers, name, getattr(wanted, name)) for name in FACETS}
+    found: dict[str, dict[str, int]] = {}
+    for name in FACETS:
+        mask = common & sold
+        for other, condition in own.items():
+            if other != name and condition is not None:
+                mask &= condition
+        found[name] = facet(offers.listings[name], offers.names, mask)
+    for condition in own.values():
+        if condition is not None:
+            common &= condition
+    counts = {kind.value: int((common & sells[kind]).sum()) for kind in Kind}
+    found["kind"] = dict(sorted(((k, c) for k, c in counts.items() if c), key=lambda pair: (-pair[1], pair[0])))
+    return found
 
 
-def _flag(condition: Q) -> Any:
-    return ExpressionWrapper(condition, output_field=BooleanField())
-
-
-def _why_nothing(base: QuerySet[Listing], steps: list[tuple[str, Q]], wanted: Filters, now: datetime) -> dict[str, Any]:
+def _why_nothing(base: Mask, steps: list[tuple[str, Mask]], matching: Mask, free: Ints) -> dict[str, Any]:
     """`removed_by`: the filter that took the last offers, in the order of `conditions`, "availability" last; `left_before`: how
-    many there were until then; `without`: offers if one filter alone were off (only those that would help).
+    many there were until then; `without`: offers if one filter alone were off (only those that would help). `largest`: the largest
+    block there is in the window among what else matches.
     """
-    ever: dict[str, Any] = {"ever_all": Count("id")}
-    together = Q()
-    for name, q in steps:
-        together &= q
-        ever[f"upto_{name}"] = Count("id", filter=together)
-        rest = Q()
-        for other, condition in steps:
-            if other != name:
-                rest &= condition
-        ever[f"without_{name}"] = Count("id", filter=rest) if rest else Count("id")
-    counts = base.aggregate(**ever)
-    before = counts["ever_all"]
-    without = {name: counts[f"without_{name}"] for name, _ in steps if counts[f"without_{name}"]}
+    before = int(base.sum())
     if before == 0:
         return {"removed_by": None, "left_before": 0, "without": {}}
-    for name, _ in steps:
-        if counts[f"upto_{name}"] == 0:
-            return {"removed_by": name, "left_before": before, "without": without}
-        before = counts[f"upto_{name}"]
+    left = base.copy()
+    for name, mask in steps:
+        left &= mask
+        now = int(left.sum())
+        if now == 0:
+            return {"removed_by": name, "left_before": before, "without": _without(base, steps)}
+        before = now
     return {
         "removed_by": "availability",
         "left_before": before,
         "without": {},
-        "largest": _most(base, steps, wanted, now),
+        "largest": int(free[matching].max(initial=0)),
     }
 
 
-def _most(base: QuerySet[Listing], steps: list[tuple[str, Q]], wanted: Filters, now: datetime) -> int:
-    """The largest block there is in the window, over the first offers by price: what could be asked for instead."""
-    rows = list(base.filter(*[q for _, q in steps]).order_by("id")[: FIRST_BATCH * 8])
-    kind = wanted.kind or (Kind.RESERVED if wanted.end is not None else Kind.ON_DEMAND)
-    stock = availability.stock(rows, now=now, level=wanted.level, kind=kind, starts_at=wanted.start, ends_at=wanted.end)
-    return max((s.gpus for s in stock.values()), default=0)
-
-
-FILTER_NAMES = tuple(f.name for f in fields(Filters))
+def _without(base: Mask, steps: list[tuple[str, Mask]]) -> dict[str, int]:
+    fails = np.zeros(len(base), np.int64)
+    for _, mask in steps:
+        fails += ~mask
+    helped = {name: int((base & ((fails - ~mask) == 0)).sum()) for name, mask in steps}
+    return {name: offers for name, offers in helped.items() if offers}

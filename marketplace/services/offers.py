@@ -1,0 +1,242 @@
+"""The market in columns: published listings, their hosts, and what claims these, as one reading saw them (services.catalogue reads).
+
+Never written in place: a changed reading is another `Offers`, which shares every column that stayed the same and what was worked out
+from it. None as a number is -1, as a name `NONE`.
+"""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from marketplace.models import Kind
+from marketplace.services.availability import CHECKPOINT_GRACE_S, HOLDING, SHED_LEAD_S, seconds
+from marketplace.tenancy import Actor
+from scheduler.core import stock
+from scheduler.core.capacity import FOREVER
+from scheduler.core.stock import Ints, Shelf, Timeline
+
+Mask = npt.NDArray[np.bool_]
+NONE: Final = -1
+PRICES: Final = {
+    Kind.ON_DEMAND: "on_demand_price",
+    Kind.RESERVED: "reserved_price",
+    Kind.FLEXIBLE: "flexible_price",
+    Kind.SPOT: "spot_floor",
+}
+# What is asked of each host of a listing, and holds where its poorest host has it.
+OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib")
+_STATEFUL: Final = ("id", "listing_id", "spine", "leaf")  # columns of hosts that decide the shelf
+
+
+class Names:
+    """Numbers for texts, from 1; the same for a text as long as the process lives. The empty text is 0, None is NONE."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {"": 0}
+        self._texts: list[str] = [""]
+        self._lock = threading.Lock()
+
+    def codes(self, texts: Iterable[str | None]) -> Ints:
+        """int64[texts]."""
+        with self._lock:
+            found = [NONE if text is None else self._code(text) for text in texts]
+        return np.array(found, np.int64)
+
+    def _code(self, text: str) -> int:
+        number = self._known.get(text)
+        if number is None:
+            number = self._known[text] = len(self._texts)
+            self._texts.append(text)
+        return number
+
+    def known(self, texts: Iterable[str]) -> list[int]:
+        """Numbers of those that stand in a row somewhere."""
+        return [self._known[text] for text in texts if text in self._known]
+
+    def text(self, code: int) -> str:
+        return self._texts[code]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns int64[N], in the order of the first; several rows may have one key."""
+
+    columns: dict[str, Ints]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, name: str) -> Ints:
+        return self.columns[name]
+
+    @property
+    def keys(self) -> Ints:
+        return next(iter(self.columns.values()))
+
+    def replaced(self, keys: Ints, rows: "Rows") -> "Rows":
+        """Without all that stood under `keys`, with `rows` (of some of these keys) instead."""
+        if not len(keys):
+            return self
+        keep = ~np.isin(self.keys, keys)
+        if keep.all() and not len(rows):
+            return self
+        order = np.argsort(np.concatenate([self.keys[keep], rows.keys]), kind="stable")
+        return Rows({name: np.concatenate([c[keep], rows[name]])[order] for name, c in self.columns.items()})
+
+    def position(self, keys: Ints) -> Ints:
+        """Where each key stands first, -1 where it does not."""
+        at = np.searchsorted(self.keys, keys)
+        at[at == len(self)] = 0
+        return np.where(self.keys[at] == keys, at, -1) if len(self) else np.full(len(keys), -1)
+
+
+@dataclass(frozen=True)
+class Offers:
+    """listings: by id, published ones. partners: (listing_id, organization_id) of those that are for named partners alone.
+    hosts: by id, all that are listed and not retired, whatever their listing's state. holds: by host_id, GPUs of live
+    reservations. tasks: by host_id, GPU indices that work other than spot occupies.
+    """
+
+    listings: Rows
+    partners: Rows
+    hosts: Rows
+    holds: Rows
+    tasks: Rows
+    names: Names
+
+    def __len__(self) -> int:
+        return len(self.listings)
+
+    def updated(self, **rows: Rows) -> "Offers":
+        """With these tables in place of the older; what does not depend on them is handed on."""
+        later = Offers(**{**{name: getattr(self, name) for name in _TABLES}, **rows}, names=self.names)
+        if all(np.array_equal(self.hosts[name], later.hosts[name]) for name in _STATEFUL) and "shelf" in self.__dict__:
+            later.__dict__["shelf"] = self.shelf
+            if later.holds is self.holds and later.tasks is self.tasks and "_lines" in self.__dict__:
+                later.__dict__["_lines"] = self.__dict__["_lines"]
+        return later
+
+    # --- who may see what
+    def visible(self, actor: Actor) -> Mask:
+        """bool[N]: what `search.on_offer` would show: of the actor's own mode, public, for its organization, or its own."""
+        if actor.is_staff:
+            return np.ones(len(self), bool)
+        rows = self.listings
+        shown: Mask = rows["partners_only"] == 0
+        if actor.organization_id is not None:
+            shown |= rows["organization_id"] == actor.organization_id
+            named = self.partners["listing_id"][self.partners["organization_id"] == actor.organization_id]
+            at = rows.position(named)
+            shown[at[at >= 0]] = True
+        return shown & (rows["livemode"] == int(actor.livemode))
+
+    # --- what they have
+    @cached_property
+    def shelf(self) -> Shelf:
+        return Shelf.of(self.hosts["listing_id"], self.hosts["spine"], self.hosts["leaf"])
+
+    @cached_property
+    def _group(self) -> Ints:
+        """Each listing's place on the shelf, -1 without hosts."""
+        at = np.searchsorted(self.shelf.listings, self.listings["id"])
+        found = np.full(len(self), -1)
+        inside = at < len(self.shelf.listings)
+        found[inside] = np.where(self.shelf.listings[at[inside]] == self.listings["id"][inside], at[inside], -1)
+        return found
+
+    def _spread(self, of_groups: Ints, missing: int = 0) -> Ints:
+        """From one for each group to one for each listing."""
+        out = np.full(len(self), missing, np.int64)
+        has = self._group >= 0
+        out[has] = of_groups[self._group[has]]
+        return out
+
+    def _gathered(self, of_listings: Ints, missing: int) -> Ints:
+        """From one for each listing to one for each group."""
+        out = np.full(len(self.shelf.listings), missing, np.int64)
+        has = self._group >= 0
+        out[self._group[has]] = of_listings[has]
+        return out
+
+    @cached_property
+    def totals(self) -> Ints:
+        """int64[N]: GPUs listed, working or not."""
+        return self._spread(self.shelf.total(self.hosts["gpu_count"][self.shelf.order]))
+
+    @cached_property
+    def of_hosts(self) -> dict[str, Ints]:
+        """OF_HOSTS -> int64[N]: what the poorest host of each listing has."""
+        return {name: self._spread(self.shelf.least(self.hosts[name][self.shelf.order]), NONE) for name in OF_HOSTS}
+
+    def number(self, name: str) -> Ints:
+        """int64[N]: a column of the listing or of its hosts; NONE where there is nothing to compare."""
+        return self.of_hosts[name] if name in OF_HOSTS else self.listings[name]
+
+    # --- how much of it is free
+    def stock(self, *, now: datetime, level: str, kind: str, starts_at: datetime, ends_at: datetime) -> Ints:
+        """int64[N]: the most GPUs that one block inside one cell of `level` can have in the window; as `availability.stock`."""
+        rows, shelf = self.listings, self.shelf
+        at, start, end = seconds(now), seconds(starts_at), seconds(ends_at)
+        t1 = np.full(len(rows), start, np.int64)
+        if kind in HOLDING:  # the claim begins early, by the lead (availability.lead_s)
+            lead = -(-(rows["eviction_notice_s"] + CHECKPOINT_GRACE_S + SHED_LEAD_S) // 60) * 60
+            t1 = np.minimum(start, np.maximum(at, start - lead))
+        closed = (rows["available_from"] > t1) | ((rows["available_until"] != NONE) & (rows["available_until"] < end))
+        smallest = shelf.least(self.hosts["gpu_count"][shelf.order])
+        chunk = np.maximum(1, np.minimum(self._gathered(rows["min_gpus"], 1), smallest))
+        most = stock.largest(
+            shelf, self._timeline(at), self._working, chunk, level, self._gathered(t1, start), end,
+            self._gathered(closed.astype(np.int64), 0),
+        )  # fmt: skip
+        return self._spread(most)
+
+    @cached_property
+    def _working(self) -> Ints:
+        hosts = self.hosts
+        return (np.maximum(hosts["gpu_count"] - hosts["broken"], 0) * hosts["up"])[self.shelf.order]
+
+    def _timeline(self, at: int) -> Timeline:
+        """All claims as they stand at `at` (s). Good until a hold lapses, a contract ends or a reservation sets its GPUs free."""
+        kept = self.__dict__.get("_lines")
+        if kept is None or not kept[0] <= at < kept[1]:
+            kept = self.__dict__["_lines"] = self._made_timeline(at)
+        return kept[2]  # type: ignore[no-any-return]
+
+    def _made_timeline(self, at: int) -> tuple[int, int, Timeline]:
+        holds, tasks = self.holds, self.tasks
+        live = holds["held_until"] > at
+        counts = tasks["own_until"] <= at  # what runs on its own reservation's GPUs is no claim beside it
+        host, index = tasks["host_id"][counts], tasks["gpu"][counts]
+        # Past its contract's end a placement still drains, nobody knows how long.
+        until = np.where(tasks["ends_at"][counts] > at, tasks["ends_at"][counts], FOREVER)
+        if len(host):  # shares of one GPU count once, and end with the last
+            first = np.flatnonzero(np.r_[True, (host[1:] != host[:-1]) | (index[1:] != index[:-1])])
+            host, until = host[first], np.maximum.reduceat(until, first)
+        place = np.empty(len(self.hosts), np.int64)
+        place[self.shelf.order] = np.arange(len(self.hosts))
+        whose = self.hosts.position(np.concatenate([holds["host_id"][live], host]))
+        here = whose >= 0
+        line = Timeline.of(
+            place[whose[here]],
+            np.concatenate([holds["claims_at"][live], np.zeros(len(host), np.int64)])[here],
+            np.concatenate([holds["ends_at"][live], until])[here],
+            np.concatenate([holds["gpus"][live], np.ones(len(host), np.int64)])[here],
+        )
+        turns = np.concatenate([holds["held_until"], tasks["own_until"], tasks["ends_at"]])
+        return at, int(turns[turns > at].min(initial=FOREVER)), line
+
+
+_TABLES: Final = ("listings", "partners", "hosts", "holds", "tasks")
+
+
+def facet(codes: Ints, names: Names, mask: Mask) -> dict[str, int]:
+    """{text: rows} of the column where `mask`, the most first; what has none is not counted."""
+    values, counts = np.unique(codes[mask & (codes > 0)], return_counts=True)
+    found: dict[str, Any] = {names.text(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -23,7 +23,10 @@ from scheduler.core.types import I32, I64
 
 NEVER: Final = -(2**31)
 BLOCK: Final = 64
-META_LOG, META_EPOCH, META_HAND, META_STAMP, META_RESCORED, META_FILLED = range(6)
+LAG: Final = 256  # changes for which a host stays put before the sweep looks at it
+SWEEP: Final = 32  # hosts that the sweep re-scores a decision, at most
+SLOTS: Final = 16  # slots that it looks at a decision, at most
+META_LOG, META_EPOCH, META_HAND, META_STAMP, META_RESCORED, META_FILLED, META_SWEEP = range(7)
 META_WIDTH: Final = 8
 
 U8 = npt.NDArray[np.uint8]
@@ -40,7 +43,7 @@ class Cache(NamedTuple):
     slot_of: I64  # [C] -1: none
     class_of: I64  # [S] -1: none
     log: I32  # changed hosts
-    stamp: I64  # [H] last catch-up that re-scored the host
+    changed: I64  # [H] where in the log the host's last change stands
     group: I32  # [H] hosts in equal states at the start, -1 once changed
     memo: I32  # [groups]
     memo_of: I64  # [groups] the fill that wrote memo
@@ -54,6 +57,7 @@ def note_change(h: int, c: Cache) -> None:
         c.meta[META_LOG] = 0
         c.meta[META_EPOCH] += 1
     c.log[c.meta[META_LOG]] = h
+    c.changed[h] = c.meta[META_LOG]
     c.meta[META_LOG] += 1
     c.group[h] = -1
 
@@ -139,21 +143,43 @@ def ensure(k: int, q: I64, s: State, t: Tables, c: Cache) -> int:
         c.epoch[slot] = c.meta[META_EPOCH]
         c.seen[slot] = c.meta[META_LOG]
         return slot  # type: ignore[no-any-return]
-    start, end = c.seen[slot], c.meta[META_LOG]
-    if start < end:
-        c.meta[META_STAMP] += 1
-        mark = c.meta[META_STAMP]
-        tab = c.tab[slot]
-        for at in range(start, end):
-            h = c.log[at]
-            if c.stamp[h] == mark or tab[h] == NEVER:
-                continue
-            c.stamp[h] = mark
-            value, _ = score_host(h, q, s, t)
-            c.meta[META_RESCORED] += 1
-            put(slot, h, value, c)
-        c.seen[slot] = end
+    _catch_up(slot, q, c.meta[META_LOG], len(s.rows), s, t, c)
     return slot  # type: ignore[no-any-return]
+
+
+@inlined
+def _catch_up(slot: int, q: I64, until: int, most: int, s: State, t: Tables, c: Cache) -> int:
+    """Re-scores for a slot the hosts of the log up to `until`, at most `most`, each at its last entry. Returns how many."""
+    tab, at, done = c.tab[slot], c.seen[slot], 0
+    while at < until and done < most:
+        h = c.log[at]
+        if c.changed[h] == at and tab[h] != NEVER:
+            value, _ = score_host(h, q, s, t)
+            put(slot, h, value, c)
+            done += 1
+        at += 1
+    c.seen[slot] = at
+    c.meta[META_RESCORED] += done
+    return done
+
+
+@inlined
+def sweep(qs: I64, s: State, t: Tables, c: Cache) -> None:
+    """A little of the work that classes seldom asked for have before them, so that none of them ever has much of it.
+
+    Only hosts that have not changed for `LAG` changes are re-scored, so that hardly any is re-scored twice for it: what is
+    done here is not done later. Slots take turns.
+    """
+    until = c.meta[META_LOG] - LAG
+    left = SWEEP
+    for _ in range(SLOTS):
+        slot = c.meta[META_SWEEP]
+        k = c.class_of[slot]
+        if k >= 0 and c.epoch[slot] == c.meta[META_EPOCH] and c.seen[slot] < until:
+            left -= _catch_up(slot, qs[k], min(until, c.seen[slot] + LAG), left, s, t, c)
+            if left <= 0:
+                return
+        c.meta[META_SWEEP] = (slot + 1) % len(c.class_of)
 
 
 @inlined
@@ -221,6 +247,7 @@ def place_run(
         delta[i] = take(h, q, m, s)
         refresh_host(h, s, t)
         note_change(h, c)
+        sweep(qs, s, t, c)
     return len(seq)
 
 

@@ -114,7 +114,7 @@ class Packer:
             slot_of=np.full(count, -1, np.int64),
             class_of=np.full(slots, -1, np.int64),
             log=np.empty(max(64, steps), np.int32),
-            stamp=np.zeros(hosts, np.int64),
+            changed=np.full(hosts, -1, np.int64),
             group=group,
             memo=np.zeros(max(1, groups), np.int32),
             memo_of=np.zeros(max(1, groups), np.int64),

@@ -45,7 +45,7 @@ class Weights(NamedTuple):
     benchmark).
     """
 
-    fragmentation: float = 0.5  # per milli-GPU of F: 1.0 counts a hole twice, once here and once in V
+    fragmentation: float = 0.4  # per milli-GPU of F: 1.0 counts a hole twice, once here and once in V
     hole: float = 8.0  # per milli-GPU of V: a saleable hole weighs more than its milli, since V changes little a step
     cpu_balance: float = 1.0  # per milli-GPU that CPU can never serve
     memory_balance: float = 0.5  # per milli-GPU that CPU or memory can never serve

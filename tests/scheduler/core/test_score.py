@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.core import kernels
 from scheduler.core.fit_kernels import NODE, choose_kernel, delta_kernel, request_vector, static_kernel, watts_bind
 from scheduler.core.pack import Packer, bits, classes_of, make_state
 from scheduler.core.score import (
@@ -180,3 +181,25 @@ def test_spec_prices_protect_what_others_insist_on():
     assert spec[1] == 1.0
     assert spec[0] == 0.0
     assert request_vector(Request(job=1, gpus=1))[6] == 1
+
+
+def test_a_table_kept_up_lazily_places_as_one_filled_anew_for_each_decision():
+    """Long enough for the sweep to work ahead of classes that are seldom asked for."""
+    dice = random.Random(5)
+    fleet = Fleet.build(
+        [{"host_id": i, "cpu_free": dice.choice((64_000, 96_000)), "gpus": dice.choice((2, 4, 8))} for i in range(150)]
+    )
+    shapes = [(1, 1000), (1, 500), (1, 300), (2, 1000), (1, 810), (0, 1000), (4, 1000)]
+    requests = [
+        Request(job=i, cpu=dice.choice((500, 1000, 4000)), gpus=n, gpu_milli=milli)
+        for i, (n, milli) in enumerate(dice.choices(shapes, [9, 9, 5, 1, 5, 4, 1], k=900))
+    ]
+    vectors, of = classes_of(requests)
+    tables = tables_for(fleet, shapes_of(requests), "tailrace")
+    lazy, eager = (Packer(fleet, vectors, tables, steps=1000) for _ in range(2))
+    run = lazy.place(of)
+    assert lazy.cache.meta[kernels.META_LOG] > 2 * kernels.LAG
+    for i in range(len(of)):
+        eager.watts_returned()
+        one = eager.place(of[i : i + 1])
+        assert (one.host[0], one.mask[0]) == (run.host[i], run.mask[i])

@@ -142,6 +142,7 @@ CELERY_BEAT_SCHEDULE = {
     "drain-outbox": {"task": "marketplace.tasks.drain_outbox", "schedule": 2.0, "options": {"expires": 2}},
     "site-loops": {"task": "scheduler.tasks.tick_sites", "schedule": 5.0, "options": {"expires": 5}},
     "cells": {"task": "scheduler.tasks.tick_cells", "schedule": 5.0, "options": {"expires": 5}},
+    "cycle-records": {"task": "scheduler.tasks.forget_records", "schedule": 60.0, "options": {"expires": 60}},
     "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
@@ -223,6 +224,14 @@ ENERGY_PRICE_URL = env.str("ENERGY_PRICE_URL", default="http://127.0.0.1:8005/en
 POOL_FEE_PERMILLE = env.int("POOL_FEE_PERMILLE", default=10)
 SITE_LEASE_SECONDS = env.int("SITE_LEASE_SECONDS", default=900)
 POWER_FREEZE = env.bool("POWER_FREEZE", default=False)
+
+# --- recorded cycles (scheduler.record)
+CYCLE_RECORDS = env.str("CYCLE_RECORDS", default="all")
+if CYCLE_RECORDS not in {"all", "waiting", "none"}:
+    raise ImproperlyConfigured(f"CYCLE_RECORDS is {CYCLE_RECORDS!r}: all, waiting or none")
+CYCLE_RECORD_EVERY = max(1, env.int("CYCLE_RECORD_EVERY", default=1))
+CYCLE_RECORD_DAYS = env.int("CYCLE_RECORD_DAYS", default=7)
+CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
 
 # --- quotes
 QUOTE_FIRM_SECONDS = env.int("QUOTE_FIRM_SECONDS", default=900)

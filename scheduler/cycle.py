@@ -17,6 +17,7 @@ from marketplace.services import holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
 from scheduler import commit, snapshot
+from scheduler import record as records
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
 from scheduler.core.types import Plan, Reason
@@ -106,6 +107,7 @@ def _run(cell: Cell, now: datetime) -> Cycle:
             outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
         elif outcome.placed and len(taken.requests) >= snapshot.MAX_JOBS:  # more than one cycle's worth waits
             job_service.nudge_cell(cell.pk)
+    records.keep(record, taken, made, outcome.conflicts)  # after the commit: nobody waits for it
     return record
 
 

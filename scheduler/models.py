@@ -30,6 +30,31 @@ class Cycle(TenantModel):
         return f"{self.cell} #{self.generation}"
 
 
+class CycleRecord(models.Model):
+    """All that a cycle planned with and what came out, packed (`scheduler.record`): for replay and for explanations."""
+
+    cycle = models.OneToOneField(Cycle, primary_key=True, on_delete=models.CASCADE, related_name="record")
+    cell = models.ForeignKey(Cell, on_delete=models.CASCADE, related_name="+")
+    at = models.DateTimeField()
+    base = models.ForeignKey(
+        "self",
+        null=True,
+        on_delete=models.PROTECT,
+        related_name="deltas",
+        help_text="the record that this one differs from",
+    )
+    code = models.CharField(max_length=80, help_text="of the core that planned it")
+    body = models.BinaryField()
+    size = models.PositiveIntegerField(help_text="bytes")
+    pack_us = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        indexes = [models.Index(fields=["cell", "-cycle"], condition=models.Q(base=None), name="record_alone")]
+
+    def __str__(self) -> str:
+        return f"record of {self.cycle_id}"
+
+
 class DecisionQuerySet(TenantQuerySet):
     tenant_paths = ("job__organization",)
 

@@ -10,7 +10,7 @@ from marketplace import outbox
 from marketplace.models import Site
 from marketplace.services import leases
 from marketplace.services.jobs import CYCLE, nudge_cell
-from scheduler import cycle, site_loop
+from scheduler import cycle, record, site_loop
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ def tick_cells() -> None:
     with transaction.atomic():
         for cell_id in cycle.waiting_cells(timezone.now()):
             nudge_cell(cell_id)
+
+
+@shared_task
+def forget_records() -> int:
+    """Recorded cycles that are too old or too many."""
+    return record.forget(timezone.now())
 
 
 @shared_task

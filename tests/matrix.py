@@ -268,6 +268,7 @@ ROUTES: tuple[R, ...] = (
     R("jobs/estimate", "GET", "jobs:write"),
     R("jobs/<str:job>", "GET", "jobs:read", job),
     R("jobs/<str:job>/live", "GET", "jobs:read", job),
+    R("jobs/<str:job>/why", "GET", "jobs:read", job),
     R("jobs/<str:job>/log", "GET", "jobs:read", job),
     R("jobs/<str:job>/cancel", "POST", "jobs:write", job),
     R("usage", "GET", "usage:read"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from django.contrib import admin
+from django.http import HttpRequest
 from unfold.decorators import display
 
 from marketplace.admin import look
@@ -22,7 +23,11 @@ from marketplace.models import (
     Site,
     User,
 )
-from scheduler.models import Cycle, Decision
+from scheduler import why
+from scheduler.models import Cycle, CycleRecord, Decision
+from scheduler.record import code
+
+SHOWN_DECISIONS = 200
 
 
 class Members(RowsInline):
@@ -149,6 +154,10 @@ class JobAdmin(look.Shown, StaffAdmin):
     search_fields = ("name", "organization__name", "reference")
     ordering = ("-id",)
     inlines = (Decisions, Placements, JobEvents)
+    above = "desk/why.html"
+
+    def more(self, request: HttpRequest, row: Job) -> dict[str, Any]:  # noqa: ARG002
+        return {"why": why.explain(row, staff=True)}
 
 
 class StaffPlacementEvents(PlacementEvents):
@@ -184,10 +193,16 @@ class CycleAdmin(look.Shown, StaffAdmin):
     list_select_related = ("cell",)
     list_filter = ("cell",)
     ordering = ("-id",)
+    above = "desk/cycle.html"
 
     @display(description="Snapshot / plan / commit, ms")
     def shown_ms(self, row: Cycle) -> str:
         return " / ".join(f"{us / 1000:.1f}" for us in (row.snapshot_us, row.plan_us, row.commit_us))
+
+    def more(self, request: HttpRequest, row: Cycle) -> dict[str, Any]:
+        decided = self.rows_of(Decision, request).filter(cycle=row).select_related("job__organization").order_by("job")
+        kept = CycleRecord.objects.filter(cycle=row).defer("body").first()
+        return {"record": kept, "code": code(), "decided": decided[:SHOWN_DECISIONS]}
 
 
 @admin.register(Decision, site=staff_site)

@@ -122,7 +122,43 @@ class BatchAnswerShape(serializers.Serializer):
 
 class StageShape(serializers.Serializer):
     stage = serializers.CharField()
+    label = serializers.CharField(help_text="what the hosts left have")  # type: ignore[assignment]  # the answer's name
     hosts_left = serializers.IntegerField()
+
+
+class ChangeShape(serializers.Serializer):
+    kind = serializers.CharField()
+    text = serializers.CharField(help_text="for people")
+    fields = serializers.DictField(
+        help_text="of the job, as they would have to be; `listing`: whose contract it would need"
+    )  # type: ignore[assignment]  # the answer's name
+    starts_at = serializers.DateTimeField(allow_null=True, help_text="null: now")
+    jobs = serializers.ListField(child=serializers.CharField(), help_text="your own jobs whose end it waits for")
+
+
+class TermShape(serializers.Serializer):
+    name = serializers.CharField()
+    milli_gpu = serializers.FloatField()
+    label = serializers.CharField()  # type: ignore[assignment]  # the answer's name
+
+
+class ReplicaShape(serializers.Serializer):
+    rank = serializers.IntegerField()
+    site = serializers.CharField()
+    host = serializers.CharField()
+    gpus = serializers.ListField(child=serializers.IntegerField())
+
+
+class PlacedShape(serializers.Serializer):
+    replicas = ReplicaShape(many=True, help_text="the first 64")
+    hosts = serializers.IntegerField(required=False, help_text="of the cell")
+    candidates = serializers.IntegerField(allow_null=True, help_text="hosts that could have taken a replica")
+    level = serializers.CharField(required=False, help_text="smallest domain of the fabric that holds all replicas")
+    domains = serializers.IntegerField(required=False, help_text="of that level, with room for all")
+    score = serializers.FloatField(required=False, help_text="of the first replica's host, milli-GPU")
+    second = serializers.FloatField(required=False, allow_null=True, help_text="the next best host's")
+    terms = TermShape(many=True, help_text="what the score is made of")
+    evicted = serializers.ListField(child=serializers.CharField(), required=False)
 
 
 class ExplanationShape(serializers.Serializer):
@@ -137,6 +173,9 @@ class ExplanationShape(serializers.Serializer):
     suggestion = serializers.CharField(required=False, allow_blank=True)
     earliest_start = serializers.DateTimeField(required=False, allow_null=True)
     at = serializers.DateTimeField(required=False)
+    changes = ChangeShape(many=True, help_text="each would make it fit: tried with the planner")
+    placed = PlacedShape(allow_null=True, help_text="where it stands and why there")
+    note = serializers.CharField(required=False, allow_blank=True)
 
 
 # `from` is no name in Python, but it is the field's.

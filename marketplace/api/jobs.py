@@ -28,6 +28,7 @@ from marketplace.api.job_shapes import (
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
 from marketplace.services import job_rules, job_views, jobs
+from scheduler import why
 
 MAX_BATCH = 100
 
@@ -240,8 +241,11 @@ class JobExplain(JobResource):
 
     @extend_schema(tags=["jobs"], operation_id="jobs_explain", responses={200: ExplanationShape})
     def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
-        """Why the job waits, or where it runs: hosts left after each stage of the fit rule, what binds, what would help."""
-        return Response(job_views.explain(self.row(job)))
+        """Why the job waits, or why it stands where it does: hosts left after each stage of the fit rule, what binds, the
+        earliest start that is promised, and changes that would make it fit. Each change has been tried with the planner on
+        the cell as the last cycle left it.
+        """
+        return Response(why.explain(self.row(job), staff=self.actor.is_staff))
 
 
 class JobEvents(JobResource):

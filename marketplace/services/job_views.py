@@ -78,33 +78,6 @@ def events(job: Job) -> list[dict[str, Any]]:
     return [{"at": e.at, "actor": e.actor, "from": e.from_state, "to": e.to_state, "reason": e.reason} for e in rows]
 
 
-def explain(job: Job) -> dict[str, Any]:
-    """The last decision on the job in words, with the hosts left after each stage."""
-    base = {"object": "explanation", "job": job.public_id, "state": job.state}
-    decision = getattr(job, "decision", None)
-    if decision is None:
-        waits = "No cycle has looked at the job yet." if job.state in Job.WAITING else "The job is not waiting."
-        return {**base, "outcome": job.state, "reason": None, "text": waits, "stages": []}
-    stages = [{"stage": s, "hosts_left": n} for s, n in zip(decision.stages, decision.candidates, strict=False)]
-    return {
-        **base,
-        "outcome": decision.outcome,
-        "reason": decision.reason.lower(),
-        "binding": decision.binding,
-        "stages": stages,
-        "suggestion": decision.suggestion,
-        "earliest_start": decision.earliest_start,
-        "at": decision.at,
-        "text": _text(decision.outcome, decision.binding, decision.suggestion),
-    }
-
-
-def _text(outcome: str, binding: str, suggestion: str) -> str:
-    if outcome == "placed":
-        return "The job has been placed."
-    return f"The job waits: {binding or 'no host fits'}." + (f" {suggestion}" if suggestion else "")
-
-
 def logs(placement: Placement | None, stream: str, offset: int) -> dict[str, Any]:
     """Text from byte `offset` on, at most MAX_LOG_CHUNKS chunks; `next` is where to go on."""
     if placement is None:

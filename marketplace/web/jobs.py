@@ -15,6 +15,7 @@ from marketplace.services.availability import HOLDING
 from marketplace.web import charts, costs
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
 from marketplace.web.forms import JobForm, refuse
+from scheduler import why
 
 SHOWN_CONTRACTS = 50
 SHOWN_PLACEMENTS = 64
@@ -105,7 +106,7 @@ def _job(request: HttpRequest, public_id: str) -> Job:
 @page(GET="jobs:read")
 def job(request: HttpRequest, job: str) -> HttpResponse:
     row = _job(request, job)
-    return render(request, "job.html", {**_live(row), **_log(request, row)})
+    return render(request, "job.html", {**_live(row), **_log(request, row), "why": why.explain(row, deep=False)})
 
 
 def _live(row: Job) -> dict[str, Any]:
@@ -122,7 +123,6 @@ def _live(row: Job) -> dict[str, Any]:
         "final": row.state in Job.FINAL,
         "waiting": row.state in Job.WAITING,
         "actions": job_views.shown(row)["actions"],
-        "why": job_views.explain(row) if row.state in Job.WAITING else None,
         "placements": placements[:SHOWN_PLACEMENTS],
         "more_placements": len(placements) > SHOWN_PLACEMENTS,
         "cost": costs.of_job(row, now=now),
@@ -140,7 +140,19 @@ def _device_words(placement: Placement) -> str:
 def live(request: HttpRequest, job: str) -> HttpResponse:
     """The moving part of the page. 286 ends the polling of a job that is over."""
     row = _job(request, job)
-    return render(request, "part/job_live.html", _live(row), status=286 if row.state in Job.FINAL else 200)
+    response = render(request, "part/job_live.html", _live(row), status=286 if row.state in Job.FINAL else 200)
+    response["HX-Trigger"] = "job-waits" if row.state in Job.WAITING else "job-stands"  # the card that says why listens
+    return response
+
+
+@page(GET="jobs:read")
+def why_part(request: HttpRequest, job: str) -> HttpResponse:
+    """Why it waits or stands where it does, with what was tried: fetched once the page stands, for it may take a moment."""
+    row = _job(request, job)
+    found = {"row": row, "why": why.explain(row), "loaded": True}
+    return render(
+        request, "part/job_why.html", found | {"final": row.state in Job.FINAL, "waiting": row.state in Job.WAITING}
+    )
 
 
 def _log(request: HttpRequest, row: Job) -> dict[str, Any]:
@@ -198,6 +210,7 @@ urlpatterns = [
     path("jobs/estimate", estimate, name="job-estimate"),
     path("jobs/<str:job>", job, name="job"),
     path("jobs/<str:job>/live", live, name="job-live"),
+    path("jobs/<str:job>/why", why_part, name="job-why"),
     path("jobs/<str:job>/log", log, name="job-log"),
     path("jobs/<str:job>/cancel", cancel, name="job-cancel"),
 ]

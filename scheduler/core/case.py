@@ -61,7 +61,9 @@ class Case:
         for p in made.placements:
             for group in asked[p.job].joins if p.job in placed else ():
                 stands.setdefault(group, set()).add(p.host)
+        promised = {d.job: (d.earliest_start, d.held) for d in made.decisions if d.held}
         waiting = [_tied(r, stands) for r in self.requests if r.job not in placed]
+        waiting = [_promised(r, *promised.get(r.job, (0, ()))) for r in waiting]
         if leaving:
             waiting = [replace(r, may_preempt=False) for r in waiting]
         return replace(self, fleet=fleet, requests=waiting, running=running)
@@ -91,6 +93,13 @@ class Case:
         deadlines = sorted({int(t) for t in self.fleet.leaves if t > 0})
         until = rounded_end(self.now_s if now_s is None else now_s, duration_s, deadlines)
         return replace(r, duration_s=duration_s, until=until)
+
+
+def _promised(r: Request, start: int, hosts: tuple[int, ...]) -> Request:
+    """The request with the start that the plan promised it, or without one."""
+    if (r.promised_start, r.promised_hosts) == (start, hosts):
+        return r
+    return replace(r, promised_start=start, promised_hosts=hosts)
 
 
 def _tied(r: Request, stands: dict[int, set[int]]) -> Request:

@@ -72,7 +72,8 @@ def changes(
 
 class _Search:
     def __init__(self, case: Case, request: Request) -> None:
-        self.case, self.me = case, request
+        self.case, self.as_it_is = case, request
+        self.me = replace(request, promised_start=0, promised_hosts=())  # a promise was made to another shape
         self.quiet = replace(case.policy, explain=False)
 
     # --- the two tests
@@ -180,8 +181,8 @@ class _Search:
             yield self.least("spread", [replace(me, topology=replace(t, max_per_domain=b)) for b in bounds])
         if not me.price_ok:
             yield self.least("price", [replace(me, price_ok=True)])
-        if me.quota_id or me.quota_milli >= 0:
-            yield self.least("quota", [replace(me, quota_id=0, quota_milli=-1)])
+        if me.quota_id or me.quota_milli >= 0 or me.limit_milli >= 0:
+            yield self.least("quota", [replace(me, quota_id=0, quota_milli=-1, limit_milli=-1)])
         if me.kind == Kind.SPOT:
             firm = replace(me, kind=Kind.ON_DEMAND)
             if hosts := self.in_queue(firm, evict=True):
@@ -204,7 +205,7 @@ class _Search:
     # --- later
     def later(self, windows: Sequence[Window]) -> Change | None:
         """The first known end, of running work or of a window, after which it is placed as it is."""
-        case, me = self.case, self.me
+        case, me = self.case, self.as_it_is
         times = sorted({r.ends_at for r in case.running if r.ends_at > case.now_s} | {w.ends_at for w in windows})
         low, high = 0, len(times) - 1
 
@@ -228,17 +229,18 @@ class _Search:
 
     def one_end(self, may_name: Callable[[int], bool]) -> Change | None:
         """The smallest running job without which it is placed."""
+        me = self.as_it_is
         size: dict[int, int] = {}
         for r in self.case.running:
             if may_name(r.job):
                 size[r.job] = size.get(r.job, 0) + max(1, len(r.gpus) * r.gpu_milli)
-        need = self.me.replicas * self.me.gpus * min(self.me.gpu_milli, WHOLE)
+        need = me.replicas * me.gpus * min(me.gpu_milli, WHOLE)
         free = int(self.case.fleet.gpu_free.sum())
         able = sorted((s, job) for job, s in size.items() if s + free >= need)[:MAX_ENDS]
         for _, job in able:
             ended = self.case.without(_of(job))
-            if self.alone(self.me, ended) and (hosts := self.in_queue(self.me, ended)):
-                return Change("job", self.me, 0, hosts, (job,))
+            if self.alone(me, ended) and (hosts := self.in_queue(me, ended)):
+                return Change("job", me, 0, hosts, (job,))
         return None
 
 

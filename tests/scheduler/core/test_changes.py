@@ -165,6 +165,17 @@ def test_held_capacity_is_not_offered():
     assert "gpus" in kinds(changes(case_of(fleet, queue[:1], [ran(3, 0, range(4), ends_at=1000)], now_s=100), 1))
 
 
+def test_a_promised_start_is_carried_into_the_cell_after_and_does_not_bind_another_shape():
+    fleet = Fleet.build([busy(1, range(4))])
+    case = case_of(fleet, [Request(job=1, gpus=8)], [ran(3, 0, range(4), ends_at=1000)], now_s=100)
+    after = case.after(case.plan())
+    assert (after.requests[0].promised_start, after.requests[0].promised_hosts) == (1000, (0,))
+    found = kinds(changes(after, 1))
+    assert found["gpus"].request.gpus == 4, "its own hold is not in its way"
+    assert found["gpus"].request.promised_start == 0
+    assert found["ends"].start == 1000
+
+
 def test_a_job_that_fits_needs_no_change_and_an_unknown_one_is_an_error():
     case = case_of(Fleet.build([one_host()]), [Request(job=1, gpus=8)])
     assert [c.kind for c in changes(case, 1)] == ["now"]

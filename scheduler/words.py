@@ -1,0 +1,158 @@
+"""The scheduler's reasons and suggestions in words: for the customer, who learns nothing of others, and for our own people."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from scheduler.core.changes import Change
+from scheduler.core.types import Level, Reason, Request
+
+# What stops it, and what the hosts left after the stage have.
+REASONS: Final[dict[Reason, tuple[str, str]]] = {
+    Reason.OK: ("it fits", "fit"),
+    Reason.NOT_IN_POOL: ("no host of its contract is in this cell", "belong to its contract"),
+    Reason.WRONG_SITE: ("the site asked for has no host that would do", "at the site asked for"),
+    Reason.WRONG_MODEL: ("no host has a GPU model that it accepts", "of a GPU model that it accepts"),
+    Reason.HOST_UNSCHEDULABLE: (
+        "the hosts that would do take no work now (draining, in maintenance, unreachable, or without grants)",
+        "taking work",
+    ),
+    Reason.HOST_RESERVED_FOR_OWNER: ("the hosts that would do are reserved", "not reserved for others"),
+    Reason.HELD_FOR_EARLIER_JOB: (
+        "the hosts that would do are held for a job before it",
+        "not held for a job before it",
+    ),
+    Reason.NO_CPU: ("vCPU", "with the vCPU free"),
+    Reason.NO_RAM: ("memory", "with the memory free"),
+    Reason.NO_NVME: ("local NVMe", "with the NVMe free"),
+    Reason.NO_GPU: ("idle GPUs on one host", "with the idle GPUs"),
+    Reason.NO_GPU_SHARE: ("room on one GPU", "with room on one GPU"),
+    Reason.NO_VRAM: ("GPU memory", "with the GPU memory free"),
+    Reason.TOPOLOGY: ("where the replicas must stand (topology)", "in the right NVLink domain"),
+    Reason.NO_WATTS: ("watts", "with watts for it"),
+    Reason.GANG_INCOMPLETE: ("room for all replicas at once", "with room for all"),
+    Reason.OVER_QUOTA: ("its contract's or organization's ceiling of GPUs", "under the ceiling"),
+    Reason.PRICE_LIMIT: ("its price limit", "within the price limit"),
+    Reason.INVALID: ("the job as it stands", "valid"),
+    Reason.EMPTY_CELL: ("the cell has no host", "in the cell"),
+    Reason.TAINTED: ("the hosts that would do are set apart (tainted)", "open to it (taints)"),
+    Reason.LEAVES_TOO_SOON: (
+        "the hosts that would do leave for maintenance before it would end",
+        "staying long enough",
+    ),
+    Reason.AFFINITY: ("its affinity rules", "where its affinity rules let it go"),
+}
+UNITS: Final[dict[Reason, str]] = {
+    Reason.NO_CPU: "milli-vCPU", Reason.NO_RAM: "MiB", Reason.NO_NVME: "GiB", Reason.NO_GPU: "GPUs", Reason.NO_GPU_SHARE: "milli-GPU",
+    Reason.NO_VRAM: "MiB", Reason.TOPOLOGY: "replicas", Reason.NO_WATTS: "W", Reason.GANG_INCOMPLETE: "replicas",
+}  # fmt: skip
+TERMS: Final[dict[str, str]] = {
+    "fragmentation": "free GPU that typical jobs can no longer use there",
+    "hole": "worth of the rest of the GPU that it shares",
+    "balance": "free GPU left without the CPU or memory to serve it",
+    "spec": "others insist on this GPU model",
+    "opening": "breaks into an empty host",
+    "best fit": "fuller is better",
+    "fgd": "score of fragmentation gradient descent",
+}
+_LEVELS: Final = {
+    Level.NONE: "cell", Level.NVLINK: "NVLink domain", Level.HOST: "host", Level.LEAF: "leaf switch", Level.SPINE: "fabric (spine)",
+    Level.SITE: "site",
+}  # fmt: skip
+
+
+def reason(name: str) -> Reason:
+    """The reason of that name, INVALID for one that the code no longer has."""
+    return Reason[name] if name in Reason.__members__ else Reason.INVALID
+
+
+def stage(name: str) -> str:
+    """What the hosts left after the stage have."""
+    return REASONS[Reason[name]][1] if name in Reason.__members__ else name.lower().replace("_", " ")
+
+
+def binds(found: Reason, binding: Reason, short: int = 0) -> str:
+    """`idle GPUs on one host, short by 2 GPUs`; both where the job's reason and the hosts' differ."""
+    text = REASONS[found][0]
+    if binding not in {found, Reason.OK}:
+        text += f" (most hosts lack {REASONS[binding][0]})"
+    return f"{text}, short by {short} {UNITS.get(found, '')}".rstrip() if short else text
+
+
+def level(of: Level) -> str:
+    return _LEVELS[of]
+
+
+def change(c: Change, was: Request, names: dict[str, Any]) -> str:
+    """One suggestion as a sentence. `names`: model, site, listing (of where it would go), price, when, jobs: words."""
+    r, when = c.request, names.get("when", "now")
+    each = "a replica " if was.replicas > 1 else ""
+    t, text = r.topology, ""
+    if c.kind == "gpus":
+        text = f"With {_n(r.gpus, 'GPU')} {each}instead of {was.gpus}"
+    elif c.kind == "split":
+        text = f"As {_n(r.replicas, 'replica')} of {_n(r.gpus, 'GPU')} instead of {was.replicas} of {was.gpus}, the rest in proportion"
+    elif c.kind == "replicas":
+        text = f"With {_n(r.replicas, 'replica')} instead of {was.replicas}"
+    elif c.kind == "share":
+        text = f"With {r.gpu_milli} thousandths of a GPU {each}instead of {was.gpu_milli}"
+    elif c.kind == "cpu":
+        text = f"With {r.cpu / 1000:g} vCPU {each}instead of {was.cpu / 1000:g}"
+    elif c.kind in {"ram", "vram"}:
+        what = "memory" if c.kind == "ram" else "memory on each GPU"
+        text = f"With {_size(getattr(r, c.kind))} {what} {each}instead of {_size(getattr(was, c.kind))}"
+    elif c.kind == "nvme":
+        text = f"With {r.nvme} GiB of NVMe {each}instead of {was.nvme}"
+    elif c.kind in {"model", "site", "listing"}:
+        text = {
+            "model": f"On {names.get('model')}",
+            "site": f"At {names.get('site')}",
+            "listing": f"Under a contract on {names.get('listing')} ({names.get('model')}, {names.get('site')})",
+        }[c.kind]
+    elif c.kind == "topology":
+        text = f"With all replicas in one {level(t.pack)} instead of one {level(was.topology.pack)}" if t.required else (
+            "With its placement preferred instead of required"
+        )  # fmt: skip
+    elif c.kind == "nvlink":
+        text = "With NVLink preferred instead of required"
+    elif c.kind == "spread":
+        text = (
+            f"With up to {t.max_per_domain} replicas in one {level(t.spread)} instead of {was.topology.max_per_domain}"
+        )
+    elif c.kind == "affinity":
+        text = "Without its affinity rules"
+    elif c.kind == "duration":
+        text = f"With a time limit of {_span(r.duration_s)} or less"
+    elif c.kind == "price":
+        price = names.get("price")
+        text = f"With a price limit of {price} or more per GPU-hour" if price else "With a higher price limit"
+    elif c.kind == "quota":
+        text = "With a higher ceiling of GPUs"
+    elif c.kind == "contract":
+        text = "Under an on-demand contract instead of spot"
+    elif c.kind == "job":
+        text = f"Without {names.get('jobs') or 'another running job'}"
+    elif c.kind == "window":
+        return (
+            f"As it is, from {when}, when {names.get('jobs') or 'a reservation'} ends, if nothing else takes its place."
+        )
+    elif c.kind == "ends":
+        text = names.get("jobs") or "running work"
+        return f"As it is, from {when}, when {text} ends by its time limit, if nothing else takes its place."
+    elif c.kind == "now":
+        return "It fits on what is free: the next cycle places it, if nothing else takes its place."
+    return f"{text} it would fit now."
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _size(mib: int) -> str:
+    return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib} MiB"
+
+
+def _span(seconds: int) -> str:
+    if seconds >= 7200:
+        return f"{seconds // 3600} h" + (f" {seconds % 3600 // 60} min" if seconds % 3600 >= 60 else "")
+    return f"{seconds // 60} min" if seconds >= 120 else f"{seconds} s"

@@ -56,6 +56,27 @@ def test_silence_is_free_until_the_agent_proves_it(world: World):
     assert spans(silent) == [(0, 100, 0, 100_000), (100, 800, 0, 700_000)]
 
 
+def test_waiting_for_the_rest_of_the_gang_is_free_whatever_else_happens_meanwhile(world: World):
+    placement = world.ran(0, None)
+    metered(world, 3600)
+    told = [
+        (3500, "running", "held"),
+        (3620, "running", "unreachable"),
+        (3640, "unreachable", "running"),
+        (3700, "held", "running"),
+    ]
+    for at, before, to in told:
+        PlacementEvent.objects.create(placement=placement, at=after(at), actor="system", from_state=before, to_state=to)
+    metered(world, 4000)
+    # What was recorded already gets its correction; the silence that was proven is no work while it was held.
+    assert spans(placement) == [(0, 3600, 0, 3_600_000), (0, 3600, 1, 3_500_000), (3700, 4000, 0, 300_000)]
+    PlacementEvent.objects.create(
+        placement=placement, at=after(5000), actor="system", from_state="running", to_state="held"
+    )
+    metered(world, 6000)
+    assert spans(placement)[-1] == (4000, 5000, 0, 1_000_000)
+
+
 def test_a_start_that_was_told_late_makes_no_hole(world: World):
     """The agent says "starting" in one sync and "running since before that" in the next."""
     placement = world.ran(10, 90, events=[(12, "starting", ""), (13, "running", "")])

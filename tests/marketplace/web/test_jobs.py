@@ -53,6 +53,51 @@ def test_submit(market, browser):
     assert "TOKEN" not in page
 
 
+def test_rules_of_placing_are_asked_for_in_words_and_shown(market, browser):
+    contract = market.contract()
+    client = browser(market.customer)
+    rules = {
+        "topology": "spread", "topology_required": "on", "spread_level": "leaf", "max_per_domain": "2", "nvlink": "preferred",
+        "labels": "app=train", "near": "leaf app=db tier=1", "apart": "host app=train\n\nsite app=batch", "price_limit": "9.5",
+        "on_replica_loss": "shrink", "min_replicas": "1",
+    }  # fmt: skip
+    response = client.post("/jobs/new", {**FORM, "contract": contract.public_id, **rules})
+    job = Job.objects.get()
+    assert (job.topology, job.spread_level, job.max_per_domain, job.nvlink) == ("spread", "leaf", 2, "preferred")
+    assert (job.labels, job.price_limit, job.on_replica_loss, job.min_replicas) == (
+        ["app=train"],
+        9_500_000,
+        "shrink",
+        1,
+    )
+    assert [(r["rule"], r["level"], r["labels"]) for r in job.affinity] == [
+        ("near", "leaf", ["app=db", "tier=1"]), ("apart", "host", ["app=train"]), ("apart", "site", ["app=batch"]),
+    ]  # fmt: skip
+    page = text(client.get(response["Location"]))
+    assert "spread by leaf, at most 2 in one, NVLink preferred, required" in page
+    assert "the rest goes on, from 1 up" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"apart": "moon app=a"}, "Rule 1 is not of the form"),
+        ({"near": "leaf"}, "Rule 1 is not of the form"),
+        ({"labels": "app=a b"}, "At most 16 labels"),
+        ({"labels": "no pair"}, "Line 1 is not of the form"),
+        ({"max_per_domain": "2"}, "needs topology spread"),
+        ({"on_replica_loss": "shrink"}, "fewest replicas"),
+        ({"price_limit": "0.000001"}, "costs"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_beside_its_field(market, browser, change, said):
+    contract = market.contract()
+    response = browser(market.customer).post("/jobs/new", {**FORM, "contract": contract.public_id, **change})
+    assert response.status_code in {400, 422}
+    assert said in text(response)
+    assert not Job.objects.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

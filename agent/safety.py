@@ -23,6 +23,7 @@ class Node:
     margin_w: int
     miner_permille: int
     gpu_permille: int
+    limit_w: int | None = None  # a curtailment's: the site sleeps its machines for it, and leaves jobs to control
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> Node:
@@ -33,7 +34,12 @@ class Node:
             int(row.get("margin_w", 0)),
             int(row.get("overhead_miner_permille", 1000)),
             int(row.get("overhead_gpu_permille", 1000)),
+            None if row.get("limit_w") is None else int(row["limit_w"]),
         )
+
+    @property
+    def bound_w(self) -> int:
+        return self.cap_w if self.limit_w is None else min(self.cap_w, self.limit_w)
 
 
 @dataclass(frozen=True)
@@ -117,21 +123,21 @@ def decide(
         if reading is None or node.cap_w <= 0:
             continue
         watts, at = reading
-        if watts > SOFT * node.cap_w:
+        if watts > SOFT * node.bound_w:
             no_wakes.add(name)
-        if watts <= node.cap_w:
+        if watts <= node.bound_w:
             continue
         over.append(name)
         if at < memory.acted_at.get(name, 0.0) + settle_s:
             continue
         memory.acted_at[name] = now
-        excess = watts - (1 - TARGET_MARGIN) * node.cap_w
+        excess = watts - (1 - TARGET_MARGIN) * node.bound_w
         excess -= _freed(tree, node, shed, miners)
         if excess <= 0:
             continue
         chosen = _choose(tree, node, shed_order, miners, shed, excess)
         shed.update(dict.fromkeys(chosen, name))
-        if chosen:
+        if chosen or watts <= node.cap_w:
             continue
         below = [h for h in hosts.values() if name in tree.above(h.power_node)]
         if any(not h.capped for h in below):

@@ -222,7 +222,7 @@ class Site:
     def _decide(self) -> None:
         """The safety loop: only lowers. Facts of devices are gathered only when some node is over its cap."""
         over = any(
-            w > node.cap_w for name, node in self.tree.nodes.items() if (w := self.meters.get(name, (0, 0.0))[0])
+            w > node.bound_w for name, node in self.tree.nodes.items() if (w := self.meters.get(name, (0, 0.0))[0])
         )
         decision = decide(
             self.tree,
@@ -236,7 +236,7 @@ class Site:
             settle_s=self.config.settle_s,
         )
         for node in set(decision.over) - set(self.decision.over):
-            self.events.add("over_cap", node, watts=self.meters[node][0], cap_w=self.tree.nodes[node].cap_w)
+            self.events.add("over_cap", node, watts=self.meters[node][0], cap_w=self.tree.nodes[node].bound_w)
         if decision.stale != self.decision.stale:
             kind = "meter_stale" if decision.stale else "meter_fresh"
             self.events.add(kind, ",".join(decision.stale[:10]), count=len(decision.stale))

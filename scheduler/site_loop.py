@@ -13,7 +13,7 @@ from django.db import transaction
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, ShedClaim, Site
-from marketplace.services import curtailments, drains, feeds, jobs, leases, placements, power, site_minutes
+from marketplace.services import curtailments, drains, feeds, jobs, leases, placements, power, sheds, site_minutes
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
 from scheduler.core import power as core
@@ -46,6 +46,7 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         granted = power.grant_pending(site_id, now=now) if power.may_grant(power.Ledger.of(site_id), now=now) else []
         placements.grant(granted, now=now)
         give_up(site, now=now)
+        done["drained"] = len(sheds.relieve(site_id, now=now))
         done["granted"] = len(granted)
         if granted or changed or done.get("again"):
             placements.touch_sites([site_id])

@@ -268,7 +268,8 @@ def _safety(site: Site) -> dict[str, Any]:
             {
                 "name": n.name,
                 "parent": n.parent.name if n.parent else None,
-                "cap_w": n.cap_w if n.limit_w is None else min(n.cap_w, n.limit_w),
+                "cap_w": n.cap_w,
+                "limit_w": n.limit_w,
                 "margin_w": n.margin_w,
                 "fixed_w": n.fixed_w,
                 "overhead_gpu_permille": n.overhead_gpu_permille,

@@ -9,7 +9,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.models import Curtailment, PowerNode, Site
 from marketplace.services import audit
-from marketplace.tenancy import Actor
+from marketplace.tenancy import SYSTEM, Actor
 
 
 def announce(
@@ -66,8 +66,10 @@ def apply(site: Site, *, now: datetime) -> bool:
     """Bring states and limits in line with the clock. The caller holds the site's lock. True when a limit changed."""
     for row in Curtailment.objects.filter(site=site, state="announced", starts_at__lte=now).order_by("id"):
         _move(row, "active" if row.ends_at > now else "cancelled", now)
+        audit.record(SYSTEM, f"curtailment.{row.state}", row.public_id, now=now, organization_id=site.organization_id)
     for row in Curtailment.objects.filter(site=site, state="active", ends_at__lte=now).order_by("id"):
         _move(row, "restoring", now)
+        audit.record(SYSTEM, "curtailment.restoring", row.public_id, now=now, organization_id=site.organization_id)
     limits: dict[int, int] = {}
     for row in Curtailment.objects.filter(site=site, state="active"):
         limits[row.node_id] = min(limits.get(row.node_id, row.cap_w), row.cap_w)
@@ -79,6 +81,7 @@ def apply(site: Site, *, now: datetime) -> bool:
         Site.objects.filter(pk=site.pk).update(safety_generation=F("safety_generation") + 1)
     for row in Curtailment.objects.filter(site=site, state="restoring").order_by("id"):
         _move(row, "completed", now)
+        audit.record(SYSTEM, "curtailment.completed", row.public_id, now=now, organization_id=site.organization_id)
     return bool(changed)
 
 

@@ -70,6 +70,23 @@ def test_ladder_miners_then_limits_then_placements():
     assert decision.evict == (("plc_2", "a"),), "the youngest first"
 
 
+def test_over_a_curtailments_limit_machines_sleep_and_jobs_are_left_to_control():
+    """Whose job leaves for a grid call is a matter of contracts, which the site does not know; its copper carries them."""
+    rows = [NODES[0], NODES[1] | {"limit_w": 8_000}, NODES[2]]
+    hosts = {"h1": HostFacts("h1", "a", capped=False, placements=("plc_1",))}
+
+    def decided(watts, miners):
+        return decide(Tree(rows), (), {"a": (watts, 100.0)}, miners, hosts, Memory(), 100.0, stale_s=15, settle_s=8)
+
+    found = decided(9_000, fleet(m1=("a", 3000)))
+    assert (found.over, found.shed) == (("a",), (("m1", "a"),))
+    assert not found.may_raise
+    assert decided(7_700, {}).no_wakes == {"a"}
+    found = decided(9_000, fleet(m1=("a", 25)))
+    assert (found.over, found.shed, found.cap_hosts, found.evict) == (("a",), (), (), ())
+    assert decided(20_001, fleet(m1=("a", 25))).cap_hosts == (("h1", "a"),)
+
+
 def test_a_stale_meter_stops_all_raising():
     decision = look({"a": 1_000}, now=120.0, at=100.0)
     assert decision.stale == ("a",)

@@ -1,8 +1,16 @@
 """Every row of the failure table in design/power.md, played on a site whose physics, not our books, say what was drawn."""
 
-import pytest
+from datetime import timedelta
 
-from marketplace.models import Miner, PowerNode, ShedClaim
+import pytest
+from django.db import transaction
+
+from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
+from marketplace.locks import Lock, acquire
+from marketplace.models import AuditEvent, Curtailment, Miner, Placement, PowerNode, ShedClaim, Site
+from marketplace.services import curtailments, power
+from scheduler import cycle, site_loop
+from tests import factories as f
 from tests.faults.yard import Yard
 
 pytestmark = pytest.mark.django_db
@@ -13,10 +21,6 @@ def yard():
     made = Yard()
     made.turn(3)  # three looks at calm
     return made
-
-
-def booked(pdu):
-    return PowerNode.objects.get(name=pdu).reserved_mw // 1000
 
 
 def test_honest_machines_give_their_watts_within_a_minute_and_take_them_back(yard):
@@ -67,3 +71,206 @@ def test_a_liar_that_is_tested_and_lies_again_is_not_believed(yard):
     yard.until(lambda: failed() == 2, seconds=600)
     assert yard.miner(liar).state == "unresponsive"
     assert yard.miner(liar).reserved_w >= 3500
+
+
+# --- no answer / stale: reserve nameplate
+def test_no_answer(yard):
+    job, batch = asked(yard)
+    yard.silent.add(batch[0])
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.until(lambda: yard.miner(batch[0]).state == "unresponsive", seconds=60)
+    assert yard.miner(batch[0]).reserved_w >= 3500
+    sleeper = Miner.objects.filter(desired_mode=0, state="ok").exclude(name=batch[0]).first()
+    assert sleeper.reserved_w == 25
+    yard.silent.add(sleeper.name)
+    yard.turn(32)  # longer than a reading is fresh
+    sleeper.refresh_from_db()
+    assert sleeper.reserved_w == 3500, "nobody knows what it draws"
+
+
+# --- meter stale: no new grants, no wakes at the site; keep running
+def test_meter_stale(yard):
+    first = yard.submit()
+    yard.until(lambda: yard.state(first) == "running", seconds=120)
+    yard.physics.meter_stale[2] = True  # the other PDU's
+    yard.turn(32)
+    Miner.objects.filter(power_node__name="pdu-2").update(manual=True)  # watts are not what is missing
+    asleep = Miner.objects.filter(desired_mode=0).count()
+    second = yard.submit(gpus=1)
+    yard.turn(4)
+    assert not Placement.objects.filter(job=second, state__in=("granted", "starting", "running")).exists()
+    assert yard.state(first) == "running"
+    yard.end(first)
+    yard.turn(8)
+    assert Miner.objects.filter(desired_mode=0).count() == asleep, "there is room, and nothing is woken into it"
+    yard.physics.meter_stale[2] = False
+    yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=120)
+    assert yard.state(second) in {"placed", "running"}
+
+
+# --- meter > 95 % of cap: stop wakes, shed hashing under that node
+def test_meter_over_95_percent(yard):
+    yard.physics.fixed[1] += 0.965 * yard.physics.cap[1] - yard.physics.true_w[1]  # somebody plugs in a heater
+    yard.turn(8)
+    asleep = Miner.objects.filter(desired_mode=0)
+    assert asleep.exists()
+    assert {m.power_node.name for m in asleep} == {"pdu-1"}
+    assert yard.physics.meter_w[1] < 0.95 * yard.physics.cap[1]
+    yard.physics.fixed[1] += 0.96 * yard.physics.cap[1] - yard.physics.true_w[1]
+    yard.turn()
+    sleeper = asleep.first()
+    with transaction.atomic():
+        acquire((Lock.SITE, yard.site.pk))
+        wake = power.Command(sleeper.pk, 2, sleeper.desired_generation)
+        assert power.command_miners(yard.site.pk, [wake], now=yard.now) == 0
+
+
+# --- meter > cap: the site's own loop sleeps machines, then caps GPUs; a breaker is not a control
+def test_meter_over_the_cap(yard):
+    physics, memory = yard.physics, Memory()
+    physics.fixed[1] += 1.08 * physics.cap[1] - physics.true_w[1]
+    for _ in range(40):
+        yard.now += timedelta(seconds=1)
+        physics.step(1.0, yard.now.timestamp())
+        meters = {name: (w, at) for name, w, at in physics.meters()}
+        miners = {
+            name: MinerFacts(name, row["power_node"], round(yard.fleet.true_w[i]), 25, shed=bool(yard.fleet.asleep[i]))
+            for i, (name, row) in enumerate(zip(yard.fleet.names, yard.spec["miners"], strict=True))
+        }
+        hosts = {
+            h: HostFacts(h, f"pdu-{i + 1}", capped=False, placements=()) for i, h in enumerate(physics.hosts.names)
+        }
+        rows, order = yard.safety["nodes"], yard.safety["shed_order"]
+        found = decide(Tree(rows), order, meters, miners, hosts, memory, yard.now.timestamp(), stale_s=15, settle_s=8)
+        for name, _ in found.shed:
+            yard.fleet.asleep[yard.fleet.index[name]] = True
+            yard.fleet._retarget(yard.fleet.index[name])
+    assert not physics.trips
+    assert physics.true_w[1] <= physics.cap[1]
+    assert {yard.spec["miners"][i]["power_node"] for i in range(14) if yard.fleet.asleep[i]} == {"pdu-1"}
+
+
+# --- control plane away: running work goes on within its lease; the site holds or lowers, never raises
+def test_control_away(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.turn(12)
+    yard.control = yard.link = False
+    drawn = yard.physics.true_w[0]
+    yard.turn(30)
+    assert yard.physics.true_w[0] < 1.02 * drawn
+    assert len(yard.physics.hosts.workloads) == 1
+    yard.control = yard.link = True
+    yard.turn(3)
+    assert yard.state(job) == "running"
+
+
+# --- price or hashprice stale: keep the last plan, no increases
+def test_price_stale(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.priced = False
+    yard.end(job)
+    yard.now += timedelta(days=2)  # nobody has said a price since
+    yard.turn(10)
+    asleep = Miner.objects.filter(desired_mode=0).count()
+    assert asleep >= 3
+    again = yard.submit()
+    yard.until(lambda: yard.state(again) == "running", seconds=120)  # lowering needs no price
+    yard.priced = True
+    yard.end(again)
+    yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=200)
+
+
+# --- duplicate beat, two schedulers: fencing generation; the older loses
+def test_duplicate_beat(yard):
+    yard.submit()
+    yard.control = False
+    yard.turn()
+    cycle.run(yard.contract.cell_id, now=yard.now)
+    site = Site.objects.get(pk=yard.site.pk)
+    one, two = (site_loop.think(site, now=yard.now) for _ in range(2))
+    assert one.commands
+    assert one == two
+    done = []
+    for thought in (one, two):
+        with transaction.atomic():
+            acquire((Lock.SITE, site.pk))
+            done.append(power.command_miners(site.pk, thought.commands, now=yard.now))
+    assert done == [len(one.commands), 0]
+    assert ShedClaim.objects.count() == done[0]
+
+
+def test_a_thought_of_before_the_mode_changed_wakes_nobody(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    sleeper = Miner.objects.filter(desired_mode=0).first()
+    wake = power.Command(sleeper.pk, 2, sleeper.desired_generation)
+    PowerNode.objects.update(cap_w=10**6)  # room enough
+    Site.objects.update(mode="hold")
+    with transaction.atomic():
+        acquire((Lock.SITE, yard.site.pk))
+        assert power.command_miners(yard.site.pk, [wake], now=yard.now) == 0
+        Site.objects.update(mode="auto")
+        assert power.command_miners(yard.site.pk, [wake], now=yard.now) == 1
+
+
+# --- restart mid-event: state is in Postgres; desired vs observed; re-assert
+def test_restart_mid_event(yard):
+    job, batch = asked(yard)
+    yard.control = False  # the worker dies with machines on their way down
+    yard.turn(6)
+    assert yard.state(job) == "placed"
+    yard.control = True
+    yard.until(lambda: yard.state(job) == "running", seconds=60)
+    assert set(ShedClaim.objects.filter(state="confirmed").values_list("miner__name", flat=True)) == set(batch)
+
+
+# --- power returns after an outage: what boots hashing counts, is slept, and nothing else wakes
+def test_power_returns(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.turn(3)
+    sleepers = set(Miner.objects.filter(desired_mode=0).values_list("name", flat=True))
+    where = yard.miner(min(sleepers)).power_node.name
+    n = yard.physics.node_index[where]
+    sleepers &= set(yard.under(where))
+    before = yard.physics.energised()
+    yard.physics.closed[n] = False
+    lost = before & ~yard.physics.energised()
+    yard.fleet.power_cut(lost[yard.physics.miner_node])
+    yard.physics.hosts.dark(lost[yard.physics.host_node])
+    yard.turn(6)
+    yard.physics.reset_breaker(where)
+    assert not any(yard.fleet.asleep[yard.fleet.index[name]] for name in sleepers)  # they come back hashing
+    yard.turn(12)
+    assert all(yard.fleet.asleep[yard.fleet.index[name]] for name in sleepers)
+
+
+# --- a grid call: hashing -> spot -> flexible after its notice -> firm not at all
+def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
+    firm = yard.submit(gpus=3)
+    spot = yard.submit(gpus=5, contract=yard.book("spot"))
+    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))
+    for job in (firm, spot, flexible):
+        yard.until(lambda job=job: yard.state(job) == "running", seconds=200)
+    root = PowerNode.objects.get(kind="site")
+    with transaction.atomic():
+        call = curtailments.announce(
+            f.actor(yard.site.organization), root, cap_w=11_000, starts_at=yard.now, ends_at=yard.now + timedelta(minutes=20),
+            reference="EEA3", now=yard.now,
+        )  # fmt: skip
+        Curtailment.objects.update(created_at=yard.now)
+        call.refresh_from_db()
+    yard.until(lambda: yard.state(spot) == "requeued", seconds=200)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=120)
+    moved = {p.job_id: p.events.get(to_state="draining") for p in Placement.objects.exclude(job=firm)}
+    assert moved[flexible.pk].at - call.created_at >= timedelta(seconds=60)  # its notice
+    assert all(e.reason.startswith("curtailment cur_") for e in moved.values())  # by which billing knows
+    yard.until(lambda: yard.physics.true_w[0] <= 11_000, seconds=120)
+    yard.turn(6)
+    assert yard.state(firm) == "running"
+    yard.now += timedelta(minutes=10)
+    yard.until(lambda: Curtailment.objects.get().state == "completed", seconds=900)
+    verbs = set(AuditEvent.objects.filter(subject=call.public_id).values_list("verb", flat=True))
+    assert verbs == {f"curtailment.{v}" for v in ("announced", "active", "restoring", "completed")}

@@ -4,7 +4,7 @@ Everything that control knows comes through `agents.observe`, everything that it
 cap was crossed says the physics. Nothing here waits: a minute is twelve turns.
 """
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from django.db import transaction
 
@@ -57,13 +57,12 @@ class Yard:
         listing = f.listing(self.site, hosts=list(Host.objects.filter(site=self.site)))
         self.contract = f.contract(listing, customer, gpu_count=16)
         self.actor = f.actor(customer)
-        self.now, self.sequence, self.known_safety = NOW, 0, -1
+        self.now, self.sequence = NOW, 0
         self.link = self.control = True
         self.silent = set()  # miners that give no reading
-        self.generation = {}  # of each miner, as applied
+        self.generation, self.wanted = {}, {}  # of each miner, as applied
         self.host_generation = {}
         self.work = {}  # placement pk -> (generation, state)
-        self.done = []
         self.priced = priced
         self.counts = {}
 
@@ -81,7 +80,6 @@ class Yard:
             for _ in range(TURN_S):
                 self.now += timedelta(seconds=1)
                 self.physics.step(1.0, self.now.timestamp())
-            assert not self.physics.trips
             assert not self.physics.over_instants, self.physics.over_instants[:1]
             if self.priced:
                 for kind, value in PRICES.items():
@@ -108,13 +106,15 @@ class Yard:
 
     # --- the agent's half
 
+    def dark(self, i):
+        return not self.physics.energised()[self.physics.miner_node[i]] or self.fleet.boot_left[i] > 0
+
     def report(self):
         self.sequence += 1
         physics = self.physics
         miners = []
         for i, name in enumerate(self.fleet.names):
-            dark = not physics.energised()[physics.miner_node[i]] or self.fleet.boot_left[i] > 0
-            if name in self.silent or dark:
+            if name in self.silent or self.dark(i):
                 continue
             generation = self.generation.get(name, 0)
             for ago in (1, 0):  # the machines on their way are read each second
@@ -130,8 +130,6 @@ class Yard:
             }
             for h, name in enumerate(physics.hosts.names)
         ]  # fmt: skip
-        from datetime import UTC, datetime
-
         meters = [(name, w, datetime.fromtimestamp(at, UTC)) for name, w, at in physics.meters() if at]
         rows = {
             "boot": "one",
@@ -157,13 +155,25 @@ class Yard:
         told = agents.desired(self.agent, {"sequence": self.sequence, "known_safety": -1}, now=self.now)
         for name, mode, generation in told["miners"]:
             i = self.fleet.index[name]
-            if name in self.silent or generation <= self.generation.get(name, 0):
+            if name in self.silent or self.dark(i) or generation <= self.generation.get(name, 0):
                 continue
             self.generation[name] = generation  # acknowledged
+            self.wanted[name] = mode
             if self.fleet.fault[i] != "ack_ignore":
                 modes = [m for m, _, _ in self.fleet.ladders[i]]
                 self.fleet.asleep[i] = mode == modes[0]
                 self.fleet.profile[i] = modes.index(mode) or self.fleet.profile[i]
+                self.fleet._retarget(i)
+        for i, name in enumerate(self.fleet.names):  # found hashing although it was sent to sleep: down again
+            if self.dark(i):
+                continue
+            wanted = self.wanted.get(name)
+            if (
+                wanted == self.fleet.ladders[i][0][0]
+                and not self.fleet.asleep[i]
+                and self.fleet.fault[i] != "ack_ignore"
+            ):
+                self.fleet.asleep[i] = True
                 self.fleet._retarget(i)
         for row in told["hosts"]:
             h = self.physics.hosts.index[row["name"]]
@@ -183,6 +193,11 @@ class Yard:
                     self.work[pk] = (p.generation, "running")
 
     # --- its people
+
+    def book(self, kind):
+        return f.contract(
+            self.contract.listing, self.contract.organization, kind=kind, gpu_count=16, flexible_notice_s=60
+        )
 
     def submit(self, gpus=8, contract=None, **more):
         body = {"command": ["true"], "gpus": gpus, "vcpu_milli": 8000, "ram_mib": 1024, **more}

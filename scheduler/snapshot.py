@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from django.db import connection
 
-from marketplace.models import Cell, GpuModel, Placement, ReservationBlock
+from marketplace.models import Cell, GpuModel, Placement
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
-from scheduler import rules
+from scheduler import promises, rules, usage
 from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Kind, Policy, Request, Running
 
 CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
 MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
+
+LAG_S = 120  # most that passes before a placed job runs (miners shed), and from its limit until its GPUs are back
 
 _KIND = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
 
@@ -74,6 +76,15 @@ FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c O
 JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
 """
 _REPAIRS = _WAITING.replace("j.state IN ('queued', 'requeued')", "j.id = ANY(%(jobs)s)")
+_RESERVED = """
+SELECT b.host_id, r.contract_id, b.gpu_indices FROM marketplace_reservationblock b
+JOIN marketplace_reservation r ON r.id = b.reservation_id JOIN marketplace_host h ON h.id = b.host_id
+WHERE h.cell_id = %(cell)s AND r.state = 'firm' AND r.ends_at > %(now)s AND r.claims_at <= %(by)s
+"""
+_LEAVING = """
+SELECT EXISTS (SELECT 1 FROM marketplace_job j JOIN marketplace_placement p ON p.job_id = j.id
+  WHERE j.cell_id = %s AND j.state = 'preempting' AND p.state IN ('draining', 'unreachable'))
+"""
 _RUNNING = """
 SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
   p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
@@ -118,6 +129,9 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=hosts.names.taints, mended=repairs, now=now)
+    usage.bind(requests, now=now)
+    promises.bind(cell.pk, requests, fleet, host_of)
+    capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
     return Snapshot(
         cell=cell,
         generation=cell.generation,
@@ -125,7 +139,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         fleet=fleet,
         requests=requests,
         running=_running(cell, hosts, reserved, now) if running else [],
-        policy=Policy(shapes=_mix(cell)),
+        policy=Policy(shapes=_mix(cell), queue="shortest", usage_scale=capacity, lag_s=LAG_S),
         host_of=host_of,
         node_of=nodes.ids.tolist(),
         jobs={job.id: job for job in jobs},
@@ -137,15 +151,11 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
 
 def reserved_gpus(cell: Cell, now: datetime) -> dict[int, dict[int, set[int]]]:
     """Host id -> contract id -> GPU indices of reservations that are in force or soon will be."""
-    blocks = ReservationBlock.objects.filter(
-        host__cell=cell,
-        reservation__state="firm",
-        reservation__ends_at__gt=now,
-        reservation__claims_at__lte=now + CLAIM_AHEAD,
-    ).values_list("host_id", "reservation__contract_id", "gpu_indices")
     found: dict[int, dict[int, set[int]]] = defaultdict(dict)
-    for host_id, contract_id, indices in blocks:
-        found[host_id].setdefault(contract_id, set()).update(indices)
+    with connection.cursor() as cursor:
+        cursor.execute(_RESERVED, {"cell": cell.pk, "now": now, "by": now + CLAIM_AHEAD})
+        for host_id, contract_id, indices in cursor.fetchall():
+            found[host_id].setdefault(contract_id, set()).update(indices)
     return found
 
 
@@ -265,8 +275,9 @@ def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> lis
 
 def _leaving(cell: Cell) -> bool:
     """Whether victims of an earlier cycle still drain: until they are gone nobody else is preempted for the same watts and GPUs."""
-    draining = Placement.objects.filter(job__cell=cell, job__state="preempting", state__in=("draining", "unreachable"))
-    return draining.exists()
+    with connection.cursor() as cursor:
+        cursor.execute(_LEAVING, [cell.pk])
+        return bool(cursor.fetchone()[0])
 
 
 def _requests(
@@ -301,7 +312,6 @@ def _request(
     mask = 0
     for name in job.gpu_models:
         mask |= 1 << names.get(name, 62)
-    quota = min(job.contract_gpus * 1000 - used[job.contract_id], job.gpu_limit * 1000 - by_org[job.organization_id])
     return Request(
         job=job.id,
         org=job.organization_id,
@@ -319,9 +329,9 @@ def _request(
         topology=rules.topology_of(job.topology, job.topology_required),
         queued_at=job.queued_s,
         weight=job.fair_share_weight * 1000,
-        usage=float(by_org[job.organization_id]),
         quota_id=job.contract_id,
-        quota_milli=max(0, quota),
+        quota_milli=max(0, job.contract_gpus * 1000 - used[job.contract_id]),
+        limit_milli=max(0, job.gpu_limit * 1000 - by_org[job.organization_id]),
         may_preempt=job.contract_kind != "spot",
         duration_s=job.max_seconds or 0,
     )
@@ -349,7 +359,7 @@ def _running(cell: Cell, hosts: cells.Hosts, reserved: _Reserved, now: datetime)
             Running(
                 placement=pk, job=job, org=org, kind=_KIND[kind], host=row, gpus=tuple(gpus), gpu_milli=milli, cpu=cpu, ram=ram,
                 nvme=nvme, vram=vram, bid=bid, priority=priority, work_lost_s=max(0, int(now.timestamp()) - since),
-                gang_size=replicas, ends_at=since + limit if limit else 0,
+                gang_size=replicas, ends_at=since + limit + LAG_S if limit else 0,
             )
         )  # fmt: skip
     return found

@@ -43,7 +43,7 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
     contracts = list({contract.pk: contract for contract, _ in wanted}.values())
     prefetch_related_objects(contracts, "site")
     contract_of = {contract.pk: contract for contract in contracts}
-    largest = {contract.pk: _largest_hosts(contract) for contract in contracts}
+    behind = {contract.pk: _Behind(contract) for contract in contracts}
     with transaction.atomic():
         _hold(contracts)
         for contract in contracts:
@@ -62,7 +62,7 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
                 **plain,
             )
             job_rules.check(job, contract_of[contract.pk])
-            _check_fits_contract(job, contract, largest[contract.pk])
+            _check_fits_contract(job, contract, behind[contract.pk])
             jobs.append(job)
         Job.objects.bulk_create(jobs)
         record_created(Job, [job.pk for job in jobs], state=Job.State.QUEUED, now=now, actor=actor.label)
@@ -93,15 +93,31 @@ def _check_contract(contract: Contract, now: datetime) -> None:
         raise MarketError("billing_suspended", "Pay the open invoices, then submit again.")
 
 
-def _largest_hosts(contract: Contract) -> list[Host]:
-    """One host of each shape behind the contract."""
-    hosts = contract.listing.hosts.exclude(state=Host.State.RETIRED).select_related("gpu_model")
-    return list(hosts.distinct("gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib").order_by(
-        "gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib"
-    ))  # fmt: skip
+class _Behind:
+    """The hosts behind a contract. That one of them is large enough is found at once; all shapes are read only for a refusal."""
+
+    def __init__(self, contract: Contract) -> None:
+        self.hosts = contract.listing.hosts.exclude(state=Host.State.RETIRED)
+        self.known: dict[tuple[Any, ...], bool] = {}
+
+    def hold(self, job: Job) -> bool:
+        """Whether some host could hold a replica when it is empty."""
+        shape = (tuple(job.gpu_models), job.gpus, job.vram_mib, job.vcpu_milli, job.ram_mib, job.nvme_gib)
+        if shape not in self.known:
+            large = self.hosts.filter(
+                gpu_count__gte=job.gpus, vcpu_milli__gte=job.vcpu_milli, ram_mib__gte=job.ram_mib, nvme_gib__gte=job.nvme_gib
+            )  # fmt: skip
+            large = large.filter(gpu_model__name__in=job.gpu_models) if job.gpu_models else large
+            self.known[shape] = (large.filter(vram_mib__gte=job.vram_mib) if job.gpus else large).exists()
+        return self.known[shape]
+
+    def shapes(self) -> list[Host]:
+        """One host of each shape."""
+        names = ("gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib")
+        return list(self.hosts.select_related("gpu_model").distinct(*names).order_by(*names))
 
 
-def _check_fits_contract(job: Job, contract: Contract, shapes: list[Host]) -> None:
+def _check_fits_contract(job: Job, contract: Contract, behind: _Behind) -> None:
     """Refuse what can never run, naming the first dimension that no host behind the contract meets."""
     if job.total_gpus > contract.gpu_count:
         raise MarketError(
@@ -109,7 +125,9 @@ def _check_fits_contract(job: Job, contract: Contract, shapes: list[Host]) -> No
             f"The job asks for {job.total_gpus} GPUs; the contract holds {contract.gpu_count}. Ask for fewer, or extend it.",
             {"/replicas": f"at most {contract.gpu_count} GPUs in all"},
         )
-    left = shapes
+    if behind.hold(job):
+        return
+    left = behind.shapes()
     steps: list[tuple[str, str, Any]] = [
         ("gpu_models", "GPU model", lambda h: not job.gpu_models or h.gpu_model.name in job.gpu_models),
         ("gpus", "GPUs in one host", lambda h: h.gpu_count >= job.gpus),

@@ -7,11 +7,11 @@ from datetime import datetime, timedelta
 import numpy as np
 from django.conf import settings
 from django.db import connection
-from django.db.models import Exists, F, OuterRef
+from django.db.models import F
 
 from marketplace import arrays
 from marketplace.arrays import Ints
-from marketplace.models import Host, Placement, PowerGrant, PowerNode, Site
+from marketplace.models import Host, Placement, PowerGrant
 from marketplace.services.budgets import NodeTable
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
 from scheduler.core import power as core
@@ -42,22 +42,25 @@ SELECT array_agg(host), array_agg(bits), array_agg(alone) FROM (
 """
 
 
+_GIVES = """
+SELECT s.id, s.mode = 'auto'
+  AND NOT EXISTS (SELECT 1 FROM marketplace_powergrant g WHERE g.site_id = s.id AND g.state = 'shedding')
+  AND NOT EXISTS (SELECT 1 FROM marketplace_powernode n WHERE n.site_id = s.id AND n.metering = 'meter' AND n.measured_at < %(stale)s)
+FROM marketplace_site s WHERE s.id = ANY(%(sites)s)
+"""
+
+
 def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable, *, now: datetime) -> Power:
     """The books of locked hosts (ids ascending) and of their sites' nodes, for `recheck.book`.
 
     A site with older pending grants gives nothing past them: first come, first served. One with a meter fallen silent gives
     nothing at all (`may_grant`, for many sites).
     """
-    gives = {}
-    pending = PowerGrant.objects.filter(site=OuterRef("pk"), state=PowerGrant.State.SHEDDING)
-    silent = PowerNode.objects.filter(
-        site=OuterRef("pk"), metering=PowerNode.Metering.METER, measured_at__lt=now - timedelta(seconds=FRESH_S)
-    )
-    sites = Site.objects.filter(pk__in=np.unique(host_sites).tolist()).annotate(
-        waits=Exists(pending), silent=Exists(silent)
-    )
-    for pk, mode, waits, dark in sites.values_list("pk", "mode", "waits", "silent"):
-        gives[pk] = mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not waits and not dark
+    stale = now - timedelta(seconds=FRESH_S)
+    sites = np.unique(host_sites)
+    gives = {
+        pk: yes and not settings.POWER_FREEZE for pk, yes in arrays.execute(_GIVES, {"sites": sites, "stale": stale})
+    }
     use, alone = np.zeros(len(host_ids), np.int64), np.zeros(len(host_ids), np.int64)
     with_use, bits, lone = arrays.columns(_USE, {"hosts": host_ids})
     if with_use is not None:

@@ -59,7 +59,9 @@ def build(listings: int, gpus: int, *, seed: int = 42) -> dict[str, Any]:
 
 
 def _hosts(offers: list[Any], node_of: dict[int, Any], count: int) -> list[Any]:
-    from marketplace.models import Gpu, Host
+    from django.db import connection
+
+    from marketplace.models import Host
 
     rows = []
     for i in range(count):
@@ -75,7 +77,11 @@ def _hosts(offers: list[Any], node_of: dict[int, Any], count: int) -> list[Any]:
             )
         )  # fmt: skip
     made = Host.objects.bulk_create(rows, batch_size=2000)
-    Gpu.objects.bulk_create((Gpu(host=h, index=g) for h in made for g in range(GPUS_A_HOST)), batch_size=10_000)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO marketplace_gpu (host_id, index, serial, healthy, last_error)"
+            " SELECT id, generate_series(0, gpu_count - 1), '', true, '' FROM marketplace_host"
+        )
     return made
 
 

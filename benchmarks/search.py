@@ -76,11 +76,11 @@ def run(options: Options) -> Report:
     database.ready()
     from django.db import connection
 
-    from marketplace.services import search
     from marketplace.services import catalogue as columns
+    from marketplace.services import search
     from marketplace.tenancy import Actor
 
-    size = 1
+    size = 5 if options.quick else 1
     world = catalogue.build(LISTINGS // size, GPUS // size, seed=(options.seeds or (42,))[0])
     actor = Actor(kind="user", organization_id=world["customer"].pk, role="owner")
     asked = questions(200 if options.quick else 1000, 7)

@@ -39,7 +39,7 @@ from marketplace.models import (
     Site,
     User,
 )
-from marketplace.services import transitions
+from marketplace.services import quoted, transitions
 from marketplace.services.tokens import digest
 from marketplace.tenancy import SCOPES, Actor
 from scheduler.core import power
@@ -325,6 +325,8 @@ def quote(listing: Listing, organization: Organization, *, kind: str = "on_deman
             "created_at": NOW,
             "held_until": NOW + timedelta(minutes=2),
             "firm_until": NOW + timedelta(minutes=15),
+            "listing_version": listing.version,
+            "terms": quoted.terms_of(listing),
             **fields,
         },
     )

@@ -28,7 +28,7 @@ from marketplace.models import (
     Reservation,
     ReservationBlock,
 )
-from marketplace.services import audit, availability, holds, quotes, terms
+from marketplace.services import audit, availability, catalogue, holds, quoted, quotes, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import Actor
@@ -40,10 +40,11 @@ BATCH = 500
 
 
 def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
-    """Turn a firm quote into a contract: prices, fee and terms freeze, its reservation becomes firm.
+    """Turn a firm quote into a contract of the price, fee and terms that the quote froze; its reservation becomes firm.
 
     A hold that lapsed is admitted again while the price is firm. MarketError: not_found, illegal_transition (accepted before),
-    quote_expired, card_required, billing_suspended, limit_exceeded, capacity_gone (with `alternatives`), busy.
+    quote_expired, listing_unavailable (withdrawn), card_required, billing_suspended, limit_exceeded, capacity_gone (with
+    `alternatives`), busy.
     """
     now = now.replace(microsecond=0)
     shown = Quote.objects.owned_by(actor.organization_id).select_related("listing__site").filter(pk=quote_id).first()
@@ -56,10 +57,12 @@ def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
         organization = Organization.objects.get(pk=quote.organization_id)
         check_standing(organization.pk)
         _check_limit(organization, quote)
-        listing = Listing.objects.select_related("site__cell", "gpu_model", "organization").get(pk=quote.listing_id)
+        listing = Listing.objects.select_related("site__cell", "organization").get(pk=quote.listing_id)
+        quoted.check_offered(listing, quote)
+        quoted.hold_to(listing, quote)
         reservation = _firm(actor, quote, listing, now) if quote.kind in HOLDING else None
         starts_at = max(quote.starts_at, now) if reservation is None else reservation.starts_at
-        contract = _create(quote, listing, organization, starts_at, now)
+        contract = _create(quote, listing, starts_at, now)
         if reservation is not None:
             reservation.contract = contract
             reservation.save(update_fields=["contract"])
@@ -97,7 +100,7 @@ def _check_quote(quote: Quote, now: datetime) -> None:
             "illegal_transition", f"{quote.public_id} was accepted: {contract.public_id}.",
             extra={"contract": contract.public_id},
         )  # fmt: skip
-    if quote.state != Quote.State.OPEN or quote.firm_until <= now:
+    if quote.state != Quote.State.OPEN or quote.firm_until <= now or not quote.terms:
         again = {
             "listing": quote.listing.public_id, "kind": quote.kind, "gpu_count": quote.gpu_count, "level": quote.level,
             **({"starts_at": quote.starts_at} if quote.starts_at > now and not quote.starts_at.second else {}),
@@ -179,17 +182,17 @@ def _after_spot(reservation: Reservation, listing: Listing, now: datetime) -> Re
     return reservation
 
 
-def _create(quote: Quote, listing: Listing, organization: Organization, starts_at: datetime, now: datetime) -> Contract:
+def _create(quote: Quote, listing: Listing, starts_at: datetime, now: datetime) -> Contract:
     upfront = quote.kind in HOLDING and settings.RESERVED_UPFRONT
     return Contract.objects.create(
-        organization=organization,
+        organization_id=quote.organization_id,
         operator=listing.organization,
         listing=listing,
         quote=quote,
         site=listing.site,
         cell=listing.site.cell,
         kind=quote.kind,
-        gpu_model=listing.gpu_model,
+        gpu_model_id=quote.terms["gpu_model_id"],
         gpu_count=quote.gpu_count,
         starts_at=starts_at,
         ends_at=quote.ends_at,
@@ -198,11 +201,11 @@ def _create(quote: Quote, listing: Listing, organization: Organization, starts_a
         limit_price=quote.limit_price,
         currency=quote.currency,
         fee_permille=quote.fee_permille,
-        eviction_notice_s=listing.eviction_notice_s,
-        flexible_hours_per_month=listing.flexible_hours_per_month if quote.kind == Kind.FLEXIBLE else 0,
-        flexible_notice_s=listing.flexible_notice_s,
-        listing_version=listing.version,
-        terms=terms.order_form(quote, listing, starts_at),
+        eviction_notice_s=quote.terms["eviction_notice_s"],
+        flexible_hours_per_month=quote.terms["flexible_hours_per_month"] if quote.kind == Kind.FLEXIBLE else 0,
+        flexible_notice_s=quote.terms["flexible_notice_s"],
+        listing_version=quote.listing_version,
+        terms=terms.order_form(quote, starts_at),
         state=Contract.State.PENDING_PAYMENT if upfront else Contract.State.ACTIVE,
         reference=quote.reference,
         metadata=quote.metadata,
@@ -362,6 +365,7 @@ def clock(now: datetime) -> Ticked:
         state=Quote.State.EXPIRED
     )
     _forget_blocks()
+    catalogue.prune(now)
     over = Contract.objects.filter(state="active", ends_at__lte=now).order_by("ends_at", "pk")[:BATCH]
     ended = end(list(over.values_list("pk", flat=True)), now=now)
     live_jobs = Job.objects.filter(contract=OuterRef("pk")).exclude(state__in=Job.FINAL)

@@ -16,7 +16,7 @@ from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import availability, holds, listings, search
+from marketplace.services import availability, holds, listings, quoted, search
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import LEVELS, Admission
@@ -74,6 +74,8 @@ def quote(
             overage_price=(listing.on_demand_price or price) if holding else None,
             limit_price=wanted.limit_price,
             currency=listing.currency,
+            listing_version=listing.version,
+            terms=quoted.terms_of(listing),
             fee_permille=settings.PLATFORM_FEE_PERMILLE,
             total_minor=_total(wanted, starts_at, price, listing.currency) if holding else None,
             created_at=now,
@@ -87,20 +89,27 @@ def quote(
             made.save()
             return made
         _check_holds(organization, now)
-        assert made.ends_at is not None
-        hold = admitted(actor, listing, made, now=now)
-        made.save()
-        reservation = Reservation.objects.create(
-            listing=listing,
-            quote=made,
-            starts_at=made.starts_at,
-            ends_at=made.ends_at,
-            claims_at=claims_at(listing, made.starts_at, wanted.ends_at, now),
-            held_until=made.held_until,
-            state=Reservation.State.HELD,
-        )
-        holds.write_blocks(reservation, hold, now=now)
-    return made
+        found = _admission(listing, made, now=now)
+        if found.admitted:
+            _hold(made, listing, found, now=now)
+            return made
+    raise _refusal(
+        actor, listing, made, found, now=now, code="no_capacity"
+    )  # what would fit is sought without the cell's lock
+
+
+def _hold(made: Quote, listing: Listing, found: Admission, *, now: datetime) -> None:
+    made.save()
+    reservation = Reservation.objects.create(
+        listing=listing,
+        quote=made,
+        starts_at=made.starts_at,
+        ends_at=made.ends_at,
+        claims_at=claims_at(listing, made.starts_at, made.ends_at, now),
+        held_until=made.held_until,
+        state=Reservation.State.HELD,
+    )
+    holds.write_blocks(reservation, _by_host(found), now=now)
 
 
 def claims_at(listing: Listing, starts_at: datetime, ends_at: datetime | None, now: datetime) -> datetime:
@@ -119,30 +128,43 @@ def admitted(
     code: str = "no_capacity",
 ) -> tuple[tuple[int, int], ...]:
     """((host id, GPUs), ...) for the quote's window, or MarketError(`code`) with the reason and what would fit. Under the cell's lock."""
+    found = _admission(listing, asked, now=now, without=without)
+    if not found.admitted:
+        raise _refusal(actor, listing, asked, found, now=now, code=code)
+    return _by_host(found)
+
+
+def _by_host(found: Admission) -> tuple[tuple[int, int], ...]:
+    return tuple((int(str(host)), count) for host, count in found.hold)
+
+
+def _admission(listing: Listing, asked: Quote, *, now: datetime, without: Collection[int] = ()) -> Admission:
     assert asked.ends_at is not None
-    start = max(asked.starts_at, now)
-    found = availability.admit(
+    return availability.admit(
         listing,
         gpus=asked.gpu_count,
         level=asked.level,
-        starts_at=start,
+        starts_at=max(asked.starts_at, now),
         ends_at=asked.ends_at,
         now=now,
         without=without,
     )
-    if not found.admitted:
-        detail = {
-            "shape_never_fits": f"The listing has no {asked.level} with {asked.gpu_count} GPUs.",
-            "no_capacity_in_window": f"Fewer than {asked.gpu_count} GPUs are free in all of that window.",
-            "fragmented_at_level": f"{asked.gpu_count} GPUs are free, but not inside one {asked.level}.",
-        }[found.reason]
-        extra = {
-            "reason": found.reason,
-            "alternatives": alternatives(actor, listing, asked, found, now=now),
-            "retry_after": settings.QUOTE_HOLD_SECONDS,
-        }
-        raise MarketError(code, detail, extra=extra)
-    return tuple((int(str(host)), count) for host, count in found.hold)
+
+
+def _refusal(
+    actor: Actor, listing: Listing, asked: Quote, found: Admission, *, now: datetime, code: str
+) -> MarketError:
+    detail = {
+        "shape_never_fits": f"The listing has no {asked.level} with {asked.gpu_count} GPUs.",
+        "no_capacity_in_window": f"Fewer than {asked.gpu_count} GPUs are free in all of that window.",
+        "fragmented_at_level": f"{asked.gpu_count} GPUs are free, but not inside one {asked.level}.",
+    }[found.reason]
+    extra = {
+        "reason": found.reason,
+        "alternatives": alternatives(actor, listing, asked, found, now=now),
+        "retry_after": settings.QUOTE_HOLD_SECONDS,
+    }
+    return MarketError(code, detail, extra=extra)
 
 
 def alternatives(actor: Actor, listing: Listing, asked: Quote, refused: Admission, *, now: datetime) -> dict[str, Any]:
@@ -185,7 +207,7 @@ def _window(start: int, end: int) -> dict[str, datetime]:
 
 
 def _listing(actor: Actor, listing_id: int) -> Listing:
-    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model")
+    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model", "organization")
     listing: Listing | None = rows.filter(pk=listing_id).first()
     if listing is None or listing.site.cell.livemode != actor.livemode:
         raise MarketError("not_found", "There is no such listing.")

@@ -12,10 +12,11 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from django.db.models import Min, QuerySet
+from django.db import connection
+from django.db.models import QuerySet
 
 from marketplace.errors import MarketError
-from marketplace.models import Host, Kind, Listing, Site
+from marketplace.models import Kind, Listing
 from marketplace.services import availability, catalogue
 from marketplace.services.availability import Stock
 from marketplace.services.filters import (
@@ -148,23 +149,24 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
     rows = on_offer(actor).select_related("site", "gpu_model", "organization").in_bulk(ids) if ids else {}
-    heard = (
-        dict(
-            Host.objects.filter(listing_id__in=ids, state=Host.State.ACTIVE)
-            .exclude(site__mode=Site.Mode.OFF)
-            .order_by()
-            .values_list("listing_id")
-            .annotate(Min("beat_at"))
-        )
-        if ids
-        else {}
-    )
+    heard = _heard(ids)
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
     return [
         Found(rows[pk], Stock(gpus, total, now, heard.get(pk)))
         for pk, gpus, total in zip(ids, stock, totals, strict=True)
         if pk in rows
     ]
+
+
+def _heard(listing_ids: list[int]) -> dict[int, datetime]:
+    """The oldest last beat of each listing's working hosts: the columns do not follow beats, which come every few seconds."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id"
+            " WHERE h.listing_id = ANY (%s) AND h.state = 'active' AND s.mode <> 'off' GROUP BY 1",
+            [listing_ids],
+        )
+        return dict(cursor.fetchall())
 
 
 def _encode(sort: str, value: int, pk: int) -> str:

@@ -9,7 +9,7 @@ Early termination, as the terms of every contract say:
 from datetime import datetime, timedelta
 from typing import Any
 
-from marketplace.models import Contract, Kind, Listing, Quote
+from marketplace.models import Contract, Kind, Quote
 from marketplace.services import quotes
 from marketplace.services.availability import HOLDING, seconds
 
@@ -17,24 +17,28 @@ STAYS_DUE = 4  # a reserved contract that is left early owes one part in this ma
 STAYS_DUE_AT_LEAST = timedelta(hours=24)
 
 
-def order_form(quote: Quote, listing: Listing, starts_at: datetime) -> dict[str, Any]:
-    """What was agreed, whole: never changed afterwards, also not by an early termination."""
+def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
+    """What was agreed, whole, from what the quote froze: never changed afterwards, also not by an early termination."""
     total = None
     if quote.ends_at is not None and quote.total_minor is not None:
         total = quotes.total_minor(quote.gpu_count, starts_at, quote.ends_at, quote.price, quote.currency)
+    frozen = quote.terms
+    of_listing = (
+        "title",
+        "operator",
+        "site",
+        "region",
+        "country",
+        "gpu_model",
+        "interconnect",
+        "fabric_gbps",
+        "runtime",
+    )
     return {
         "quote": quote.public_id,
-        "listing": listing.public_id,
-        "listing_version": listing.version,
-        "title": listing.title,
-        "operator": listing.organization.name,
-        "site": listing.site.name,
-        "region": listing.site.region,
-        "country": listing.site.country,
-        "gpu_model": listing.gpu_model.name if listing.gpu_model else None,
-        "interconnect": listing.interconnect,
-        "fabric_gbps": listing.fabric_gbps,
-        "runtime": listing.runtime,
+        "listing": quote.listing.public_id,
+        "listing_version": quote.listing_version,
+        **{name: frozen[name] for name in of_listing},
         "kind": quote.kind,
         "gpu_count": quote.gpu_count,
         "level": quote.level,
@@ -46,9 +50,9 @@ def order_form(quote: Quote, listing: Listing, starts_at: datetime) -> dict[str,
         "currency": quote.currency,
         "fee_permille": quote.fee_permille,
         "total_minor": total,
-        "eviction_notice_s": listing.eviction_notice_s,
-        "flexible_hours_per_month": listing.flexible_hours_per_month if quote.kind == Kind.FLEXIBLE else 0,
-        "flexible_notice_s": listing.flexible_notice_s,
+        "eviction_notice_s": frozen["eviction_notice_s"],
+        "flexible_hours_per_month": frozen["flexible_hours_per_month"] if quote.kind == Kind.FLEXIBLE else 0,
+        "flexible_notice_s": frozen["flexible_notice_s"],
         "early_termination": {"rule": "at_once"}
         if quote.kind not in HOLDING
         else {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Quote, Reservation
-from marketplace.services import availability, contracts, holds, quotes
+from marketplace.services import availability, contracts, holds, listings, quotes
 from marketplace.services.holds import Taken
 from tests import factories
 from tests.factories import NOW
@@ -308,3 +308,60 @@ def test_an_organization_sees_and_releases_its_own_quotes_alone(site, customer):
     refused("illegal_transition", quotes.release, factories.actor(customer), quote.pk, now=NOW)
     refused("quote_expired", contracts.accept, factories.actor(customer), quote.pk, now=NOW)
     assert not Contract.objects.exists()
+
+
+@pytest.mark.django_db
+def test_the_contract_is_made_of_what_the_quote_froze(site, customer):
+    listing = offer(site, title="as quoted", eviction_notice_s=120, flexible_notice_s=600, fabric_gbps=400, version=3)
+    quote = ask(customer, listing, "flexible")
+    later = type(listing).objects.get(pk=listing.pk)
+    for name, value in {
+        "title": "another", "eviction_notice_s": 7200, "flexible_notice_s": 5, "flexible_hours_per_month": 700, "fabric_gbps": 0,
+        "flexible_price": 1, "runtime": "virtual", "gpu_model": factories.gpu_model("L40S"), "version": 4, "state": "paused",
+    }.items():  # fmt: skip
+        setattr(later, name, value)
+    later.save()
+    type(site).objects.filter(pk=site.pk).update(name="renamed")
+    contract = contracts.accept(
+        factories.actor(customer), quote.pk, now=NOW + timedelta(minutes=10)
+    )  # admitted once more
+    assert (contract.price, contract.listing_version, contract.gpu_model.name) == (1_600_000, 3, "H100-SXM")
+    assert (contract.eviction_notice_s, contract.flexible_notice_s, contract.flexible_hours_per_month) == (120, 600, 40)
+    agreed = {k: contract.terms[k] for k in ("title", "fabric_gbps", "runtime", "site", "gpu_model", "listing_version")}
+    assert agreed == {
+        "title": "as quoted", "fabric_gbps": 400, "runtime": "process", "site": site.name, "gpu_model": "H100-SXM",
+        "listing_version": 3,
+    }  # fmt: skip
+    held = contract.reservation
+    assert held.starts_at - held.claims_at == timedelta(seconds=240)  # the lead of the notice that was quoted
+    later.refresh_from_db()
+    assert later.title == "another"
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("kind", ["reserved", "on_demand"])
+def test_a_quote_of_a_withdrawn_listing_is_not_accepted(site, customer, kind):
+    listing = offer(site)
+    quote = ask(customer, listing, kind)
+    listings.retire(factories.actor(site.organization), listing, now=NOW)
+    error = refused("listing_unavailable", contracts.accept, factories.actor(customer), quote.pk, now=NOW)
+    assert "withdrawn" in error.detail
+    assert error.extra["listing"] == listing.public_id
+    assert not Contract.objects.exists()
+
+
+@pytest.mark.django_db
+def test_a_quote_without_frozen_terms_is_asked_for_again(site, customer):
+    quote = ask(customer, offer(site))
+    Quote.objects.update(terms={})
+    error = refused("quote_expired", contracts.accept, factories.actor(customer), quote.pk, now=NOW)
+    assert error.extra["quote_again"]["body"]["gpu_count"] == 8
+
+
+@pytest.mark.django_db
+def test_statements_of_a_quote_do_not_grow_with_the_listing(site, customer, django_assert_max_num_queries):
+    listing = offer(site, hosts=6)
+    for gpus in (4, 20):
+        ask(factories.organization(), listing, gpus=gpus)
+    with django_assert_max_num_queries(26):
+        ask(customer, listing, gpus=24)

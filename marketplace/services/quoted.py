@@ -1,0 +1,44 @@
+"""What a quote freezes of its listing. The contract is made of this, whatever becomes of the listing in the meantime."""
+
+from typing import Any
+
+from marketplace.errors import MarketError
+from marketplace.models import Listing, Quote
+
+FROZEN = (
+    "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
+    "flexible_hours_per_month", "flexible_notice_s",
+)  # fmt: skip
+
+
+def terms_of(listing: Listing) -> dict[str, Any]:
+    """The listing's terms as they are now; prices, currency and fee stand in the quote's own columns."""
+    site = listing.site
+    return {
+        **{name: getattr(listing, name) for name in FROZEN},
+        "operator": listing.organization.name,
+        "site": site.name,
+        "region": site.region,
+        "country": site.country,
+        "gpu_model": listing.gpu_model.name if listing.gpu_model else None,
+        "gpu_model_id": listing.gpu_model_id,
+    }
+
+
+def hold_to(listing: Listing, quote: Quote) -> Listing:
+    """`listing` with the terms that `quote` froze, for working out its capacity; not to be saved."""
+    for name in FROZEN:
+        setattr(listing, name, quote.terms[name])
+    return listing
+
+
+def check_offered(listing: Listing, quote: Quote) -> None:
+    """MarketError("listing_unavailable") where the operator has withdrawn the listing since. A pause is no withdrawal: what is
+    firm stays firm for its minutes.
+    """
+    if listing.state == Listing.State.RETIRED:
+        raise MarketError(
+            "listing_unavailable",
+            f"{listing.public_id} was withdrawn by its operator after {quote.public_id} was made; nothing was signed. Search again.",
+            extra={"listing": listing.public_id},
+        )

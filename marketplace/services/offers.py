@@ -118,7 +118,8 @@ class Offers:
         later = Offers(**{**{name: getattr(self, name) for name in _TABLES}, **rows}, names=self.names)
         if all(np.array_equal(self.hosts[name], later.hosts[name]) for name in _STATEFUL) and "shelf" in self.__dict__:
             later.__dict__["shelf"] = self.shelf
-            if later.holds is self.holds and later.tasks is self.tasks and "_lines" in self.__dict__:
+            same = np.array_equal(self.hosts["leaves"], later.hosts["leaves"])
+            if same and later.holds is self.holds and later.tasks is self.tasks and "_lines" in self.__dict__:
                 later.__dict__["_lines"] = self.__dict__["_lines"]
         return later
 
@@ -218,15 +219,26 @@ class Offers:
         if len(host):  # shares of one GPU count once, and end with the last
             first = np.flatnonzero(np.r_[True, (host[1:] != host[:-1]) | (index[1:] != index[:-1])])
             host, until = host[first], np.maximum.reduceat(until, first)
+        leaving = np.flatnonzero(self.hosts["leaves"] < FOREVER)  # it can be had until then
         place = np.empty(len(self.hosts), np.int64)
         place[self.shelf.order] = np.arange(len(self.hosts))
         whose = self.hosts.position(np.concatenate([holds["host_id"][live], host]))
         here = whose >= 0
         line = Timeline.of(
-            place[whose[here]],
-            np.concatenate([holds["claims_at"][live], np.zeros(len(host), np.int64)])[here],
-            np.concatenate([holds["ends_at"][live], until])[here],
-            np.concatenate([holds["gpus"][live], np.ones(len(host), np.int64)])[here],
+            np.concatenate([place[whose[here]], place[leaving]]),
+            np.concatenate(
+                [
+                    np.concatenate([holds["claims_at"][live], np.zeros(len(host), np.int64)])[here],
+                    self.hosts["leaves"][leaving],
+                ]
+            ),
+            np.concatenate([np.concatenate([holds["ends_at"][live], until])[here], np.full(len(leaving), FOREVER)]),
+            np.concatenate(
+                [
+                    np.concatenate([holds["gpus"][live], np.ones(len(host), np.int64)])[here],
+                    self.hosts["gpu_count"][leaving],
+                ]
+            ),
         )
         turns = np.concatenate([holds["held_until"], tasks["own_until"], tasks["ends_at"]])
         return at, int(turns[turns > at].min(initial=FOREVER)), line

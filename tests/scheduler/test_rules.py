@@ -8,7 +8,7 @@ from django.db import transaction
 from billing import usage
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Host, JobEvent, Placement, PowerNode, Reservation
-from marketplace.services import availability, drains, holds, jobs, placements, sites
+from marketplace.services import availability, drains, holds, jobs, placements, search, sites
 from scheduler import cycle, rules, site_loop
 from scheduler.core.types import Level, Topology
 from scheduler.models import Decision
@@ -321,6 +321,13 @@ def test_what_is_for_sale_ends_when_the_host_leaves():
     drains.drain_host(market.hosts[0], reason="fan", actor=market.boss, now=NOW, by=at(86_400))
     assert availability.largest(market.listing, now=NOW, **window) == 16
     assert availability.largest(market.listing, now=NOW, starts_at=at(80_000), ends_at=at(90_000)) == 8
+
+    def found(start, end):
+        asked = search.Filters(start=at(start), end=at(end), count=1)
+        rows = search.search(f.actor(market.contract.organization), asked, now=NOW).rows
+        return [row.stock.gpus for row in rows]
+
+    assert (found(0, 7200), found(80_000, 90_000)) == ([16], [8])  # the market says the same
 
 
 def test_a_promise_on_a_host_that_leaves_first_is_moved():

@@ -19,7 +19,7 @@ from benchmarks.fault_cell import Clock, World, build
 from benchmarks.faults import At, Ended, Surgeon
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import Contract, Curtailment, Host, Job, Placement, Reservation, Site
+from marketplace.models import Agent, Contract, Curtailment, Host, Job, Placement, Reservation, Site
 from marketplace.services import agents, contracts, jobs, sites
 from marketplace.tenancy import SYSTEM
 from scheduler import fleet, site_loop
@@ -78,9 +78,8 @@ def clean() -> None:
         for name in tables:
             if name in used:
                 cursor.execute(f"DELETE FROM {name}")
-        again = [f"setval('{number}', 1, false)" for name, number in tables.items() if number and name in used]
-        if again:
-            cursor.execute(f"SELECT {', '.join(again)}")
+        again = ", ".join(f"setval('{number}', 1, false)" for number in tables.values() if number)
+        cursor.execute(f"SELECT {again}")
     fleet.forget()  # what is kept of another run's cell 1 is not this one's
 
 
@@ -128,20 +127,20 @@ class _Run:
         )
         at = At(dice.randrange(1, task.statements + 2), dice.random() < 0.5)
         call, surgeon = task.call, self.surgeon
-        ends: tuple[Ended, ...]
+        ends: list[Ended]
         if how == "killed":
-            ends = (surgeon.killed(call, at),)
+            ends = [surgeon.killed(call, at)]
         elif how == "cut":
-            ends = (surgeon.cut(call, at),)
+            ends = [surgeon.cut(call, at)]
         elif how == "beside":
             other = tasks.draw(self.world, dice)
             self.outcome.counts["beside"] += 1
-            ends = surgeon.beside(call, other.call, at)
+            ends = list(surgeon.beside(call, other.call, at))
             self.finish(step, other, ends[1], how)
         elif how == "twice":
-            ends = surgeon.together((call, call))
+            ends = list(surgeon.together((call, call)))
         else:
-            ends = (_plain(call),)
+            ends = [_plain(call)]
         if how in {"killed", "cut"} and ends[0].struck:
             self.outcome.counts[how] += 1
         self.outcome.counts[how] += how == "twice"
@@ -214,7 +213,7 @@ class _Run:
             self.sync(yard)
 
     def sync(self, yard: Any) -> None:
-        agent = agents.Agent.objects.select_related("site").get(pk=yard.agent_pk)
+        agent = Agent.objects.select_related("site").get(pk=yard.agent_pk)
         yard.pass_time(self.world.now)
         report = yard.report(self.world.now) | {"known_safety": agent.site.safety_generation}
         agents.observe(agent, report, now=self.world.now)
@@ -226,11 +225,11 @@ class _Run:
         for r in Reservation.objects.filter(state="firm", ends_at__gt=now, contract__isnull=False).select_related(
             "contract"
         ):
-            if r.contract is None or r.contract_id in probes or r.contract.state != "active":
+            if r.contract is None or r.contract.pk in probes or r.contract.state != "active":
                 continue
             if r.starts_at > now:
                 return True
-            probes.add(r.contract_id)
+            probes.add(r.contract.pk)
             spec = {
                 "command": ["true"],
                 "gpus": 1,

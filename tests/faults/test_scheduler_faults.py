@@ -1,0 +1,299 @@
+"""The scheduler under faults: the harness of `python -m benchmarks safety` on a few seeds, a worker killed at every statement of a
+cycle, and the harness itself: its faults are real, and its auditor names what is wrong.
+"""
+
+from datetime import timedelta
+
+import pytest
+from django.db import connection, transaction
+from django.utils import timezone
+
+from benchmarks import fault_run
+from benchmarks.auditor import Auditor
+from benchmarks.faults import At, Surgeon
+from marketplace import outbox
+from marketplace.locks import Lock, acquire
+from marketplace.models import Agent, Cell, Contract, Host, Job, Miner, OutboxMessage, Placement, PowerGrant, PowerNode
+from marketplace.services import contracts, jobs, quotes
+from marketplace.services.jobs import CYCLE
+from scheduler import cycle, fleet, site_loop
+from tests import factories as f
+from tests.factories import NOW
+from tests.races.test_placement import Market
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def surgeon():
+    made = Surgeon()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    fleet.forget()
+
+
+def violations(outcome):
+    return [f"step {step}: {words}" for step, words in outcome.violations] and [
+        *outcome.story, *(f"step {step}: {words}" for step, words in outcome.violations)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [11, 2024])
+def test_a_seeded_run_breaks_nothing(surgeon, seed):
+    outcome = fault_run.once(seed, surgeon)
+    assert violations(outcome) == []
+    assert outcome.counts["jobs"]
+    assert outcome.counts["audits"] > fault_run.STEPS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(5000, 5200, 20))
+def test_many_seeded_runs_break_nothing(surgeon, first):
+    for seed in range(first, first + 20):
+        outcome = fault_run.once(seed, surgeon)
+        assert violations(outcome) == [], f"seed {seed}"
+
+
+def test_the_same_seed_is_the_same_run(surgeon):
+    # Without rivals on threads, whose order is the machine's: the steps, the faults and where they strike.
+    stories = [[line.split(" ", 2)[2] for line in fault_run.once(7, surgeon, steps=6).story] for _ in range(2)]
+    assert stories[0] == stories[1]
+
+
+# --- a worker dies at every statement
+def test_a_worker_killed_at_any_statement_of_a_cycle_leaves_all_or_nothing(surgeon):
+    market = Market(hosts=2, miners=3)
+    auditor = Auditor()
+    statement, ends = 0, set()
+    while True:
+        statement += 2
+        job = market.submit(gpus=4, replicas=2)
+        ended = surgeon.killed(market.cycle, At(statement, after=statement % 4 == 0))
+        assert ended.error == ""
+        assert auditor.audit(NOW) == []
+        job.refresh_from_db()
+        ends.add(job.state)
+        assert (job.state, job.attempt, job.placements.count()) in {("queued", 0, 0), ("placed", 1, 2)}
+        with transaction.atomic():  # whoever died holds nothing
+            acquire((Lock.CELL, market.cell.pk), (Lock.SITE, market.site.pk), timeout_ms=200)
+        if job.state == "queued":
+            assert OutboxMessage.objects.filter(topic=CYCLE).exists()
+            market.cycle()
+            job.refresh_from_db()
+        assert (job.state, job.attempt) == ("placed", 1)
+        market.report(job, "running")
+        market.report(job, "exited", exit_code=0)
+        OutboxMessage.objects.all().delete()
+        if not ended.struck:
+            break
+    assert ends == {"queued", "placed"}
+    assert statement > 20
+    assert set(Job.objects.values_list("state", flat=True)) == {"succeeded"}
+    market.sound()
+
+
+def test_a_handler_killed_with_its_message_is_taken_over_by_the_next(surgeon):
+    market = Market()
+    Agent.objects.update(last_sync_at=timezone.now(), lease_until=timezone.now() + timedelta(hours=1))
+    job = market.submit(gpus=8)
+    assert surgeon.killed(lambda: outbox.drain(topic=CYCLE), At(20, after=True)).struck
+    (message,) = OutboxMessage.objects.filter(topic=CYCLE)
+    assert message.claimed_until is not None
+    assert outbox.drain(topic=CYCLE) == 0  # its claim still runs
+    OutboxMessage.objects.update(claimed_until=timezone.now() - timedelta(seconds=1))
+    assert outbox.drain(topic=CYCLE) == 1
+    job.refresh_from_db()
+    assert (job.state, job.attempt) == ("placed", 1)
+    market.sound()
+
+
+# --- the faults are real
+def test_a_killed_process_and_a_cut_connection_undo_what_they_had_not_committed(surgeon):
+    market = Market()
+
+    def change():
+        with transaction.atomic():
+            acquire((Lock.CELL, market.cell.pk))
+            Cell.objects.update(region="nowhere")
+            Cell.objects.update(region="nowhere else")
+
+    for how, error in ((surgeon.killed, ""), (surgeon.cut, "OperationalError")):
+        ended = how(change, At(3, after=True))
+        assert ended.struck
+        assert ended.error.startswith(error)
+        assert set(Cell.objects.values_list("region", flat=True)) == {"us-tx"}
+        with transaction.atomic():
+            acquire((Lock.CELL, market.cell.pk), timeout_ms=200)
+    assert surgeon.killed(change, At(99, after=True)).struck is False  # not reached: it ends in peace
+    assert set(Cell.objects.values_list("region", flat=True)) == {"nowhere else"}
+
+
+def test_what_a_call_raised_in_another_process_is_told(surgeon):
+    market = Market()
+    refused = surgeon.killed(
+        lambda: jobs.cancel(market.actor, Job(pk=1, cell_id=market.cell.pk), now=NOW), At(99, after=True)
+    )
+    assert refused.error.startswith("DoesNotExist")
+    assert "jobs.py" in refused.trace
+
+
+def test_a_rival_goes_between_two_statements_as_far_as_locks_let_it(surgeon):
+    market = Market()
+    seen = []
+
+    def first():
+        with transaction.atomic():
+            acquire((Lock.CELL, market.cell.pk))
+            seen.append("first in")
+            Cell.objects.update(region="first")
+        seen.append("first out")
+
+    def second():
+        seen.append("second")
+        with transaction.atomic():
+            acquire((Lock.CELL, market.cell.pk))
+            seen.append(Cell.objects.get().region)
+
+    for end in surgeon.beside(first, second, At(3, after=True)):
+        assert end.error == ""
+    assert seen == ["first in", "second", "first out", "first"]
+    seen.clear()
+    surgeon.beside(first, second, At(1, after=False))  # before it has the lock
+    assert seen == ["second", "first", "first in", "first out"]
+
+
+# --- the auditor
+def sick(market):
+    """One gang and one single running, one job waiting, a reservation ahead: all in order."""
+    auditor = Auditor()
+    gang, single = market.submit(gpus=2, replicas=2), market.submit(gpus=1, gpu_milli=500)
+    market.cycle()
+    market.report(gang, "running")
+    market.report(single, "running")
+    market.submit(gpus=8)
+    buyer = f.actor(f.organization())
+    wanted = quotes.Request("reserved", 1, starts_at=NOW + timedelta(hours=9), ends_at=NOW + timedelta(hours=12))
+    contracts.accept(buyer, quotes.quote(buyer, market.contract.listing_id, wanted, now=NOW).pk, now=NOW)
+    assert auditor.audit(NOW) == []
+    return auditor, gang, single
+
+
+TWICE = """
+INSERT INTO marketplace_reservation (listing_id, starts_at, ends_at, claims_at, state)
+  SELECT listing_id, starts_at, ends_at, claims_at, state FROM marketplace_reservation;
+INSERT INTO marketplace_reservationblock (reservation_id, host_id, gpu_indices)
+  SELECT (SELECT max(id) FROM marketplace_reservation), host_id, gpu_indices FROM marketplace_reservationblock
+"""
+# The rows of its events are written anew: it came after the reservation.
+STRANGER = """
+UPDATE marketplace_placement SET host_id = b.host_id, gpu_indices = b.gpu_indices FROM marketplace_reservationblock b;
+UPDATE marketplace_placementevent SET actor = actor || ' '
+"""
+ILLS = {
+    "sold on paper only": ("UPDATE marketplace_host SET gpu_free[1] = gpu_free[1] + 1", "milli"),
+    "VRAM": ("UPDATE marketplace_host SET vram_free[8] = vram_free[8] - 1", "MiB free"),
+    "CPU": ("UPDATE marketplace_host SET vcpu_free = vcpu_free + 1", "vcpu_milli"),
+    "RAM": ("UPDATE marketplace_placement SET ram_mib = ram_mib + 1", "ram_mib"),
+    "GPU sold twice": ("UPDATE marketplace_placement SET gpu_indices = '{0}'", "is sold"),
+    "watts of a host": ("UPDATE marketplace_host SET reserved_w = 1100", "may draw"),
+    "watts of a node": ("UPDATE marketplace_powernode SET reserved_mw = reserved_mw + 1", "booked"),
+    "cap": ("UPDATE marketplace_powernode SET cap_w = 6000", "sold of"),
+    "sleep that nobody proved": ("UPDATE marketplace_miner SET reserved_w = 25", "last proved"),
+    "watts not granted": ("UPDATE marketplace_powergrant SET state = 'shedding'", "its watts are"),
+    "gang without a replica": ("UPDATE marketplace_placement SET rank = 7 WHERE rank = 1", "ranks"),
+    "replica gone, the rest runs on": ("UPDATE marketplace_placement SET state = 'lost' WHERE rank = 1", "without a replica"),
+    "job forgotten on its host": ("UPDATE marketplace_job SET state = 'queued' WHERE state = 'running'", "live placements"),
+    "attempt": ("UPDATE marketplace_job SET attempt = attempt + 1 WHERE state = 'running'", "attempt"),
+    "story": ("UPDATE marketplace_jobevent SET to_state = 'failed' WHERE to_state = 'placed'", "story"),
+    "nobody told": ("DELETE FROM marketplace_outboxmessage", "no cycle was told"),
+    "contract over": ("UPDATE marketplace_contract SET state = 'ended' WHERE kind = 'on_demand'", "nobody was told to end"),
+    "ceiling": ("UPDATE marketplace_contract SET gpu_count = 2", "milli-GPU of 2"),
+    "a handler that crashed": ("UPDATE marketplace_outboxmessage SET last_error = 'KeyError: 3'", "KeyError"),
+    "promised twice": (
+        TWICE,
+        "is promised to contracts",
+    ),
+    "a stranger on closed GPUs": (
+        STRANGER,
+        "came onto GPUs",
+    ),
+    "a reservation that outlives its contract": (
+        "UPDATE marketplace_contract SET state = 'terminated' WHERE kind = 'reserved'", "is over and holds GPUs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ill", ILLS)
+def test_the_auditor_names_what_is_wrong(ill):
+    market = Market(hosts=2, miners=2)
+    auditor, *_ = sick(market)
+    statement, words = ILLS[ill]
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+    found = auditor.audit(NOW)
+    assert any(words in line for line in found), found
+
+
+def test_the_auditor_sees_work_come_to_a_host_that_is_closed():
+    market = Market()
+    auditor = Auditor()
+    Host.objects.update(state="draining")
+    auditor.audit(NOW)
+    job = market.submit(gpus=1)
+    f.placement(job, market.hosts[0], [0], state="granted")
+    Job.objects.filter(pk=job.pk).update(state="placed", attempt=1)
+    assert any("which is draining" in line for line in auditor.audit(NOW))
+
+
+def test_the_auditor_sees_a_grant_over_a_curtailments_limit():
+    Market(hosts=2)
+    auditor = Auditor()
+    limit = PowerNode.objects.get(parent=None).reserved_mw // 1000 + 50_000
+    PowerNode.objects.filter(parent=None).update(limit_w=limit)
+    assert auditor.audit(NOW) == []
+    Host.objects.update(reserved_w=60_000)
+    PowerNode.objects.filter(parent=None).update(reserved_mw=2 * 60_000 * 1250)
+    PowerNode.objects.exclude(parent=None).update(reserved_mw=2 * 60_000 * 1000)
+    assert any("granted hosts watts while" in line for line in auditor.audit(NOW))
+    assert not any("granted hosts watts while" in line for line in auditor.audit(NOW))  # no more than before
+
+
+def test_a_site_says_what_it_really_runs_and_draws(surgeon):
+    """The physical side: a machine that is told nothing of a limit, and two placements on one GPU."""
+    from benchmarks.fault_cell import Clock, build
+    from benchmarks.fault_site import Work
+
+    with Clock() as clock:
+        yard = build(3, clock).yards[0]
+        assert yard.over_cap(clock.now) == []
+        name = next(iter(yard.machines))
+        for pk in (1, 2):
+            yard.work[pk] = Work(pk, name, (0,), 600, 100, 9, state="running")
+        yard.pass_time(clock.now)
+        assert any("1200 milli-GPU" in words for words in yard.over_cap(clock.now))
+        yard.work.clear()
+        for machine in yard.machines.values():
+            machine.cap_control, machine.base_w = False, 10**6
+        assert any("draws" in words for words in yard.over_cap(clock.now))
+
+
+def test_watts_wait_for_proof_while_the_worker_that_commanded_them_dies(surgeon):
+    """Killed between commanding the sleep and telling anybody: the books hold the old watts, the next turn goes on."""
+    market = Market(hosts=2, miners=14, power_w=62_000)
+    PowerNode.objects.update(measured_w=50_000, measured_at=NOW)
+    market.submit()
+    market.cycle()
+    assert PowerGrant.objects.get().state == "shedding"
+    auditor = Auditor()
+    for statement in range(1, 80, 13):
+        surgeon.killed(lambda: site_loop.run(market.site.pk, now=NOW + timedelta(seconds=5)), At(statement, after=True))
+        assert auditor.audit(NOW) == []
+        assert all(m.reserved_w == 3500 for m in Miner.objects.all())
+    assert PowerGrant.objects.get().state == "shedding"
+    assert Placement.objects.count() == 1
+    assert Contract.objects.count() == 1
+    assert cycle.run(market.cell.pk, now=NOW) is None

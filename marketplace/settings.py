@@ -141,6 +141,7 @@ CELERY_TIMEZONE = "UTC"
 CELERY_BEAT_SCHEDULE = {
     "drain-outbox": {"task": "marketplace.tasks.drain_outbox", "schedule": 2.0, "options": {"expires": 2}},
     "site-loops": {"task": "scheduler.tasks.tick_sites", "schedule": 5.0, "options": {"expires": 5}},
+    "fair-share": {"task": "scheduler.tasks.roll_usage", "schedule": 60.0, "options": {"expires": 60}},
     "cells": {"task": "scheduler.tasks.tick_cells", "schedule": 5.0, "options": {"expires": 5}},
     "cycle-records": {"task": "scheduler.tasks.forget_records", "schedule": 60.0, "options": {"expires": 60}},
     "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
@@ -235,6 +236,7 @@ CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
 
 # --- quotes
 QUOTE_FIRM_SECONDS = env.int("QUOTE_FIRM_SECONDS", default=900)
+FAIR_SHARE_HALF_LIFE_SECONDS = env.int("FAIR_SHARE_HALF_LIFE_SECONDS", default=3600)
 QUOTE_HOLD_SECONDS = env.int("QUOTE_HOLD_SECONDS", default=120)
 QUOTE_LIVE_HOLDS = 3
 RESERVED_UPFRONT = env.bool("RESERVED_UPFRONT", default=False)  # reserved contracts wait for their payment

@@ -16,7 +16,7 @@ from marketplace.models import Cell, Job, PowerNode
 from marketplace.services import holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from scheduler import commit, snapshot
+from scheduler import commit, promises, snapshot
 from scheduler import record as records
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
@@ -143,15 +143,18 @@ INSERT INTO scheduler_decision (job_id, cycle_id, at, outcome, reason, stages, c
 SELECT id, %s, %s, 'placed', 'OK', '{}', '{}', '', '', NULL FROM unnest(%s::bigint[]) id ORDER BY id
 """
 _WAITS = """
-INSERT INTO scheduler_decision (job_id, cycle_id, at, outcome, reason, stages, candidates, binding, suggestion, earliest_start)
-SELECT id, %s, %s, 'waiting', reason, stages::text[], candidates::int[], binding, suggestion, to_timestamp(nullif(start, 0))
-FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[])
-  u(id, reason, stages, candidates, binding, suggestion, start) ORDER BY id
+INSERT INTO scheduler_decision (job_id, cycle_id, at, outcome, reason, stages, candidates, binding, suggestion, earliest_start,
+  held_hosts)
+SELECT id, %s, %s, 'waiting', reason, stages::text[], candidates::int[], binding, suggestion, to_timestamp(nullif(start, 0)),
+  nullif(held, '{}')::bigint[]
+FROM unnest(%s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[], %s::text[])
+  u(id, reason, stages, candidates, binding, suggestion, start, held) ORDER BY id
 """
 _REPLACE = """
 ON CONFLICT (job_id) DO UPDATE SET cycle_id = excluded.cycle_id, at = excluded.at, outcome = excluded.outcome,
   reason = excluded.reason, stages = excluded.stages, candidates = excluded.candidates, binding = excluded.binding,
-  suggestion = excluded.suggestion, earliest_start = excluded.earliest_start
+  suggestion = excluded.suggestion, earliest_start = excluded.earliest_start,
+  held_hosts = excluded.held_hosts
 """
 
 
@@ -170,8 +173,8 @@ def _decide(record: Cycle, taken: snapshot.Snapshot, decided: list[Decided], out
         binding = [_binding(d, names)[:200] for d in waits.values()]
         changes = [d.change[:300] for d in waits.values()]
         starts = np.array([d.earliest_start for d in waits.values()], np.int64)
-        ids = np.array(list(waits), np.int64)
-        arrays.execute(_WAITS + _REPLACE, [*head, ids, reasons, stages, candidates, binding, changes, starts])
+        ids, held = np.array(list(waits), np.int64), promises.held_hosts(list(waits.values()), taken.host_of)
+        arrays.execute(_WAITS + _REPLACE, [*head, ids, reasons, stages, candidates, binding, changes, starts, held])
 
 
 def _node_names(taken: snapshot.Snapshot, nodes: set[int]) -> dict[int, str]:

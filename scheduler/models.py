@@ -3,7 +3,7 @@
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
 
-from marketplace.models import Cell, Job
+from marketplace.models import Cell, Job, Organization
 from marketplace.tenancy import TenantModel, TenantQuerySet
 
 
@@ -72,8 +72,31 @@ class Decision(models.Model):
     binding = models.CharField(max_length=200, blank=True)
     suggestion = models.CharField(max_length=300, blank=True)
     earliest_start = models.DateTimeField(null=True)
+    held_hosts = ArrayField(
+        models.BigIntegerField(),
+        null=True,
+        help_text="the host held for each replica from the earliest start on: then it is a promise, and kept",
+    )
 
     objects = DecisionQuerySet.as_manager()
 
+    class Meta:
+        indexes = [
+            models.Index(fields=["job"], condition=models.Q(held_hosts__isnull=False), name="decision_promised"),
+        ]
+
     def __str__(self) -> str:
         return f"{self.job_id} {self.outcome} {self.reason}"
+
+
+class FairUsage(models.Model):
+    """What an organization held lately over all cells, decayed (`scheduler.usage`), as it stood at `as_of`."""
+
+    organization = models.OneToOneField(
+        Organization, primary_key=True, on_delete=models.CASCADE, related_name="fair_usage"
+    )
+    milli = models.FloatField(help_text="milli-GPU, exponentially weighted mean")
+    as_of = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.organization_id}: {self.milli:.0f} milli-GPU"

@@ -10,7 +10,7 @@ from marketplace import outbox
 from marketplace.models import Site
 from marketplace.services import leases
 from marketplace.services.jobs import CYCLE, nudge_cell
-from scheduler import cycle, record, site_loop
+from scheduler import cycle, record, site_loop, usage
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ def tick_cells() -> None:
 def forget_records() -> int:
     """Recorded cycles that are too old or too many."""
     return record.forget(timezone.now())
+
+
+@shared_task
+def roll_usage() -> None:
+    """Brings the decayed usage of organizations up to date, so that cycles have little to add."""
+    usage.roll(now=timezone.now())
 
 
 @shared_task

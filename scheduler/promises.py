@@ -1,0 +1,40 @@
+"""Start times promised to waiting jobs, from one cycle to the next: written with the job's decision, read back into its request."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from django.db import connection
+
+from scheduler.core.types import Decision, Fleet, Request
+
+_PROMISED = """
+SELECT d.job_id, floor(extract(epoch FROM d.earliest_start))::bigint, d.held_hosts
+FROM scheduler_decision d JOIN marketplace_job j ON j.id = d.job_id
+WHERE d.held_hosts IS NOT NULL AND d.earliest_start IS NOT NULL AND j.cell_id = %s AND j.state IN ('queued', 'requeued')
+"""
+
+
+def bind(cell_id: int, requests: Sequence[Request], fleet: Fleet, host_of: Sequence[int]) -> None:
+    """Gives requests the start and the hosts that their last decision promised. A host that is gone is row -1: the core then
+    makes a new promise, and counts the old one as broken.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_PROMISED, [cell_id])
+        found = {job: (start, hosts) for job, start, hosts in cursor.fetchall()}
+    if not found:
+        return
+    wanted = {host for _, hosts in found.values() for host in hosts}
+    ids = np.asarray(host_of, np.int64)
+    rows: dict[tuple[int, int], int] = {}
+    for row in np.flatnonzero(np.isin(ids, list(wanted))).tolist():
+        # A reservation's part of a host is a row of its own, found by its pool.
+        rows.setdefault((host_of[row], min(0, int(fleet.pool[row]))), row)
+    for r in requests:
+        if r.job in found:
+            r.promised_start, hosts = found[r.job]
+            r.promised_hosts = tuple(rows.get((host, min(0, r.pool)), -1) for host in hosts)
+
+
+def held_hosts(decisions: Sequence[Decision], host_of: Sequence[int]) -> list[str]:
+    """What each decision holds, as an array literal of host ids; empty for no promise."""
+    return ["{" + ",".join(str(host_of[row]) for row in d.held) + "}" for d in decisions]

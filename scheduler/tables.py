@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import IntEnum
+from functools import cache
 from operator import attrgetter
 from typing import Any, Final, get_type_hints
 
@@ -18,12 +19,13 @@ from scheduler.core import types
 from scheduler.packed import Columns
 
 _CODES: Final = ":codes"
+_hints = cache(get_type_hints)
 
 
 def to_table(kind: type, rows: Sequence[Any]) -> tuple[Columns, dict[str, list[Any]]]:
     """Columns [len(rows)] by field, and the distinct values of coded fields as JSON."""
     names = [f.name for f in fields(kind)]
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     columns: Columns = {}
     values: dict[str, list[Any]] = {}
     turned = list(zip(*map(attrgetter(*names), rows), strict=True)) if rows else [()] * len(names)
@@ -42,7 +44,7 @@ def to_table(kind: type, rows: Sequence[Any]) -> tuple[Columns, dict[str, list[A
 
 def from_table(kind: type, columns: Columns, values: dict[str, list[Any]]) -> list[Any]:
     """The rows. Fields unknown to `kind` are left out, missing ones take their default; TypeError without one."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     found: dict[str, list[Any]] = {}
     for f in fields(kind):
         hint = hints[f.name]

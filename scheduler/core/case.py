@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.core.fit import host_row, host_watts, rounded_end
+from scheduler.core.fit import rounded_end
 from scheduler.core.plan import plan
-from scheduler.core.types import Fleet, Plan, Policy, Request, Running, Tie
+from scheduler.core.types import I64, WHOLE, Fleet, HostFlag, Plan, Policy, Request, Running, Tie
 
 
 class Window(NamedTuple):
@@ -44,7 +44,8 @@ class Case:
         asked = {r.job: r for r in self.requests}
         leaving = {p.placement for p in made.preemptions}
         running = [r for r in self.running if r.placement not in leaving]
-        placed = set()
+        placed: set[int] = set()
+        begun: list[Running] = []
         for p in made.placements:
             if p.job in refused:
                 continue
@@ -55,8 +56,9 @@ class Case:
                 ram=r.ram, nvme=r.nvme, vram=r.vram if p.gpus else 0, priority=r.priority, gang_size=r.replicas,
                 ends_at=self.now_s + r.duration_s if r.duration_s else 0,
             )  # fmt: skip
-            shift(fleet, began, -1)
-            running.append(began)
+            begun.append(began)
+        shift(fleet, begun, -1)
+        running += begun
         stands: dict[int, set[int]] = {}
         for p in made.placements:
             for group in asked[p.job].joins if p.job in placed else ():
@@ -71,12 +73,8 @@ class Case:
     def without(self, gone: Callable[[Running], bool], windows: Iterable[Window] = ()) -> Case:
         """The cell without the running placements that `gone` names, and with these windows over."""
         fleet = copied(self.fleet)
-        left = []
-        for r in self.running:
-            if gone(r):
-                shift(fleet, r, 1)
-            else:
-                left.append(r)
+        left = [r for r in self.running if not gone(r)]
+        shift(fleet, [r for r in self.running if gone(r)], 1)
         for window in windows:
             _open(fleet, window.row)
         return replace(self, fleet=fleet, running=left)
@@ -118,26 +116,51 @@ def copied(fleet: Fleet) -> Fleet:
     return Fleet(**{f.name: getattr(fleet, f.name).copy() for f in fields(Fleet)})
 
 
-def shift(fleet: Fleet, r: Running, sign: int) -> None:
-    """Takes a placement onto its host (-1) or gives back what it held (1), in place, watts at every node above included."""
-    h = r.host
-    row = host_row(fleet, h)
-    old = host_watts(row, row.gpu_active, row.cpu_only)
-    fleet.cpu_free[h] += sign * r.cpu
-    fleet.ram_free[h] += sign * r.ram
-    fleet.nvme_free[h] += sign * r.nvme
-    for gpu in r.gpus:
-        fleet.gpu_free[h, gpu] += sign * r.gpu_milli
-        fleet.vram_free[h, gpu] += sign * r.vram
-        bit = 1 << gpu
-        fleet.gpu_active[h] = fleet.gpu_active[h] | bit if fleet.gpu_free[h, gpu] < 1000 else fleet.gpu_active[h] & ~bit
-    if not r.gpus:
-        fleet.cpu_only[h] -= sign
-    delta = host_watts(row, int(fleet.gpu_active[h]), int(fleet.cpu_only[h])) - old
-    node = int(fleet.power_node[h])
-    while node >= 0:
-        fleet.node_free_mw[node] -= delta * int(fleet.node_k_gpu[node])
-        node = int(fleet.node_parent[node])
+def shift(fleet: Fleet, rows: Sequence[Running], sign: int) -> None:
+    """Takes placements onto their hosts (-1) or gives back what they held (1), in place, watts at every node included."""
+    if not rows:
+        return
+    host = np.array([r.host for r in rows])
+    touched = np.unique(host)
+    before = _watts(fleet, touched)
+    for name, held in (("cpu_free", "cpu"), ("ram_free", "ram"), ("nvme_free", "nvme")):
+        np.add.at(getattr(fleet, name), host, [sign * getattr(r, held) for r in rows])
+    np.subtract.at(fleet.cpu_only, host[[not r.gpus for r in rows]], sign)
+    devices = [(r.host, gpu, sign * r.gpu_milli, sign * r.vram) for r in rows for gpu in r.gpus]
+    at, gpu, milli, vram = np.array(devices, np.int64).reshape(-1, 4).T
+    np.add.at(fleet.gpu_free, (at, gpu), milli)
+    np.add.at(fleet.vram_free, (at, gpu), vram)
+    bit, active = (1 << gpu).astype(np.int32), fleet.gpu_free[at, gpu] < WHOLE
+    np.bitwise_or.at(fleet.gpu_active, at[active], bit[active])
+    np.bitwise_and.at(fleet.gpu_active, at[~active], ~bit[~active])
+    delta, node = _watts(fleet, touched) - before, fleet.power_node[touched].astype(np.int64)
+    while (node >= 0).any():
+        delta, node = delta[node >= 0], node[node >= 0]
+        np.subtract.at(fleet.node_free_mw, node, delta * fleet.node_k_gpu[node])
+        node = fleet.node_parent[node].astype(np.int64)
+
+
+def _watts(fleet: Fleet, hosts: I64) -> I64:
+    """`fit.host_watts` of these hosts, W."""
+    columns = (
+        "base_w",
+        "gpu_count",
+        "gpu_min_w",
+        "gpu_max_w",
+        "cap_control",
+        "cpu_only",
+        "flags",
+        "standby_w",
+        "parked_w",
+    )
+    base, count, low, top, capped, alone, flags, standby, parked = (
+        getattr(fleet, name)[hosts].astype(np.int64) for name in columns
+    )
+    active = np.bitwise_count(fleet.gpu_active[hosts]).astype(np.int64)
+    idle = np.where(flags & int(HostFlag.OFF), standby, parked)
+    drawn = np.where((active == 0) & (alone == 0), idle, base + active * top + (count - active) * low)
+    out: I64 = np.where(capped != 0, drawn, base + count * top)
+    return out
 
 
 def _open(fleet: Fleet, row: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from scheduler.core.case import Case, Window
 from scheduler.core.types import MAX_GPUS, WHOLE, Kind, Level, Request
 
+ONE_SHAPE: Final = ((1000, 1024, 1, 1000, 0, 1),)
 MAX_REPLICAS: Final = 4096
 MORE_TRIES: Final = 3  # smaller values tried with the whole queue when the first of the screen is refused there
 MAX_OTHERS: Final = 5  # other models, sites and listings named
@@ -75,12 +76,15 @@ class _Search:
         self.case, self.as_it_is = case, request
         self.me = replace(request, promised_start=0, promised_hosts=())  # a promise was made to another shape
         self.quiet = replace(case.policy, explain=False)
+        self.quick = replace(
+            self.quiet, packer="best_fit", shapes=ONE_SHAPE
+        )  # one job alone: the score decides nothing
 
     # --- the two tests
     def alone(self, request: Request, case: Case | None = None) -> bool:
         """Whether the planner places it on what is free, with nobody else in the queue."""
         at = case or self.case
-        made = replace(at, requests=[request], running=[], policy=self.quiet).plan()
+        made = replace(at, requests=[request], running=[], policy=self.quick).plan()
         return bool(made.placements)
 
     def in_queue(self, request: Request, case: Case | None = None, *, evict: bool = False) -> tuple[int, ...]:

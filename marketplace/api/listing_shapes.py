@@ -20,6 +20,12 @@ class SearchShape(Shape):
     fabric_gbps_min = serializers.IntegerField(required=False, min_value=0)
     carbon_max_g = serializers.IntegerField(required=False, min_value=0, help_text="g CO2 per kWh")
     runtime = serializers.CharField(required=False)
+    where = serializers.CharField(
+        required=False,
+        max_length=2000,
+        help_text="comparisons FIELD OP VALUE, separated by commas, with = != < <= > >= (text: = and !=, alternatives between "
+        "bars): `vram_mib>=81920,gpu_model!=L40S|A100-80`. Fields: " + ", ".join(search.COMPARABLE),
+    )
     kind = serializers.ChoiceField(Kind.choices, required=False)
     price_max = serializers.IntegerField(
         required=False, min_value=0, max_value=1 << 60, help_text="millionths per GPU-hour"

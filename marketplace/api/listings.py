@@ -127,6 +127,8 @@ class Listings(ListingResource):
         for name in ("gpu_model", "region", "country", "interconnect", "runtime"):
             if name in asked:
                 asked[name] = tuple(v.strip() for v in asked[name].split(",") if v.strip())
+        if "where" in asked:
+            asked["where"] = search.comparisons(asked["where"])
         wanted = search.Filters(**asked)
         found = search.search(
             self.actor, wanted, now=now, sort=query["sort"], limit=query["limit"], cursor=query.get("cursor"),

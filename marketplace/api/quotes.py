@@ -45,6 +45,8 @@ class QuoteShape(serializers.Serializer):
     object = serializers.CharField()
     created_at = serializers.DateTimeField()
     listing = serializers.CharField()
+    listing_version = serializers.IntegerField(help_text="of the listing, as quoted")
+    terms = serializers.DictField(help_text="the listing's terms as quoted; the contract is made of these")
     state = serializers.ChoiceField(Quote.State.choices)
     kind = serializers.ChoiceField(Kind.choices)
     gpu_count = serializers.IntegerField()
@@ -82,6 +84,8 @@ class QuoteResource(Resource):
             "object": "quote",
             "created_at": row.created_at,
             "listing": row.listing.public_id,
+            "listing_version": row.listing_version,
+            "terms": {name: value for name, value in row.terms.items() if name != "gpu_model_id"},
             "state": state,
             "kind": row.kind,
             "gpu_count": row.gpu_count,

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from django.contrib.postgres.aggregates import ArrayAgg
 from django.db import transaction
+from django.db.models import Q, Value
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Gpu, Host, Kind, Placement, Reservation, ReservationBlock
+from marketplace.models import Host, Kind, Placement, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
 
@@ -68,12 +70,15 @@ def number(
     return chosen, moves
 
 
-def write_blocks(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: datetime) -> list[ReservationBlock]:
-    """Give `reservation` the GPUs of `hold` ((host id, count), ...), replacing those it had. MarketError("no_capacity") if a host has
-    no such devices left.
+def write_blocks(
+    reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: datetime, new: bool = False
+) -> list[ReservationBlock]:
+    """Give `reservation` the GPUs of `hold` ((host id, count), ...), replacing those it had (`new`: it has none).
+    MarketError("no_capacity") if a host has no such devices left.
     """
     wanted = dict(hold)
-    ReservationBlock.objects.filter(reservation=reservation).delete()
+    if not new:
+        ReservationBlock.objects.filter(reservation=reservation).delete()
     usable = _usable(wanted)
     taken = _taken(wanted, now)
     start, end = seconds(reservation.claims_at), seconds(reservation.ends_at)
@@ -90,17 +95,15 @@ def write_blocks(reservation: Reservation, hold: Iterable[tuple[int, int]], *, n
             if block is not None and claim.key in moves:
                 block.gpu_indices = list(moves[claim.key])
                 moved.append(block)
-    ReservationBlock.objects.bulk_update(moved, ["gpu_indices"])
+    if moved:
+        ReservationBlock.objects.bulk_update(moved, ["gpu_indices"])
     return ReservationBlock.objects.bulk_create(made)
 
 
 def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:
-    ids = list(host_ids)
-    broken: dict[int, set[int]] = defaultdict(set)
-    for host, index in Gpu.objects.filter(host_id__in=ids, healthy=False).values_list("host_id", "index"):
-        broken[host].add(index)
-    counts = Host.objects.filter(pk__in=ids).values_list("pk", "gpu_count")
-    return {pk: [i for i in range(count) if i not in broken[pk]] for pk, count in counts}
+    broken = ArrayAgg("gpus__index", filter=Q(gpus__healthy=False), default=Value([]))
+    rows = Host.objects.filter(pk__in=list(host_ids)).order_by().values_list("pk", "gpu_count").annotate(broken=broken)
+    return {pk: [i for i in range(count) if i not in out] for pk, count, out in rows}
 
 
 def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken, ReservationBlock | None]]]:

@@ -109,7 +109,7 @@ def _hold(made: Quote, listing: Listing, found: Admission, *, now: datetime) -> 
         held_until=made.held_until,
         state=Reservation.State.HELD,
     )
-    holds.write_blocks(reservation, _by_host(found), now=now)
+    holds.write_blocks(reservation, _by_host(found), now=now, new=True)
 
 
 def claims_at(listing: Listing, starts_at: datetime, ends_at: datetime | None, now: datetime) -> datetime:

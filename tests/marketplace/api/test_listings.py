@@ -40,6 +40,14 @@ def test_search_shows_offers_with_stock_and_facets(api, listing):
     assert (body["has_more"], body["cursor"]) == (False, None)
 
 
+def test_any_field_is_compared(api, listing):
+    def found(where, **query):
+        return [o["id"] for o in api.get(URL, {"where": where, **query}).json()["data"]]
+
+    assert found("vram_mib>=81920,gpu_model!=L40S|B200,price<=900000") == [listing.public_id]
+    assert found("gpus_per_host>8", sort="-nvlink") == []
+
+
 def test_an_empty_search_says_why(api, listing):
     body = api.get(URL, {"region": "moon"}).json()
     assert body["data"] == []
@@ -56,6 +64,7 @@ def test_an_empty_search_says_why(api, listing):
         ({"limit": 101}, "invalid_request", "/limit"),
         ({"end": "2027-01-01T00:00:00Z"}, "invalid_request", "/start"),
         ({"cursor": "x"}, "invalid_request", "/cursor"),
+        ({"where": "colour=red"}, "invalid_request", "/where"),
     ],
 )
 def test_a_bad_query_is_refused_by_name(api, query, code, pointer):

@@ -44,6 +44,7 @@ def test_a_quote_says_everything_that_is_asked_before_signing(api, listing):
     assert body["items"]["platform_fee"]["amount_minor"] == 8 * 48 * 200 * 15 // 100
     assert body["price"]["text"] == "2.00 USD per GPU-hour"
     assert body["overage_price"]["per_gpu_hour"] == 2_500_000
+    assert (body["listing_version"], body["terms"]["eviction_notice_s"]) == (listing.version, listing.eviction_notice_s)
     assert (body["state"], body["holds_capacity"], body["actions"]) == ("open", True, ["accept", "release"])
     assert (body["reference"], body["metadata"], body["contract"]) == ("po-1", {"k": "v"}, None)
     accepted = api.post(body["accept"]["path"], body["accept"]["body"], format="json")

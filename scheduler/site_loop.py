@@ -13,7 +13,7 @@ from django.db import transaction
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, ShedClaim, Site
-from marketplace.services import curtailments, drains, feeds, jobs, leases, placements, power, sheds, site_minutes
+from marketplace.services import curtailments, drains, feeds, leases, placements, power, sheds, site_minutes
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
 from scheduler.core import power as core
@@ -64,11 +64,12 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
 
 
 def give_up(site: Site, *, now: datetime) -> None:
-    """Jobs whose watts have not come free for long queue again, and may find them elsewhere. The caller holds the site's lock."""
-    late = Placement.objects.filter(site=site, state="shedding", created_at__lt=now - PATIENCE)
-    late_jobs = sorted(set(late.values_list("job_id", flat=True)))
-    if late_jobs:
-        jobs.preempt(late_jobs, now=now, actor="power", reason="the watts did not come free")
+    """Whose watts have not come free for long queues again, and may find them elsewhere: the job, or of a gang that runs only the
+    replicas that were to join it. The caller holds the site's lock.
+    """
+    late = Placement.objects.filter(site=site, state="shedding", created_at__lt=now - PATIENCE).order_by("pk")
+    if late:
+        drains.take_off(late, now=now, actor="power", reason="not_started: the watts did not come free")
 
 
 def think(site: Site, *, now: datetime) -> Thought:

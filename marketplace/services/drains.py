@@ -140,8 +140,16 @@ def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) 
     """Ask what stands on these hosts to go: as few replicas as a gang's policy allows, else the whole job, which queues again.
     The caller holds the sites' locks.
     """
+    going = _live(host_ids).filter(release_requested_at=None).order_by("pk")
+    take_off(list(going), now=now, actor=actor, reason=reason)
+
+
+def take_off(going: Collection[Placement], *, now: datetime, actor: str, reason: str) -> None:
+    """Ask these placements to go, with no more of their gangs than must go with them: as `leave`. The reason's first word is one
+    of services.jobs.FAULTS.
+    """
     here: dict[int, list[Placement]] = defaultdict(list)
-    for placement in _live(host_ids).filter(release_requested_at=None).order_by("pk"):
+    for placement in going:
         here[placement.job_id].append(placement)
     rows = {job.pk: job for job in Job.objects.filter(pk__in=here).order_by("pk").select_for_update(no_key=True)}
     gangs: dict[int, list[Placement]] = defaultdict(list)
@@ -149,10 +157,10 @@ def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) 
         gangs[placement.job_id].append(placement)
     single: list[int] = []
     whole: list[int] = []
-    for pk, going in here.items():
+    for pk, some in here.items():
         gang = replicas.newest(gangs[pk], rows[pk].attempt)
-        if replicas.may_lose(rows[pk], gang, {p.rank for p in going}):
-            single += [p.pk for p in going]
+        if replicas.may_lose(rows[pk], gang, {p.rank for p in some}):
+            single += [p.pk for p in some]
         else:
             whole.append(pk)
     jobs.preempt(whole, now=now, actor=actor, reason=reason)

@@ -8,7 +8,7 @@ from django.db import transaction
 from billing import usage
 from marketplace.models import Cell, Host, Job, JobEvent, Placement, PlacementEvent, PowerNode
 from marketplace.services import agents, jobs, leases, placements, sites
-from scheduler import commit, cycle, snapshot
+from scheduler import commit, cycle, site_loop, snapshot
 from scheduler.core.plan import plan
 from tests import factories as f
 from tests.factories import NOW
@@ -281,6 +281,24 @@ def test_by_default_all_start_again_and_nobody_pays_for_the_silence():
     market.report("exited", 65, exit_code=143, reason="drained")
     assert market.fresh().state == "requeued"
     assert {market.billed(p, 100) for p in before.values()} == {35}
+
+
+def test_a_newcomer_without_watts_goes_elsewhere_and_the_gang_goes_on():
+    market = Market()
+    market.lose(1, 60)
+    market.cycle(61)
+    newcomer = market.live()[1]
+    Placement.objects.filter(pk=newcomer.pk).update(state="shedding")
+    Job.objects.filter(pk=market.job.pk).update(restarts=3)
+    with transaction.atomic():
+        placements.lock_sites([market.site.pk])
+        site_loop.give_up(market.site, now=at(61 + 301))
+    job = market.fresh()
+    assert (job.state, job.lost_ranks, job.restarts) == ("running", [1], 3)
+    assert sorted(market.live()) == [0, 2]
+    assert all(p.desired == "run" for p in market.live().values())
+    assert market.cycle(363).placements == 1
+    market.sound()
 
 
 def test_a_waiting_rank_is_cancelled_or_preempted_with_its_gang():

@@ -1,0 +1,254 @@
+"""What is promised can be had: capacity admitted by count, numbered by device, lent out meanwhile, and claimed at its hour."""
+
+import random
+from collections import defaultdict
+from datetime import timedelta
+
+import pytest
+from django.db import transaction
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marketplace.models import Host, Placement, PowerNode, Reservation
+from marketplace.services import holds, jobs, placements
+from marketplace.services.holds import Lodger, Taken
+from scheduler import cycle
+from scheduler.core import capacity
+from scheduler.core.capacity import FOREVER, LEVELS, Claim, Hosts, Pool, Shape
+from scheduler.core.plan import plan
+from scheduler.core.types import Fleet, Kind, Level, Request, Topology
+from tests import factories as f
+from tests.factories import NOW
+
+AHEAD = 24  # hours before a claim in which its devices are closed to others (snapshot.CLAIM_AHEAD)
+CORE = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
+
+
+class World:
+    """A site as the market and the cycles see it, hour by hour, without a database: the pure parts put together."""
+
+    def __init__(self, dice):
+        self.dice, self.now, self.number = dice, 0, 0
+        self.gpus = dice.choice((2, 4, 8))
+        self.rows = [(i, self.gpus, f"l{i // 2}", f"s{i // 4}") for i in range(dice.randrange(1, 7))]
+        self.hosts = Hosts.of(self.rows)
+        self.promises = {}  # contract -> (start, end, level, {host: devices})
+        self.work = {}  # job -> (kind, end, [(host, devices)])
+        self.kept = self.asked = 0
+
+    # --- the market
+    def firm(self):
+        """{host: {device: end}} of running work that is neither spot nor on its own promise."""
+        taken = defaultdict(dict)
+        for kind, end, where in self.work.values():
+            for host, devices in where if kind == Kind.ON_DEMAND else ():
+                taken[host] |= dict.fromkeys(devices, end)
+        return taken
+
+    def pool(self):
+        claims = [
+            Claim(key, start, end, tuple((h, len(d)) for h, d in at.items()), level)
+            for key, (start, end, level, at) in self.promises.items()
+        ]
+        for host, ends in self.firm().items():
+            claims += [Claim(("work", host, d), self.now, end, ((host, 1),)) for d, end in ends.items()]
+        return Pool.build(self.hosts, claims)
+
+    def ask(self):
+        """What `largest` says can be booked, and one more cannot."""
+        start = self.now + self.dice.randrange(60)
+        end, level = start + self.dice.randrange(1, 60), self.dice.choice(LEVELS)
+        pool = self.pool()
+        most = capacity.largest(pool, Shape(1), level, start, end)
+        assert not capacity.admit(pool, Shape(1), level, most + 1, start, end).admitted
+        if not most:
+            return
+        self.asked += 1
+        found = capacity.admit(pool, Shape(1), level, self.dice.randrange(1, most + 1), start, end)
+        assert found.admitted
+        self.number += 1
+        mine = {}
+        for host, count in found.hold:
+            rivals = [
+                Taken(key, s, e, tuple(at[host]), pinned=s <= self.now)
+                for key, (s, e, _, at) in self.promises.items()
+                if host in at
+            ]
+            rivals += [Taken(-1 - d, self.now, e, (d,), pinned=True) for d, e in self.firm().get(host, {}).items()]
+            numbered = holds.number(range(self.gpus), rivals, start, end, count)
+            if numbered is None:  # long work stands on devices promised for later: that promise is kept by its leaving
+                assert any(r.key < 0 for r in rivals)
+                return
+            mine[host] = numbered[0]
+            for key, devices in numbered[1].items():
+                self.promises[key][3][host] = devices
+        self.promises[self.number] = (start, end, level, mine)
+
+    # --- the cycles
+    def fleet(self):
+        """Open rows, and one row for each promise that is near, as the snapshot makes them."""
+        busy = {(h, d) for _, _, where in self.work.values() for h, devices in where for d in devices}
+        near = {k: p for k, p in self.promises.items() if p[0] <= self.now + AHEAD and p[1] > self.now}
+        closed = {(h, d) for _, _, _, at in near.values() for h, devices in at.items() for d in devices}
+        rows = []
+        for host, gpus, leaf, spine in self.rows:
+            place = {
+                "host_id": host,
+                "cpu_free": 10**6,
+                "leaf": int(leaf[1:]),
+                "spine": int(spine[1:]),
+                "gpu_count": gpus,
+            }
+            place["gpu_active"] = sum(1 << d for d in range(gpus) if (host, d) in busy)
+            open_ = [0 if (host, d) in busy | closed else 1000 for d in range(gpus)]
+            rows.append({**place, "pool": 1, "gpu_free": open_})
+            for key, (*_, at) in near.items():
+                own = [1000 if d in at.get(host, ()) and (host, d) not in busy else 0 for d in range(gpus)]
+                if host in at:
+                    rows.append({**place, "pool": -key, "gpu_free": own})
+        return Fleet.build(rows)
+
+    def place(self, kind, replicas, gpus, pool, end, topology=Topology()):  # noqa: B008 (frozen)
+        self.number += 1
+        fleet = self.fleet()
+        job = Request(job=self.number, kind=kind, replicas=replicas, gpus=gpus, pool=pool, topology=topology)
+        made = plan(fleet, [job], seed=self.now % 3)
+        where = [(int(fleet.host_id[p.host]), p.gpus) for p in made.placements]
+        if where:
+            self.work[self.number] = (kind, end, where)
+        return where
+
+    def lend(self):
+        """Somebody takes what stands free now, promised for later or not."""
+        kind = self.dice.choice((Kind.SPOT, Kind.ON_DEMAND))
+        end = self.dice.choice((self.now + self.dice.randrange(1, 50), FOREVER))
+        self.place(kind, self.dice.choice((1, 1, 2)), self.dice.randrange(1, self.gpus + 1), 1, end)
+
+    def hour(self):
+        """Work ends, claims begin: strangers leave their devices, and the holder's own job comes, whole and in its cell."""
+        self.now += self.dice.randrange(1, 12)
+        self.work = {k: w for k, w in self.work.items() if w[1] > self.now}
+        self.promises = {k: p for k, p in self.promises.items() if p[1] > self.now}
+        for key, (start, end, level, at) in list(self.promises.items()):
+            if start > self.now or key in self.claimed():
+                continue
+            self.work = {
+                k: w
+                for k, w in self.work.items()
+                if w[0] == Kind.FIRM or not any(set(d) & set(at.get(h, ())) for h, d in w[2])
+            }
+            count = sum(map(len, at.values()))
+            where = self.place(Kind.FIRM, count, 1, -key, end, Topology(CORE[level], required=True))
+            assert len(where) == count, f"promise {key} of {count} GPUs in one {level} is not to be had"
+            self.work[self.number] = (Kind.FIRM, end, [*where, ("key", (key,))])
+            self.kept += 1
+
+    def claimed(self):
+        return {d[0] for _, _, where in self.work.values() for h, d in where if h == "key"}
+
+
+@pytest.mark.serverless
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_every_promise_is_kept_whatever_was_lent_meanwhile(seed):
+    world = World(random.Random(seed))
+    for _ in range(25):
+        world.dice.choice((world.ask, world.lend, world.lend, world.hour))()
+    for _ in range(15):
+        world.hour()
+    assert (
+        capacity.violations(Pool.build(world.hosts, [c for c in world.pool().claims if isinstance(c.key, int)])) == ()
+    )
+
+
+@pytest.mark.serverless
+def test_the_world_of_promises_is_no_empty_one():
+    """Of forty worlds most see promises asked for, and kept against work that had to leave."""
+    worlds = [World(random.Random(seed)) for seed in range(12)]
+    for world in worlds:
+        for _ in range(30):
+            world.dice.choice((world.ask, world.lend, world.lend, world.hour))()
+    assert sum(world.asked for world in worlds) > 40
+    assert sum(world.kept for world in worlds) > 15
+
+
+# --- CPU, RAM and NVMe go with the GPUs
+@pytest.mark.serverless
+def test_who_leaves_for_a_share_of_the_host():
+    spot = [Lodger(1, (10, 0, 0), True, 5), Lodger(2, (10, 0, 0), True, 3)]
+    firm = [Lodger(3, (20, 0, 0), False, 0), Lodger(4, (20, 0, 0), False, 0)]
+    assert holds.leavers((10, 0, 0), (10, 0, 0), [*spot, *firm]) == []
+    assert holds.leavers((10, 0, 0), (0, 0, 0), [*spot, *firm]) == [2]  # the lowest bid
+    assert holds.leavers((30, 0, 0), (0, 0, 0), [*spot, *firm]) == [1, 4] or holds.leavers(
+        (30, 0, 0), (0, 0, 0), [*spot, *firm]
+    ) == [2, 4]
+    assert holds.leavers((40, 0, 0), (0, 0, 0), firm) == [4, 3]  # the youngest first
+    assert holds.leavers((0, 5, 0), (9, 0, 9), [*spot, *firm]) == []  # none of them holds any
+
+
+@pytest.mark.serverless
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(*[st.integers(0, 30)] * 3), st.tuples(*[st.integers(0, 30)] * 3),
+    st.lists(st.tuples(st.tuples(*[st.integers(0, 20)] * 3), st.booleans(), st.integers(0, 5)), max_size=8),
+)  # fmt: skip
+def test_leavers_are_enough_and_none_of_them_in_vain(owed, free, drawn):
+    lodgers = [Lodger(n, amounts, spot, bid) for n, (amounts, spot, bid) in enumerate(drawn)]
+    going = set(holds.leavers(owed, free, lodgers))
+    short = [max(0, want - have) for want, have in zip(owed, free, strict=True)]
+
+    def enough(some):
+        return all(sum(lodgers[n].amounts[i] for n in some) >= short[i] for i in range(3))
+
+    if enough(range(len(lodgers))):
+        assert enough(going)
+        assert not any(enough(going - {n}) for n in going)
+
+
+@pytest.mark.django_db
+def test_a_promise_is_not_starved_by_what_stands_beside_its_gpus():
+    """Two days before, somebody takes one GPU and nearly all memory of the host; at the hour the holder's job fits all the same."""
+    site = f.site(pdus=1)
+    host = f.host(site, power_node="pdu-1", beat_at=NOW)
+    agent, _ = f.agent(site, last_sync_at=NOW, lease_until=NOW + timedelta(days=9))
+    PowerNode.objects.update(measured_w=1000, measured_at=NOW)
+    listing = f.listing(site, hosts=[host])
+    hog = f.contract(listing, f.organization(), gpu_count=8)
+    small = f.contract(listing, f.organization(), gpu_count=8)
+    start = NOW + timedelta(days=2)
+    holder = f.contract(
+        listing, f.organization(), gpu_count=4, kind="reserved", starts_at=start, ends_at=start + timedelta(days=9)
+    )
+    promise = Reservation.objects.create(
+        listing=listing, contract=holder, starts_at=start, ends_at=holder.ends_at, claims_at=start, state="firm"
+    )
+    promise.blocks.create(host=host, gpu_indices=[4, 5, 6, 7])
+
+    def submit(contract, now, **spec):
+        spec = {"command": ["true"], "gpus": 1, "vcpu_milli": 1000, "ram_mib": 1024, **spec}
+        return jobs.submit(f.actor(contract.organization), contract, spec, now=now)
+
+    def run(now):
+        Host.objects.update(beat_at=now)
+        type(agent).objects.update(last_sync_at=now)
+        cycle.run(site.cell_id, now=now)
+
+    big = submit(hog, NOW, ram_mib=host.ram_mib - 4096)
+    other = submit(small, NOW)
+    run(NOW)
+    assert Placement.objects.exclude(gpu_indices__overlap=[4, 5, 6, 7]).count() == 2
+    mine = submit(holder, start, gpus=4, ram_mib=host.ram_mib // 2, vcpu_milli=host.vcpu_milli // 2)
+    run(start)
+    big.refresh_from_db()
+    other.refresh_from_db()
+    assert (big.state, other.state) == ("preempting", "placed")  # one leaves, the other is in nobody's way
+    with transaction.atomic():
+        placements.lock_sites([site.pk])
+        placements.finish(
+            [p.pk for p in big.placements.all()], to="released", now=start, actor="test", reason="drained"
+        )
+    assert holds.crowding(site.cell_id, start) == []
+    run(start + timedelta(seconds=1))
+    mine.refresh_from_db()
+    assert mine.state == "placed"
+    assert holds.crowding(site.cell_id, start + timedelta(seconds=2)) == []  # its own jobs hold what it was owed

@@ -38,6 +38,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from scheduler.core.reasons import FIT_STAGES, REASONS, Reason
+
+__all__ = ["FIT_STAGES", "REASONS", "Reason"]  # handed on: with the rest of this module they are the core's words
+
 MAX_GPUS: Final = 16
 WHOLE: Final = 1000
 NO_NODE: Final = -1
@@ -46,53 +50,6 @@ I16 = npt.NDArray[np.int16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
-
-
-class Reason(IntEnum):
-    """Why a request does not go to a host, or a job not anywhere. Names are stable: they are shown to users and
-    stored.
-    """
-
-    OK = 0
-    # Stages of the fit rule, in the order in which they are tested.
-    NOT_IN_POOL = 1
-    WRONG_SITE = 2
-    WRONG_MODEL = 3
-    HOST_UNSCHEDULABLE = 4
-    HOST_RESERVED_FOR_OWNER = 5
-    HELD_FOR_EARLIER_JOB = 6
-    NO_CPU = 7
-    NO_RAM = 8
-    NO_NVME = 9
-    NO_GPU = 10
-    NO_GPU_SHARE = 11
-    NO_VRAM = 12
-    TOPOLOGY = 13
-    NO_WATTS = 14
-    # Of the whole job.
-    GANG_INCOMPLETE = 15
-    OVER_QUOTA = 16
-    PRICE_LIMIT = 17
-    INVALID = 18
-    EMPTY_CELL = 19
-    # More stages of the fit rule; numbers are stored, so the order stands in FIT_STAGES.
-    TAINTED = 20
-    LEAVES_TOO_SOON = 21
-    AFFINITY = 22
-
-
-FIT_STAGES: Final = (
-    Reason.NOT_IN_POOL,
-    Reason.WRONG_SITE,
-    Reason.WRONG_MODEL,
-    Reason.HOST_UNSCHEDULABLE,
-    Reason.HOST_RESERVED_FOR_OWNER,
-    Reason.TAINTED,
-    Reason.LEAVES_TOO_SOON,
-    Reason.AFFINITY,
-    *(Reason(i) for i in range(6, 15)),
-)
-REASONS: Final = 1 + max(Reason)  # length of a histogram of reasons
 
 
 class HostFlag(IntFlag):

@@ -22,7 +22,7 @@ MAX_REPLICAS: Final = 4096
 MORE_TRIES: Final = 3  # smaller values tried with the whole queue when the first of the screen is refused there
 MAX_OTHERS: Final = 5  # other models, sites and listings named
 MAX_LIMITS: Final = 16  # time limits tried
-MAX_ENDS: Final = 64  # single jobs whose end is tried
+MAX_ENDS: Final = 12  # single jobs whose end is tried
 _ROUND: Final = {"cpu": 500, "ram": 1024, "nvme": 10, "vram": 1024, "gpu_milli": 10}  # what is said is a round number
 
 
@@ -198,8 +198,7 @@ class _Search:
     def _limited(self) -> Change | None:
         """With a time limit, so that it ends before a held host is needed or a host leaves: the longest that does."""
         case, me = self.case, self.me
-        made = replace(case, policy=self.quiet).plan()
-        times = {d.earliest_start for d in made.decisions} | {int(t) for t in case.fleet.leaves}
+        times = {r.promised_start for r in case.requests if r.job != me.job} | {int(t) for t in case.fleet.leaves}
         for time in sorted((t for t in times if t > case.now_s), reverse=True)[:MAX_LIMITS]:
             limited = case.lasting(me, time - case.now_s)
             if (not me.duration_s or limited.duration_s < me.duration_s) and (hosts := self.in_queue(limited)):

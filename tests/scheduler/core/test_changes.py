@@ -150,7 +150,7 @@ def test_a_time_limit_lets_it_use_what_is_held_or_leaves():
     later = Request(job=2, gpus=4, queued_at=2)
     running = [ran(3, 0, range(4), ends_at=1000)]
     case = case_of(fleet, [first, later], running, now_s=100)
-    found = kinds(changes(case, 2))
+    found = kinds(changes(case.after(case.plan()), 2))
     assert found["duration"].request.duration_s == 900
     leaving = case_of(Fleet.build([one_host(leaves=5000)]), [Request(job=1, gpus=4, until=1 << 62)], now_s=1000)
     assert kinds(changes(leaving, 1))["duration"].request.duration_s == 4000

@@ -54,12 +54,12 @@ def end_kernel(order: I64, count: int, row: I64, vector: I64, mask: I64, s: Stat
 
 
 @kernel
-def book_holds_kernel(start: int, end: int, hs: I64, he: I64, hr: I64, hv: I64, hm: I64, s: State) -> None:
+def book_holds_kernel(start: int, end: int, hs: I64, he: I64, hr: I64, hv: I64, hm: I64, own: I64, s: State) -> None:
     """Takes every held replica that overlaps [start, end). Two that overlap it at different times may be more than there is:
-    then nothing is left.
+    then nothing is left. `own`: 1 for replicas of the hold that is being moved.
     """
     for j in range(len(hs)):
-        if hs[j] < end and he[j] > start:
+        if hs[j] < end and he[j] > start and not own[j]:
             take(hr[j], hv[j], hm[j], s)
     for j in range(len(hs)):
         h = hr[j]
@@ -194,9 +194,16 @@ class Horizon:
 
     # --- promises
     def earliest(
-        self, q: I64, replicas: int, topology: Topology, duration: int, where: gang.Where | None = None
+        self,
+        q: I64,
+        replicas: int,
+        topology: Topology,
+        duration: int,
+        where: gang.Where | None = None,
+        instead: Hold | None = None,
     ) -> Hold | None:
-        """The promise that can be made to a gang; None when known ends do not make room for it.
+        """The promise that can be made to a gang; None when known ends do not make room for it. With `instead`: an earlier
+        one than that, which then goes; None when there is none (one look, as a rule).
 
         Bisection over the ends: holds make room a little less than monotone in time, so the start is one at which the gang
         fits, and the first one when no hold interferes.
@@ -206,8 +213,11 @@ class Horizon:
         ends = [h.end for h in self.holds if self.now < h.end < FOREVER]
         if ends:
             times = np.unique(np.concatenate([times, np.array(ends, np.int64)]))
+        if instead is not None:
+            times = times[times < instead.start]
         if not len(times):
             return None
+        self._own = np.array([h is instead for h in self.holds for _ in h.rows], np.int64)
         best = self._fit(int(times[-1]), q, replicas, topology, duration, where)
         low, high = 0, len(times) - 1
         while best is not None and low < high:
@@ -217,6 +227,7 @@ class Horizon:
                 low = mid + 1
             else:
                 best, high = found, mid
+        self._own = np.zeros(len(self._hs), np.int64)
         return best
 
     def again(
@@ -297,7 +308,7 @@ class Horizon:
         count = int(np.searchsorted(self._time[order], start, side="right"))
         end_kernel(order, count, self._row, self._vector, self._mask, trial)
         if len(self._hs):
-            book_holds_kernel(start, end, self._hs, self._he, self._hr, self._hv, self._hm, trial)
+            book_holds_kernel(start, end, self._hs, self._he, self._hr, self._hv, self._hm, self._own, trial)
         return trial
 
     def _fit(
@@ -349,6 +360,7 @@ class Horizon:
         ]
         table = np.array(entries, np.int64).reshape(-1, 5)
         self._hs, self._he, self._hr, self._hm = (np.ascontiguousarray(table[:, c]) for c in range(4))
+        self._own = np.zeros(len(entries), np.int64)
         self._hv = np.zeros((len(entries), REQUEST_WIDTH), np.int64)
         for j, entry in enumerate(entries):
             self._hv[j] = self.holds[entry[4]].q

@@ -23,6 +23,7 @@ from scheduler.core.score import Shape, shapes_of, tables_for
 from scheduler.core.ties import Ties
 from scheduler.core.types import (
     I64,
+    WHOLE,
     Decision,
     Fleet,
     Kind,
@@ -144,8 +145,9 @@ class _Planner:
         for i in lost:
             hold = self._promise(i)
             self.broken += hold is None or hold.start > self.requests[i].promised_start
+        idle = (self.packer.state.gfree >= WHOLE).sum(axis=1)
         for i in mine:
-            if i in self.promised and self._start_promised(i):
+            if i in self.promised and self._start_promised(i, idle):
                 self.done.add(i)
             elif i in lost and i not in self.promised:
                 self.quotas.refund(self.requests[i])
@@ -181,12 +183,23 @@ class _Planner:
         self.packer.watts_returned()
         self.hopeless.clear()
 
-    def _start_promised(self, i: int) -> bool:
-        """Starts the job now if it fits beside all other holds; else its hold stands as it was."""
-        hold = self._unhold(i)
-        if self._beside(i) or (self._preempts(self.requests[i]) and self._preempt(i)):
-            return True
-        self._hold(i, hold)
+    def _start_promised(self, i: int, idle: I64) -> bool:
+        """Starts the job now if it fits beside all other holds; else its hold stands, or one that begins earlier.
+
+        `idle`: GPUs of each row that nobody uses, at most: a look that spares most jobs the longer one.
+        """
+        r, hold = self.requests[i], self.promised[i]
+        preempts = self._preempts(r)
+        if preempts or r.gpu_milli < WHOLE or not r.gpus or int((idle // r.gpus).sum()) >= r.replicas:
+            self._unhold(i)
+            if self._beside(i) or (preempts and self._preempt(i)):
+                return True
+            self._hold(i, hold)
+        where = self.ties.topology(r), r.duration_s, self.ties.where(r)
+        sooner = self.horizon.earliest(self._free(i), r.replicas, *where, instead=hold)
+        if sooner is not None:
+            self._unhold(i)
+            self._hold(i, sooner)
         return False
 
     # --- the pass

@@ -69,6 +69,16 @@ def test_a_promised_job_starts_sooner_where_it_fits_sooner():
     assert [(p.job, p.host) for p in result.placements] == [(900, 1)]
 
 
+def test_a_promise_moves_to_an_earlier_start_and_never_to_a_later_one():
+    fleet, running = two_hosts(first=3000, second=2000)
+    back = Request(job=900, gpus=8, promised_start=3000, promised_hosts=(0,))
+    _, decisions = decide(fleet, [back], running, 600)
+    assert (decisions[900].earliest_start, decisions[900].held) == (2000, (1,))
+    stays = Request(job=900, gpus=8, promised_start=2000, promised_hosts=(1,))
+    _, decisions = decide(fleet, [stays], running, 600)
+    assert (decisions[900].earliest_start, decisions[900].held) == (2000, (1,))
+
+
 def test_a_host_that_fails_breaks_the_promise_and_it_is_counted():
     fleet, running = two_hosts()
     fleet.flags[0] = 0

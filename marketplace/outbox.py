@@ -31,6 +31,7 @@ _alone: set[str] = set()  # topics of which a worker takes one message at a time
 CLAIM_SECONDS = 150  # longer than a task's hard limit: a live handler is never claimed twice
 MAX_ATTEMPTS = 12
 CAUSE_WAIT_S = 10  # for a transaction that coalesced with a claimed message; then the message waits its turn again
+NUDGED_S = 5  # a message delayed by more than this waits for a sweep
 SOONER_S = 1  # a message delayed by more than this is brought forward by one delayed less
 
 
@@ -68,8 +69,8 @@ def emit(topic: str, *, payload: dict[str, Any] | None = None, key: str = "", de
             new = _insert(
                 cursor, topic, key, payload, delay_s
             )  # it has been claimed between the two: now there is room
-    if not delay_s and (new or sooner):
-        transaction.on_commit(lambda: nudge(topic), robust=True)
+    if (new or sooner) and delay_s <= NUDGED_S:
+        transaction.on_commit(lambda: nudge(topic, delay_s), robust=True)
 
 
 def _insert(cursor: Any, topic: str, key: str, payload: dict[str, Any] | None, delay_s: float) -> bool:
@@ -116,12 +117,18 @@ def _json(payload: dict[str, Any]) -> str:
     return json.dumps(payload, separators=(",", ":"))
 
 
-def nudge(topic: str) -> None:
-    """Tell a worker that rows wait. Losing it costs a sweep's interval, nothing else."""
+def nudge(topic: str, delay_s: float = 0) -> None:
+    """Tell a worker that rows wait, or soon will. Losing it costs a sweep's interval, nothing else."""
     from marketplace.celery import app
 
     try:
-        app.send_task("marketplace.tasks.drain_outbox", kwargs={"topic": topic}, expires=30, retry=False)
+        app.send_task(
+            "marketplace.tasks.drain_outbox",
+            kwargs={"topic": topic},
+            countdown=delay_s or None,
+            expires=30,
+            retry=False,
+        )
     except Exception:
         log.warning("the broker does not answer; the sweep will find the message of %s", topic)
 

@@ -282,3 +282,98 @@ def test_every_topic_that_is_emitted_has_a_handler():
             emitted |= set(topics(path)) if path.name != "outbox.py" else set()
     assert len(emitted) > 5
     assert emitted - set(outbox._handlers) == set()
+
+
+# --- work that somebody else is at
+@pytest.fixture
+def nudges(monkeypatch):
+    sent = []
+    monkeypatch.setattr(outbox, "nudge", lambda topic, delay_s=0: sent.append((topic, delay_s)))
+    return sent
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_message_is_nudged_once_and_again_when_it_comes_sooner(heard, nudges):
+    for _ in range(3):
+        emit("k")
+    assert nudges == [(TOPIC, 0)]
+    OutboxMessage.objects.all().delete()
+    nudges.clear()
+    with transaction.atomic():
+        outbox.emit(TOPIC, key="k", delay_s=0.3)
+    emit("k")
+    emit("k")
+    assert nudges == [(TOPIC, 0.3), (TOPIC, 0)]
+    assert OutboxMessage.objects.get().available_at <= timezone.now()
+    with transaction.atomic():
+        outbox.emit(TOPIC, key="later", delay_s=60)
+    assert len(nudges) == 2
+
+
+@pytest.mark.django_db(transaction=True)
+def test_busy_hands_the_message_back_and_leaves_it_to_whoever_is_at_it(heard, nudges):
+    emit("k", n=1)
+
+    def busy(_):
+        raise outbox.Busy(lambda: True)
+
+    outbox._handlers[TOPIC] = busy
+    assert outbox.drain(topic=TOPIC) == 0
+    message = OutboxMessage.objects.get()
+    assert (message.claimed_until, message.attempts, message.parked_at, message.last_error) == (None, 0, None, "")
+    outbox._handlers[TOPIC] = heard
+    assert outbox.drain(topic=TOPIC) == 1
+    assert heard == [{"n": 1}]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_who_was_at_it_may_have_ended_meanwhile_then_the_message_is_taken_again(heard, nudges):
+    """The other looked for more before we handed ours back: nobody but us is left to take it."""
+    emit("k", n=1)
+    asked = []
+
+    def busy_once(payload):
+        if not asked:
+            raise outbox.Busy(lambda: asked.append(1))  # None: nobody is at it any more
+        heard(payload)
+
+    outbox._handlers[TOPIC] = busy_once
+    assert outbox.drain(topic=TOPIC) == 1
+    assert heard == [{"n": 1}]
+    assert not OutboxMessage.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_message_handed_back_gives_way_to_a_newer_one(heard, nudges):
+    emit("k", n=1)
+
+    def busy(_):
+        emit("k", n=2)
+        raise outbox.Busy(lambda: True)
+
+    outbox._handlers[TOPIC] = busy
+    assert outbox.drain(topic=TOPIC) == 0
+    assert [m.payload for m in OutboxMessage.objects.all()] == [{"n": 2}]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_long_work_is_claimed_one_message_at_a_time(heard, nudges, monkeypatch):
+    monkeypatch.setattr(outbox, "_alone", {TOPIC})
+    for key in "abc":
+        emit(key)
+    assert len(outbox._next(10, TOPIC)) == 1
+    assert len(outbox._next(10, None)) == 1
+    monkeypatch.setattr(outbox, "_alone", set())
+    assert len(outbox._next(10, TOPIC)) == 1  # what is left
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_that_leaves_before_all_is_done_calls_another(heard, nudges):
+    for n in range(4):
+        emit(n=n)
+    nudges.clear()
+    assert outbox.drain(limit=3, topic=TOPIC) == 3
+    assert nudges == [(TOPIC, 0)]
+    nudges.clear()
+    assert outbox.drain(limit=3, topic=TOPIC) == 1
+    assert nudges == []

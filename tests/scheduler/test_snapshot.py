@@ -1,0 +1,115 @@
+"""What a snapshot offers of hosts: shares that go with reserved GPUs, silent sites, hosts that leave; and that a cycle looks for
+who could give way only when it must.
+"""
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+from marketplace.models import Agent, Host, Reservation, ReservationBlock
+from scheduler import cycle, fleet, snapshot
+from scheduler.core.types import HostFlag
+from scheduler.models import Cycle
+from tests import factories as f
+from tests.factories import NOW
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def market():
+    fleet.forget()
+    site = f.site()
+    host = f.host(site)
+    f.agent(site, last_sync_at=NOW, lease_until=NOW + timedelta(minutes=15))
+    listing = f.listing(site, hosts=[host])
+    return site, host, f.contract(listing, f.organization(), gpu_count=64)
+
+
+def reserve(contract, host, gpus):
+    """A firm reservation of these GPUs, in force now."""
+    made = Reservation.objects.create(
+        listing=contract.listing,
+        contract=contract,
+        state="firm",
+        starts_at=NOW,
+        ends_at=NOW + timedelta(days=1),
+        claims_at=NOW,
+    )
+    ReservationBlock.objects.create(reservation=made, host=host, gpu_indices=gpus)
+
+
+def offers(contract):
+    taken = snapshot.take(contract.cell, now=NOW)
+    rows = {int(pool): i for i, pool in enumerate(taken.fleet.pool)}
+    return taken, rows
+
+
+def test_cpu_that_goes_with_reserved_gpus_is_offered_once(market):
+    _, host, contract = market
+    firm = f.contract(contract.listing, f.organization(), kind="reserved", gpu_count=4)
+    reserve(firm, host, [0, 1, 2, 3])
+    taken, rows = offers(contract)
+    mine, rest = rows[-firm.pk], rows[contract.listing_id]
+    assert taken.fleet.gpu_free[mine].tolist()[:8] == [1000] * 4 + [0] * 4
+    assert taken.fleet.gpu_free[rest].tolist()[:8] == [0] * 4 + [1000] * 4
+    assert taken.fleet.cpu_free[[mine, rest]].tolist() == [96_000, 96_000]
+    assert taken.host_of[mine] == taken.host_of[rest] == host.pk
+    # Others have used three quarters of the host: a quarter is left, and all of it is owed to the reservation.
+    Host.objects.filter(pk=host.pk).update(vcpu_free=48_000)
+    taken, rows = offers(contract)
+    assert taken.fleet.cpu_free[[rows[-firm.pk], rows[contract.listing_id]]].tolist() == [48_000, 0]
+    # Its own job holds half of its share: half of it is owed still, the rest of what is free is open.
+    Host.objects.filter(pk=host.pk).update(vcpu_free=192_000)
+    host.refresh_from_db()
+    f.placement(f.job(firm, gpus=1, vcpu_milli=48_000), host, [0], vcpu_milli=48_000)
+    Host.objects.filter(pk=host.pk).update(vcpu_free=144_000)
+    taken, rows = offers(contract)
+    assert taken.fleet.cpu_free[[rows[-firm.pk], rows[contract.listing_id]]].tolist() == [48_000, 96_000]
+
+
+def test_a_site_that_is_silent_gets_nothing_new_though_its_lease_runs(market):
+    _, _, contract = market
+    for age, blocked in ((30, False), (89, False), (91, True)):
+        Agent.objects.update(last_sync_at=NOW - timedelta(seconds=age))
+        taken = snapshot.take(contract.cell, now=NOW)
+        assert bool(taken.fleet.flags[0] & int(HostFlag.UNREACHABLE)) == blocked
+    Agent.objects.update(last_sync_at=NOW, revoked_at=NOW)
+    assert snapshot.take(contract.cell, now=NOW).fleet.flags[0] & int(HostFlag.UNREACHABLE)
+
+
+def test_a_host_that_leaves_by_a_named_hour_still_takes_what_ends_before(market):
+    _, host, contract = market
+    Host.objects.filter(pk=host.pk).update(state="draining")
+    assert snapshot.take(contract.cell, now=NOW).fleet.flags[0] & int(HostFlag.DRAINING)
+    Host.objects.filter(pk=host.pk).update(leaves_at=NOW + timedelta(hours=1), taints=["burn-in"])
+    taken = snapshot.take(contract.cell, now=NOW)
+    assert not taken.fleet.flags[0] & int(HostFlag.DRAINING)
+    assert taken.fleet.leaves.tolist() == [int((NOW + timedelta(hours=1)).timestamp())]
+    assert taken.fleet.taints.tolist() == [1 << taken.names.taints["burn-in"]]
+
+
+def test_who_could_give_way_is_read_only_when_somebody_found_no_room(market, monkeypatch):
+    _, _, contract = market
+    asked = []
+    take = snapshot.take
+    monkeypatch.setattr(
+        snapshot, "take", lambda *a, running, **k: asked.append(running) or take(*a, running=running, **k)
+    )
+    f.job(contract, gpus=8)
+    cycle.run(contract.cell_id, now=NOW)
+    assert asked == [False]
+    f.job(contract, gpus=8)
+    cycle.run(contract.cell_id, now=NOW)
+    assert asked == [False, False, True]  # no room: once more, with them
+    cycle.run(contract.cell_id, now=NOW)
+    assert asked == [False, False, True, True]  # and at once, while somebody waits
+    assert Cycle.objects.order_by("id").last().jobs_considered == 1
+
+
+def test_the_columns_of_a_cell_without_hosts(market):
+    taken = snapshot.take(f.cell(), now=NOW)
+    assert len(taken.fleet) == 0
+    assert taken.host_of == []
+    assert taken.fleet.gpu_free.dtype == np.int32

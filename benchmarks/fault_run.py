@@ -83,14 +83,14 @@ def clean() -> None:
     fleet.forget()  # what is kept of another run's cell 1 is not this one's
 
 
-def once(seed: int, surgeon: Surgeon, *, steps: int = STEPS) -> Outcome:
-    """The run of `seed`. The database is the run's alone."""
+def once(seed: int, surgeon: Surgeon, *, steps: int = STEPS, rest: bool = True) -> Outcome:
+    """The run of `seed`, or without `rest` its disturbed part alone. The database is the run's alone."""
     clean()
     outcome = Outcome(seed)
     with Clock() as clock:
         run = _Run(build(seed, clock), surgeon, outcome)
         run.disturb(steps)
-        if not outcome.violations:
+        if rest and not outcome.violations:
             run.rest(steps + 1)
         outcome.counts["jobs"] = Job.objects.count()
         outcome.counts["placements"] = sum(r["n"] for r in rows("SELECT count(*) AS n FROM marketplace_placement"))

@@ -247,7 +247,7 @@ def harmless(ended: Ended, *, cut: bool) -> bool:
 
 
 WEIGHTS: tuple[tuple[Callable[[World, random.Random], Task | None], int], ...] = (
-    (work, 6), (bare_cycle, 2), (other_work, 2), (loop, 5), (clock, 2), (hold, 2), (late_commit, 3), (submit, 8), (cancel, 2),
+    (work, 6), (bare_cycle, 2), (other_work, 2), (loop, 5), (clock, 2), (hold, 3), (late_commit, 4), (submit, 8), (cancel, 2),
     (book, 2), (terminate, 1), (drain, 1), (undrain, 1), (curtail, 1), (mode, 1), (sync, 7), (old_report, 1), (late_answer, 1),
     (trouble, 1),
 )  # fmt: skip

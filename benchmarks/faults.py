@@ -22,7 +22,7 @@ import psycopg
 from django.db import connection
 
 Call = Callable[[], Any]
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 _inherited: list[Any] = []  # a parent's connections stay open in the child: closing them would end the parent's session
 
 

@@ -8,6 +8,12 @@ say what they really run and draw. Then the faults stop, and all that was submit
 to its GPUs.
 
 `--seeds 7,8` runs these alone (what is printed for a violation names its seed). There is no peer: the bound is 0.
+
+The harness can fail. It found, in the code as it stood, a plan committed onto GPUs that were reserved after its snapshot.
+With each of these broken in a copy of the code it reported violations within ten runs: the fit rule is not run again at
+commit (hosts say they have what is sold); an ended placement does not give back its share of the host (the same). What
+it did not see within five runs: the fence of generations dropped (the fit rule, run again, refuses what the fence would
+have; only a contract's ceiling hangs on it alone), and a nudge left out after a job's end (the next event tells as well).
 """
 
 from __future__ import annotations
@@ -129,8 +135,8 @@ def _work(name: str, seeds: tuple[int, ...], deadline: float | None, results: An
 
     surgeon = faults.Surgeon()
     try:
-        for seed in seeds:
-            if deadline is not None and time.monotonic() > deadline:
+        for n, seed in enumerate(seeds):
+            if n and deadline is not None and time.monotonic() > deadline:  # one each, however slow the machine
                 break
             results.put(fault_run.once(seed, surgeon))
     except BaseException:

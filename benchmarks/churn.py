@@ -3,7 +3,7 @@
 Arrivals are Poisson, shapes drawn evenly from the pod list, lifetimes lognormal (sigma 1, mean 2 h) whatever the shape, scaled so
 that they ask for exactly 98 % of the GPUs. The cell starts full of such jobs in equilibrium (residual lives) and settles for one
 mean lifetime before anything is counted. Whoever does not fit waits; at each departure the waiting are offered the host that
-changed, oldest first; ours counts age together with what a share leaves of the hole that it goes into (the hole prices).
+changed, oldest first.
 Seven jobs in ten can be moved (checkpointable, seeded); a move costs its owner 120 s of its run. One move is earned every 20
 arrivals. Ours holds hosts for the jobs of several GPUs that wait longest and clears them by moves into what comes free elsewhere.
 The same arrivals and lives for every policy; placements, scores, holds and moves are the core's own (Packer, defrag).
@@ -21,7 +21,7 @@ from benchmarks import packing
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes, Trace
 from scheduler.core import defrag
-from scheduler.core.fit_kernels import HELD, NGPU, Q_GPUS, Q_HOLD, Q_MILLI, TOTAL, fit_kernel
+from scheduler.core.fit_kernels import HELD, Q_GPUS, Q_HOLD, Q_MILLI, TOTAL, fit_kernel
 from scheduler.core.jit import kernel
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import Tables, hole_prices, tables_for
@@ -34,9 +34,9 @@ SIGMA = 1.0
 MOVABLE = 0.7
 LOST_S = 120.0  # checkpoint, restart, warm-up
 ARRIVALS_A_MOVE = 20
-REACH = 12  # moves that one waiting job may cost
+REACH = 14  # moves that one waiting job may cost
 HELD_AT_ONCE = 3  # hosts being cleared
-PRICED_S = 7200.0  # waiting that outweighs a job that leaves nothing of what it displaces
+HOLD_S = 600.0  # a host that is not clear by then is let go
 HORIZON_S = 3600.0  # a job that starts now is counted to gain so much of its run
 BIG = 8  # GPUs
 
@@ -96,40 +96,23 @@ def load_of(nodes: Nodes, trace: Trace, seed: int, lifetimes: float) -> Load:
 
 
 @kernel
-def next_waiting(h: int, waiting: I32, age: F64, qs: I64, s: State, t: Tables, priced: float) -> int:
-    """Position of the class of `waiting` that host h should take next, or -1: the oldest that fits.
-
-    `priced` > 0: age counts together with what the job leaves of the hole it goes into: its milli-GPU less what they displace
-    (the hole prices), per milli-GPU, times `priced` seconds.
-    """
-    best, best_rank = -1, 0.0
-    scale = 1000.0 / max(1.0, t.hole[1000])
+def next_waiting(h: int, waiting: I32, age: F64, qs: I64, s: State) -> int:
+    """Position of the class of `waiting` that host h should take next, the oldest that fits; -1: none does."""
+    best = -1
     for i in range(len(waiting)):
-        q = qs[waiting[i]]
-        if fit_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)[0] != 0:
+        if best >= 0 and age[i] <= age[best]:
             continue
-        rank = age[i]
-        v = q[Q_MILLI]
-        if priced > 0 and q[Q_GPUS] == 1 and v < 1000:
-            profit = -1e9
-            for g in range(s.rows[h, NGPU]):
-                free = s.gfree[h, g]
-                if free >= v:
-                    profit = max(profit, v - scale * (t.hole[free] - t.hole[free - v]))
-            rank += priced * profit / v
-        if best < 0 or rank > best_rank:
-            best, best_rank = i, rank
+        if fit_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], qs[waiting[i]], s.parent, s.k, s.budget)[0] == 0:
+            best = i
     return best
 
 
 class Cell:
-    """One policy under the load. `moves`: held hosts are cleared for the big. `priced`: see `next_waiting`."""
+    """One policy under the load. `moves`: hosts are held and cleared for jobs of several GPUs."""
 
-    def __init__(
-        self, nodes: Nodes, load: Load, vectors: I64, of: I32, tables: Tables, *, moves: bool, priced: bool
-    ) -> None:
+    def __init__(self, nodes: Nodes, load: Load, vectors: I64, of: I32, tables: Tables, *, moves: bool) -> None:
         fleet = nodes.fleet()
-        self.load, self.moves, self.priced = load, moves, PRICED_S if priced else 0.0
+        self.load, self.moves = load, moves
         self.kinds = len(vectors)
         free = vectors.copy()
         free[:, Q_HOLD] = 0  # the same classes for whom a host is held
@@ -148,6 +131,7 @@ class Cell:
         self.allocated, self.clock, self.earned = 0.0, 0.0, 0.0
         self.asked = 0
         self.held: list[tuple[int, int]] = []  # job that waits, host that is held for it
+        self.since: dict[int, float] = {}  # host -> held since, or last let go
         self.on: dict[int, set[int]] = {h: set() for h in range(len(fleet))}
         self.waits: dict[bool, list[float]] = {True: [], False: []}
         self.one = Run(np.zeros(1, np.int32))
@@ -230,15 +214,7 @@ class Cell:
         while self.queues:
             waiting = list(self.queues)
             age = np.array([now - self.load.at[self.queues[k][0]] for k in waiting])
-            i = next_waiting(
-                row,
-                np.array(waiting, np.int32),
-                age,
-                self.packer.classes,
-                self.packer.state,
-                self.packer.tables,
-                self.priced,
-            )
+            i = next_waiting(row, np.array(waiting, np.int32), age, self.packer.classes, self.packer.state)
             if i < 0:
                 return
             require(self._place(self._next(waiting[i]), now), "a job that fits was not placed")
@@ -265,11 +241,12 @@ class Cell:
         job = min(heads, key=lambda j: self.load.at[j])
         k = int(self.classes[job])
         jobs = np.flatnonzero(self.row >= 0)
-        busy = {h for _, h in self.held}
+        busy = {h for h, at in self.since.items() if now - at < 4 * HOLD_S} | {h for _, h in self.held}
         found = defrag.cheapest(self.packer.state, self._work(jobs), self._wanted(k, now, job), REACH)
         rows = [h for h in found if h not in busy]
         if rows:
             self.held.append((job, rows[0]))
+            self.since[rows[0]] = now
             self._mark(rows[0], 1)
 
     def _wanted(self, k: int, now: float, job: int) -> defrag.Wanted:
@@ -282,7 +259,7 @@ class Cell:
     def _clear(self, now: float) -> None:
         """Whoever stands on a held host and fits elsewhere now goes there; the job it is held for starts when it can."""
         for job, h in list(self.held):
-            if self.row[job] >= 0:  # it found another host
+            if self.row[job] >= 0 or now - self.since[h] > HOLD_S:  # it found another host, or this one does not empty
                 self._release(job, h, now)
                 continue
             k = int(self.classes[job])
@@ -353,12 +330,11 @@ class Cell:
         return out
 
 
-POLICIES = {  # packer, moves, order of the queue by hole prices
-    "fgd": ("fgd", False, False),
-    "fgd, priced": ("fgd", False, True),
-    "ours, no moves": ("tailrace", False, False),
-    "ours, priced": ("tailrace", False, True),
-    "ours": ("tailrace", True, True),
+POLICIES = {  # packer, moves
+    "fgd": ("fgd", False),
+    "fgd, moves": ("fgd", True),
+    "ours, no moves": ("tailrace", False),
+    "ours": ("tailrace", True),
 }
 
 
@@ -402,12 +378,10 @@ def run(options: Options) -> Report:
         least.append(bound(trace))
         for seed in seeds:
             load = load_of(nodes, trace, seed, lifetimes)
-            for policy, (packer, moves, priced) in POLICIES.items():
+            for policy, (packer, moves) in POLICIES.items():
                 if policy not in compared and (options.quick or seed != seeds[0]):
                     continue
-                cell = Cell(
-                    nodes, load, vectors, of, tables_for(fleet, trace.shapes(), packer), moves=moves, priced=priced
-                )
+                cell = Cell(nodes, load, vectors, of, tables_for(fleet, trace.shapes(), packer), moves=moves)
                 r = cell.run()
                 require(r.placed > 0 and r.big > 0, f"{name}: nothing happened")
                 results[policy].append(r)

@@ -31,10 +31,10 @@ def test_the_load_is_the_one_asked_for_and_comes_from_its_seed(small):
 @pytest.mark.parametrize("policy", list(churn.POLICIES))
 def test_every_policy_keeps_the_books_and_its_moves(small, policy):
     nodes, trace, vectors, of = small
-    packer, moves, priced = churn.POLICIES[policy]
+    packer, moves = churn.POLICIES[policy]
     load = churn.load_of(nodes, trace, 3, 0.5)
     tables = tables_for(nodes.fleet(), trace.shapes(), packer)
-    cell = churn.Cell(nodes, load, vectors, of, tables, moves=moves, priced=priced)
+    cell = churn.Cell(nodes, load, vectors, of, tables, moves=moves)
     done = cell.run()  # asserts that nothing is oversold and that the books balance
     assert done.placed > 0.5 * len(load.at)
     assert done.moves <= done.arrivals / churn.ARRIVALS_A_MOVE + 4 * churn.REACH

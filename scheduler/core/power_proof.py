@@ -106,10 +106,11 @@ def rise_mw(
     reading is added back, or it would hide as much. One that fell silent since counts as drawing nothing: nobody says
     otherwise, and the rise is not believed away.
     """
-    back = np.isin(np.arange(len(devices.key)), [i for i, key in enumerate(devices.key) if key in set(silent)])
-    added = (
-        reserved_mw(tree, devices.load(tree, back & devices.known)) if silent else np.zeros(len(tree.keys), np.int64)
-    )
+    added = np.zeros(len(tree.keys), np.int64)
+    if silent:
+        were = set(silent)
+        back = np.fromiter((key in were for key in devices.key), np.bool_, len(devices.key))
+        added = reserved_mw(tree, devices.load(tree, back & devices.known))
     return {n: now[n] - mw + int(added[n]) for n, mw in before.items() if n in now}
 
 

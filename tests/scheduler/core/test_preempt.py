@@ -135,3 +135,73 @@ def test_preemption_is_minimal(seed):
     if not jobs and not result.placements:
         gone = leave(after, [r for r in running if may_evict(request, r)])
         assert not plan(gone, [request], policy=Policy(preemption=False)).placements, "victims would have helped"
+
+
+def test_of_equal_bids_and_work_lost_the_one_nearest_in_size_leaves():
+    fleet = box(2)
+    running = [r for r in full(fleet) if r.host == 1]
+    whole = replace(running[0], placement=100, job=100, host=0, gpus=tuple(range(8)))
+    assert len(victims(plan(fleet, [Request(job=99, gpus=1)], [whole, *running]))) == 1
+    assert 100 not in victims(plan(fleet, [Request(job=99, gpus=1)], [whole, *running]))
+    # For all eight GPUs the one job is nearer than eight of one, and fewer leave.
+    assert victims(plan(fleet, [Request(job=99, gpus=8)], [whole, *running])) == {100}
+
+
+def gang_of(running, members, least):
+    for r in running:
+        if r.placement in members:
+            r.job, r.gang_size, r.gang_min = 7777, len(members), least
+
+
+def test_a_gang_that_may_shrink_loses_what_it_can_spare_and_no_more():
+    fleet = box(1)
+    running = full(fleet)
+    gang_of(running, set(range(8)), 5)
+    assert len(victims(plan(fleet, [Request(job=99, gpus=3)], running))) == 3
+    fleet = box(1)
+    running = full(fleet)
+    gang_of(running, set(range(8)), 5)
+    assert len(victims(plan(fleet, [Request(job=99, gpus=4)], running))) == 8
+
+
+def test_one_plan_does_not_shrink_a_gang_twice_below_its_least():
+    fleet = box(1)
+    running = full(fleet)
+    gang_of(running, set(range(8)), 6)
+    jobs = [Request(job=98, gpus=2, queued_at=1), Request(job=99, gpus=2, queued_at=2)]
+    result = plan(fleet, jobs, running)
+    assert len(victims(result)) == 8  # two were spared for the first; the second takes it whole
+    assert {p.job for p in result.placements} == {98, 99}
+
+
+def test_whoever_is_freed_by_a_gang_that_leaves_whole_stays():
+    fleet = box(1)
+    running = full(fleet)
+    for r in running:
+        r.bid = {0: 1, 1: 2, 2: 3}.get(r.placement, 9)
+        if r.placement in {0, 2}:
+            r.job, r.gang_size = 7777, 2
+    assert victims(plan(fleet, [Request(job=99, gpus=2)], running)) == {0, 2}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_victim_is_superfluous_and_no_gang_is_left_below_its_least(seed):
+    dice = random.Random(seed)
+    fleet, nodes = cell(dice, 6, tight=dice.choice((0.5, 1.2)))
+    first = [replace(r, kind=Kind.SPOT, quota_id=0, quota_milli=-1) for r in queue(dice, 40)]
+    after, running = settle(fleet, nodes, plan(fleet, first), first)
+    for r in running:
+        r.gang_min = r.gang_size - 1 if r.gang_size > 1 and r.job % 2 else 0
+    request = replace(queue(dice, 1)[0], job=900, kind=Kind.FIRM, quota_id=0, quota_milli=-1)
+    result = plan(after, [request], running)
+    check(after, result, [request], running)
+    gone = victims(result)
+    left = {r.job: [m.placement for m in running if m.job == r.job and m.placement not in gone] for r in running}
+    for r in running:
+        if r.placement in gone:
+            assert not left[r.job] or len(left[r.job]) >= r.gang_min > 0
+    for job in {r.job for r in running if r.placement in gone}:
+        if not left[job] and len({r.job for r in running if r.placement in gone}) > 1:
+            fewer = leave(after, [r for r in running if r.placement in gone and r.job != job])
+            assert not plan(fewer, [request], policy=Policy(preemption=False)).placements, f"{job} left in vain"

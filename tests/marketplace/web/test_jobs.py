@@ -9,7 +9,9 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from marketplace.models import BillingStanding, Job, LogChunk
+from marketplace.services import jobs
 from marketplace.web import costs
+from scheduler import cycle
 from tests import factories
 
 pytestmark = pytest.mark.django_db
@@ -113,6 +115,35 @@ def test_a_refused_job_says_why_and_queues_nothing(market, browser, change, said
     assert response.status_code in {400, 422}
     assert said in text(response)
     assert not Job.objects.exists()
+
+
+def test_why_it_waits_and_why_it_stands_there(market, browser):
+    """The page asks for the part that was tried once it stands; strangers get nothing."""
+    now = timezone.now()
+    factories.agent(market.listing.site, last_sync_at=now, lease_until=now + timedelta(hours=1))
+    contract = market.contract()
+    rival = factories.contract(market.listing, factories.organization("Secret Rival"), gpu_count=16)
+    spec = {"command": ["true"], "gpus": 3, "vcpu_milli": 1000, "ram_mib": 1024}
+
+    def submit(agreed, **more):
+        return jobs.submit(factories.actor(agreed.organization), agreed, spec | more, now=timezone.now())
+
+    placed = submit(contract)
+    for host in market.hosts:
+        submit(rival, gpus=host.gpu_count - 3)
+    cycle.run(contract.cell_id)
+    waiting = submit(contract, gpus=8)
+    cycle.run(contract.cell_id)
+    client = browser(market.customer)
+    page = text(client.get(f"/jobs/{waiting.public_id}/why"))
+    assert "Why it waits" in page
+    assert "What would change it" in page
+    assert "Secret Rival" not in page
+    page = text(client.get(f"/jobs/{placed.public_id}/why"))
+    assert "Why it stands there" in page
+    assert "fragmentation" in page
+    assert client.get(f"/jobs/{placed.public_id}/live")["HX-Trigger"] == "job-stands"
+    assert browser(factories.organization()).get(f"/jobs/{placed.public_id}/why").status_code == 404
 
 
 def test_a_job_under_somebody_elses_contract_is_not_even_a_choice(market, browser):

@@ -17,7 +17,7 @@ from django.db import connection, transaction
 from marketplace import arrays
 from marketplace.services.offers import Names, Offers, Rows
 from scheduler.core.capacity import FOREVER
-from scheduler.core.stock import Ints
+from scheduler.core.claims import Ints
 
 PRUNE_EVERY = timedelta(minutes=10)  # a process that has not searched for so long reads everything anew
 ALL, LISTING, HOST, SITE, MODEL = range(5)  # OfferChange.what

@@ -19,7 +19,8 @@ from marketplace.services.availability import CHECKPOINT_GRACE_S, HOLDING, SHED_
 from marketplace.tenancy import Actor
 from scheduler.core import stock
 from scheduler.core.capacity import FOREVER
-from scheduler.core.stock import Ints, Shelf, Timeline
+from scheduler.core.claims import Ints
+from scheduler.core.stock import Shelf, Timeline
 
 Mask = npt.NDArray[np.bool_]
 NONE: Final = -1
@@ -135,7 +136,8 @@ class Offers:
             named = self.partners["listing_id"][self.partners["organization_id"] == actor.organization_id]
             at = rows.position(named)
             shown[at[at >= 0]] = True
-        return shown & (rows["livemode"] == int(actor.livemode))
+        shown &= rows["livemode"] == int(actor.livemode)
+        return shown
 
     # --- what they have
     @cached_property
@@ -200,14 +202,16 @@ class Offers:
     @cached_property
     def _working(self) -> Ints:
         hosts = self.hosts
-        return (np.maximum(hosts["gpu_count"] - hosts["broken"], 0) * hosts["up"])[self.shelf.order]
+        working: Ints = np.maximum(hosts["gpu_count"] - hosts["broken"], 0) * hosts["up"]
+        return working[self.shelf.order]
 
     def _timeline(self, at: int) -> Timeline:
         """All claims as they stand at `at` (s). Good until a hold lapses, a contract ends or a reservation sets its GPUs free."""
         kept = self.__dict__.get("_lines")
         if kept is None or not kept[0] <= at < kept[1]:
             kept = self.__dict__["_lines"] = self._made_timeline(at)
-        return kept[2]  # type: ignore[no-any-return]
+        line: Timeline = kept[2]
+        return line
 
     def _made_timeline(self, at: int) -> tuple[int, int, Timeline]:
         holds, tasks = self.holds, self.tasks

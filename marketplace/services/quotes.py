@@ -99,6 +99,7 @@ def quote(
 
 
 def _hold(made: Quote, listing: Listing, found: Admission, *, now: datetime) -> None:
+    assert made.ends_at is not None
     made.save()
     reservation = Reservation.objects.create(
         listing=listing,

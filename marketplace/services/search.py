@@ -32,7 +32,7 @@ from marketplace.services.filters import (
 )
 from marketplace.services.offers import NONE, PRICES, Mask, Offers, facet
 from marketplace.tenancy import Actor
-from scheduler.core.stock import Ints
+from scheduler.core.claims import Ints
 
 __all__ = [
     "COMPARABLE", "FACETS", "FILTER_NAMES", "SORTS", "Comparison", "Filters", "Found", "Result", "comparisons", "on_offer", "search",
@@ -149,7 +149,7 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
     rows = on_offer(actor).select_related("site", "gpu_model", "organization").in_bulk(ids) if ids else {}
-    heard = _heard(ids)
+    heard = _heard(ids, now)
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
     return [
         Found(rows[pk], Stock(gpus, total, now, heard.get(pk)))
@@ -158,13 +158,14 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -
     ]
 
 
-def _heard(listing_ids: list[int]) -> dict[int, datetime]:
+def _heard(listing_ids: list[int], now: datetime) -> dict[int, datetime]:
     """The oldest last beat of each listing's working hosts: the columns do not follow beats, which come every few seconds."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id"
-            " WHERE h.listing_id = ANY (%s) AND h.state = 'active' AND s.mode <> 'off' GROUP BY 1",
-            [listing_ids],
+            " WHERE h.listing_id = ANY (%s) AND s.mode <> 'off'"
+            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) GROUP BY 1",
+            [listing_ids, now],
         )
         return dict(cursor.fetchall())
 

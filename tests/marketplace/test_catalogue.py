@@ -198,7 +198,9 @@ class Market:
             Gpu.objects.filter(host=host, index=0).update(healthy=dice.choice([True, False]))
         elif kind == "host":
             Host.objects.filter(pk=host.pk).update(
-                state=dice.choice(["active", "active", "lost", "draining", "retired"]), leaf=dice.choice(["", "a"])
+                state=dice.choice(["active", "active", "lost", "draining", "retired"]),
+                leaf=dice.choice(["", "a"]),
+                leaves_at=dice.choice([None, now - HOUR, now + 2 * HOUR]),
             )
         elif kind == "move":
             host.listing = listing
@@ -244,6 +246,36 @@ def test_a_kept_catalogue_answers_as_the_bare_sql(seed):
         now += dice.choice([0, 0, 600, 3600]) * timedelta(seconds=1)
         same(dice, market.actors, now)
     assert catalogue._kept is not None
+
+
+def test_time_alone_moves_the_stock():
+    """A hold lapses, a contract runs out while its work still drains, a reservation sets its GPUs free: nothing is written then."""
+    dice = random.Random(4)
+    site = f.site()
+    hosts = [f.host(site) for _ in range(3)]
+    listing = f.listing(site, hosts=hosts)
+    held = Reservation.objects.create(
+        listing=listing, starts_at=NOW, claims_at=NOW, ends_at=NOW + 9 * HOUR, state="held", held_until=NOW + HOUR
+    )
+    ReservationBlock.objects.create(reservation=held, host=hosts[0], gpu_indices=[0, 1, 2])
+    late = f.job(f.contract(listing, ends_at=NOW + 2 * HOUR), gpus=2, state="running")
+    f.placement(late, hosts[1], [0, 1], state="running")
+    contract = f.contract(listing, kind="reserved", ends_at=NOW + 4 * HOUR)
+    own = Reservation.objects.create(
+        listing=listing, starts_at=NOW, claims_at=NOW, ends_at=NOW + 3 * HOUR, state="firm", contract=contract
+    )
+    ReservationBlock.objects.create(reservation=own, host=hosts[2], gpu_indices=[0, 1, 2, 3])
+    f.placement(f.job(contract, gpus=4, state="running"), hosts[2], [0, 1, 2, 3], state="running")
+    catalogue.read()
+    seen = catalogue._kept.offers
+    moments = [
+        NOW + dice.choice([0, 1, 2, 3, 4, 5]) * HOUR + dice.choice([-1, 0, 1]) * timedelta(minutes=1) for _ in range(25)
+    ]
+    for now in [*sorted(moments), *moments]:
+        wanted = Filters(start=now + dice.choice([0, 1, 6]) * HOUR)
+        expected = pages(bare_search.search, SYSTEM, wanted, now, "price", 5)
+        assert pages(search.search, SYSTEM, wanted, now, "price", 5) == expected, now
+    assert catalogue._kept.offers is seen
 
 
 def shown(actor=SYSTEM):

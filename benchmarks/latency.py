@@ -46,8 +46,10 @@ def run(options: Options) -> Report:
         load.settle()
         empty = load.replays(200)
         load.clear()
+        before = {name: commit.cpu_seconds(of) for name, of in (("all", [web, *workers]), ("web", [web]))}
         load.offer(RATE, seconds)
         load.settle()
+        spent = {name: commit.cpu_seconds(of) - before[name] for name, of in (("all", [web, *workers]), ("web", [web]))}
     finally:
         for process in (*workers, web):
             process.terminate()
@@ -57,7 +59,8 @@ def run(options: Options) -> Report:
     count = RATE * seconds
     require(len(took) == count, f"{len(took)} jobs answered of {count}")
     require(Placement.objects.filter(job_id__in=load.sent).count() == count, "not every job has its placement")
-    answered = sorted(1000 * s for s in load.answered)
+    answered = sorted(1000 * (load.answered[job] - sent) for job, sent in load.sent.items())
+    after = sorted(1000 * (load.placed[job] - answer) for job, answer in load.answered.items())
     cycles = list(
         Cycle.objects.filter(cell=world.cell)
         .order_by("-id")
@@ -69,7 +72,9 @@ def run(options: Options) -> Report:
         {"p50_ms": at(took, 0.5), "p99_ms": at(took, 0.99)},
         peer={
             "empty_write_p50_ms": at(empty, 0.5), "empty_write_p99_ms": at(empty, 0.99), "answer_p50_ms": at(answered, 0.5),
-            "answer_p99_ms": at(answered, 0.99), "worst_ms": took[-1], "jobs_a_cycle": means[0], "snapshot_ms": means[1] / 1000,
+            "answer_p99_ms": at(answered, 0.99), "answer_to_placed_p50_ms": at(after, 0.5), "answer_to_placed_p99_ms": at(after, 0.99),
+            "cpu_ms_each": 1000 * spent["all"] / count, "cpu_ms_each_api_and_database": 1000 * spent["web"] / count,
+            "worst_ms": took[-1], "jobs_a_cycle": means[0], "snapshot_ms": means[1] / 1000,
             "plan_ms": means[2] / 1000, "commit_ms": means[3] / 1000,
         },
         conditions={
@@ -126,7 +131,7 @@ class Load:
     def clear(self) -> None:
         self.sent: dict[int, float] = {}  # job id -> when its POST was due
         self.placed: dict[int, float] = {}
-        self.answered: list[float] = []
+        self.answered: dict[int, float] = {}
         self.wrong: list[str] = []
         self.span = 0.0
 
@@ -164,12 +169,13 @@ class Load:
         while (item := due.get()) is not None:
             number, moment = item
             status, answer = self._post(connection, number)
-            self.answered.append(time.perf_counter() - moment)
+            now = time.perf_counter()
             if status != 201:
                 self.wrong.append(f"{status} {answer!r}")
                 continue
             pk = ids.decode("job", answer["id"])
             assert pk is not None
+            self.answered[pk] = now
             self.sent[pk] = moment
         connection.close()
 

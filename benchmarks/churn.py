@@ -264,7 +264,8 @@ class Cell:
                 continue
             k = int(self.classes[job])
             jobs = np.array(sorted(self.on[h]), np.int64)
-            moves, left = [], 0
+            moves: list[defrag.Move] = []
+            left = 0
             if len(jobs):
                 moves, left = defrag.drain(
                     self.packer.state,

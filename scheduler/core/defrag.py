@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
 class Move(NamedTuple):
     """Placement `index` goes from `row` to `to`, onto the GPUs of `mask`, so that `wanted` (an index) fits on `row`."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name; nobody calls it on a move
     row: int
     to: int
     mask: int
@@ -96,7 +96,7 @@ class Repair(NamedTuple):
 
 @kernel
 def _fits(h: int, q: I64, s: State) -> bool:
-    return fit_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)[0] == 0  # type: ignore[no-any-return]
+    return fit_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)[0] == 0
 
 
 @kernel
@@ -172,7 +172,7 @@ def clear(h: int, q: I64, s: State, w: Work, members: I64, low: int, high: int, 
     out[:] = 0
     high = min(high, low + len(out))
     if static_kernel(s.rows[h], q) or s.rows[h, NGPU] < q[Q_GPUS]:
-        return _NONE  # type: ignore[no-any-return]
+        return int(_NONE)
     fits = _fits(h, q, s)
     going = True
     while going and not fits:
@@ -197,8 +197,8 @@ def clear(h: int, q: I64, s: State, w: Work, members: I64, low: int, high: int, 
             key += _PER_MOVE + w.lost[v]
             count += 1
     if not fits or count > limit:
-        return _NONE  # type: ignore[no-any-return]
-    return key  # type: ignore[no-any-return]
+        return int(_NONE)
+    return int(key)
 
 
 @kernel
@@ -265,8 +265,8 @@ def search(
         clear_all(one.vector, s, work, members, start, reach, np.zeros(MOST, np.uint8), keys)
         low = int(keys.min())
         if 0 < low < _NONE:
-            hosts = np.argsort(keys, kind="stable")[:TRIES]
-            found.append((-one.worth / (low >> 40), i, [int(h) for h in hosts if keys[h] < _NONE]))
+            first = np.argsort(keys, kind="stable")[:TRIES]
+            found.append((-one.worth / (low >> 40), i, [int(h) for h in first if keys[h] < _NONE]))
     moves, rooms, gain, lost = out.moves, out.rooms, 0, 0
     for _, i, hosts in sorted(found):
         if len(moves) >= max_moves:

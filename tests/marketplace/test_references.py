@@ -63,11 +63,18 @@ def test_what_is_referred_to_is_not_deleted_and_keeps_its_key(model, column):
     placement = world()
     parent = getattr(a_row(model, placement), column)
     table = model._meta.get_field(column.removesuffix("_id")).related_model._meta.db_table
-    with pytest.raises(IntegrityError), transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(f"DELETE FROM {table} WHERE id = %s", [parent])
-        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
-    with pytest.raises(IntegrityError), transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(f"UPDATE {table} SET id = %s WHERE id = %s", [GONE, parent])
+    for statement in (
+        f"DELETE FROM {table} WHERE id = {parent}",
+        f"UPDATE {table} SET id = {GONE} WHERE id = {parent}",
+    ):
+        with pytest.raises(IntegrityError):
+            at_once(statement)
+
+
+def at_once(statement):
+    """Run it with every check that would come at the commit."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(statement)
         cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
 
 

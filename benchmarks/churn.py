@@ -18,20 +18,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks import packing
+from benchmarks.churn_load import LOAD, MEAN_S, MOVABLE, SIGMA, Load, bound, load_of
 from benchmarks.harness import Options, Report, require
-from benchmarks.traces import Nodes, Trace
+from benchmarks.traces import Nodes
 from scheduler.core import defrag
 from scheduler.core.fit_kernels import HELD, Q_GPUS, Q_HOLD, Q_MILLI, TOTAL, fit_kernel
 from scheduler.core.jit import kernel
 from scheduler.core.pack import Packer, Run, classes_of
-from scheduler.core.score import Tables, hole_prices, tables_for
+from scheduler.core.score import Tables, tables_for
 from scheduler.core.state import State
-from scheduler.core.types import F64, I32, I64, WHOLE
+from scheduler.core.types import F64, I32, I64
 
-LOAD = 0.98
-MEAN_S = 7200.0
-SIGMA = 1.0
-MOVABLE = 0.7
 LOST_S = 120.0  # checkpoint, restart, warm-up
 ARRIVALS_A_MOVE = 20
 REACH = 14  # moves that one waiting job may cost
@@ -39,18 +36,6 @@ HELD_AT_ONCE = 3  # hosts being cleared
 HOLD_S = 600.0  # a host that is not clear by then is let go
 HORIZON_S = 3600.0  # a job that starts now is counted to gain so much of its run
 BIG = 8  # GPUs
-
-
-@dataclass(frozen=True)
-class Load:
-    """Jobs in order of arrival; those at time 0 stand there already."""
-
-    at: F64  # s
-    life: F64  # s
-    pod: I64  # row of the pod list
-    movable: np.ndarray
-    settled: float  # counting starts
-    end: float
 
 
 @dataclass
@@ -66,33 +51,6 @@ class Result:
     left: int = 0  # still waiting at the end
     lost: float = 0.0  # milli-GPU seconds of work lost to moves, per milli-GPU second allocated
     used: float = field(default=0.0)
-
-
-def load_of(nodes: Nodes, trace: Trace, seed: int, lifetimes: float) -> Load:
-    """A seeded load over `lifetimes` mean lifetimes after the one that settles."""
-    dice = np.random.default_rng(seed)
-    asked = (trace.pods[:, 2] * trace.pods[:, 3]).astype(float)
-    rate = LOAD * nodes.gpu_total * 1000 / (asked.mean() * MEAN_S)
-    settled, end = MEAN_S, MEAN_S * (1 + lifetimes)
-    standing = int(rate * MEAN_S)
-    arrivals = np.cumsum(dice.exponential(1 / rate, int(rate * end * 1.1) + 100))
-    arrivals = arrivals[arrivals < end]
-    mu = np.log(MEAN_S) - SIGMA**2 / 2
-    # Who stands there at time 0 was met with a chance in proportion to his life, at an even point of it.
-    residual = np.exp(mu + SIGMA**2 + SIGMA * dice.standard_normal(standing)) * dice.random(standing)
-    fresh = np.exp(mu + SIGMA * dice.standard_normal(len(arrivals)))
-    pod = dice.integers(0, len(trace.pods), standing + len(arrivals))
-    # The load asked for, not the one that the dice happened to give: a few long lives of large jobs carry much of it.
-    fresh *= LOAD * nodes.gpu_total * 1000 * end / float(asked[pod[standing:]] @ fresh)
-    count = standing + len(arrivals)
-    return Load(
-        at=np.concatenate([np.zeros(standing), arrivals]),
-        life=np.concatenate([residual, fresh]),
-        pod=pod,
-        movable=dice.random(count) < MOVABLE,
-        settled=settled,
-        end=end,
-    )
 
 
 @kernel
@@ -337,28 +295,6 @@ POLICIES = {  # packer, moves
     "ours, no moves": ("tailrace", False),
     "ours": ("tailrace", True),
 }
-
-
-def bound(trace: Trace) -> float:
-    """Least share of the GPUs that any policy leaves unallocated under this load in the long run, moves unlimited.
-
-    Hole prices are dual feasible: no GPU holds shares priced above 1000 together. So what runs, priced, is at most the capacity,
-    and of each shape no more than is offered: a fractional knapsack, shapes that waste least first.
-    """
-    demand: dict[int, float] = {}
-    for _, _, gpus, milli, _ in trace.pods.tolist():
-        if gpus:
-            demand[milli] = demand.get(milli, 0.0) + gpus
-    shares = {v: n for v, n in demand.items() if v < WHOLE}
-    prices = {**hole_prices(shares), WHOLE: float(WHOLE)}
-    scale = LOAD / sum(v * n for v, n in demand.items())
-    room, allocated = 1.0, 0.0
-    for v in sorted(demand, key=lambda v: prices[v] / v):
-        offered = scale * v * demand[v]
-        taken = min(offered, room * v / prices[v] if prices[v] else offered)
-        allocated += taken
-        room -= taken * prices[v] / v
-    return 1 - allocated
 
 
 def run(options: Options) -> Report:

@@ -215,8 +215,10 @@ class JobForm(forms.Form):
     def spec(self) -> dict[str, Any]:
         """Of `services.jobs.submit`; call it on a valid form."""
         asked = self.cleaned_data
-        plain = ("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference", "labels")
-        plain += ("spread_level", "max_per_domain", "min_replicas")
+        plain = (
+            *("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference", "labels"),
+            *("spread_level", "max_per_domain", "min_replicas"),
+        )
         return {
             **{name: asked[name] for name in plain},
             "command": ["/bin/sh", "-c", asked["command"].replace("\r\n", "\n")],

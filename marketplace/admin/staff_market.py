@@ -201,7 +201,7 @@ class CycleAdmin(look.Shown, StaffAdmin):
 
     def more(self, request: HttpRequest, row: Cycle) -> dict[str, Any]:
         decided = self.rows_of(Decision, request).filter(cycle=row).select_related("job__organization").order_by("job")
-        kept = CycleRecord.objects.filter(cycle=row).defer("body").first()
+        kept = self.rows_of(CycleRecord, request).filter(cycle=row).defer("body").first()
         return {"record": kept, "code": code(), "decided": decided[:SHOWN_DECISIONS]}
 
 

@@ -54,7 +54,7 @@ class Case:
             began = Running(
                 placement=0, job=r.job, org=r.org, kind=r.kind, host=p.host, gpus=p.gpus, gpu_milli=p.gpu_milli, cpu=r.cpu,
                 ram=r.ram, nvme=r.nvme, vram=r.vram if p.gpus else 0, priority=r.priority, gang_size=r.replicas,
-                ends_at=self.now_s + r.duration_s if r.duration_s else 0,
+                ends_at=self.now_s + self.policy.lag_s + r.duration_s if r.duration_s else 0,
             )  # fmt: skip
             begun.append(began)
         shift(fleet, begun, -1)

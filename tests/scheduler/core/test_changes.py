@@ -156,6 +156,16 @@ def test_a_time_limit_lets_it_use_what_is_held_or_leaves():
     assert kinds(changes(leaving, 1))["duration"].request.duration_s == 4000
 
 
+def test_the_time_to_leave_counts_in_limits_and_in_known_ends():
+    """With the lag of a real cell: what is suggested must be gone when the promised start comes, not only over."""
+    running = [ran(3, 0, range(4), ends_at=1000)]
+    jobs = [Request(job=1, gpus=8, queued_at=1), Request(job=2, gpus=4, queued_at=2)]
+    case = replace(case_of(Fleet.build([busy(1, range(4))]), jobs, running, now_s=100), policy=Policy(lag_s=120))
+    assert kinds(changes(case.after(case.plan()), 2))["duration"].request.duration_s == 780
+    placed = replace(case, requests=[Request(job=4, gpus=4, duration_s=600)], running=[])
+    assert [r.ends_at for r in placed.after(placed.plan()).running] == [820]
+
+
 def test_held_capacity_is_not_offered():
     """Four GPUs are free, but held for the job before it: no smaller shape may take them."""
     fleet = Fleet.build([busy(1, range(4))])

@@ -97,7 +97,9 @@ def _cached(key: str) -> Any:
 
 def _queues(job: Job) -> bool:
     """Whether all of it, or replicas that it lost, wait for a place."""
-    return job.state in Job.WAITING or (job.repair_since is not None and job.state in Job.ON_HOSTS)
+    return job.state in Job.WAITING or (
+        job.repair_since is not None and job.lost_ranks != [] and job.state in Job.ON_HOSTS
+    )
 
 
 # --- what the decision row says
@@ -123,6 +125,8 @@ def _said(job: Job, decision: Decision | None, *, staff: bool) -> dict[str, Any]
     text = outside or "The job has been placed."
     if waits and not outside:
         text = _waiting_text(decision, staff=staff)
+        if decision.held_hosts and (room := _room(job)):
+            text += f" For it, {room}."
     elif not waits and decision.outcome != "placed":
         text = "The job ended before it was placed."
     return {
@@ -136,6 +140,12 @@ def _said(job: Job, decision: Decision | None, *, staff: bool) -> dict[str, Any]
         "at": decision.at,
         "text": text,
     }
+
+
+def _room(job: Job) -> str:
+    """What the job's history says last, if that is of room being made for it."""
+    said = job.events.order_by("-id").values_list("reason", flat=True).first() or ""
+    return said if said.startswith(words.ROOM) else ""
 
 
 def _waiting_text(decision: Decision, *, staff: bool) -> str:
@@ -314,8 +324,9 @@ class _Told:
 
 # --- a job that was placed
 def _placed(job: Job, decision: Decision, staff: bool) -> dict[str, Any]:
-    rows = Placement.objects.filter(job=job).select_related("host", "site").order_by("-attempt", "rank")[:MAX_SHOWN]
-    last = [p for p in rows if p.attempt == job.attempt]
+    # Of a rank that was lost and placed again the newest; what the gang does without is nowhere.
+    rows = Placement.objects.filter(job=job, attempt=job.attempt).exclude(rank__in=job.lost_ranks)
+    last = rows.order_by("rank", "-epoch").distinct("rank").select_related("host", "site")[:MAX_SHOWN]
     where = [{"rank": p.rank, "site": p.site.name, "host": p.host.name, "gpus": p.gpu_indices} for p in last]
     bare = {
         "placed": {"replicas": where, "candidates": None, "terms": []},

@@ -8,7 +8,7 @@ from django.db import transaction
 from billing import usage
 from marketplace.models import Cell, Host, Job, JobEvent, Placement, PlacementEvent, PowerNode
 from marketplace.services import agents, jobs, leases, placements, sites
-from scheduler import commit, cycle, site_loop, snapshot
+from scheduler import commit, cycle, site_loop, snapshot, why
 from scheduler.core.plan import plan
 from tests import factories as f
 from tests.factories import NOW
@@ -134,6 +134,22 @@ def test_only_the_lost_rank_is_placed_again_in_the_gangs_own_leaf():
     assert market.billed(before[0], 200) == market.billed(before[2], 200) == 45 + 20
     assert market.billed(lost, 200) == 45
     assert market.billed(now[1], 200) == 20
+
+
+def test_an_explanation_shows_each_rank_where_it_stands_now():
+    market = Market()
+    lost = market.live()[1]
+    Host.objects.filter(pk=lost.host_id).update(state="lost")
+    market.lose(1, 60)
+    assert why.explain(market.fresh(), deep=False)["outcome"] == "waiting"
+    Host.objects.filter(pk=lost.host_id).update(state="active")
+    market.cycle(70)
+    stands = [(rank, p.host.name) for rank, p in sorted(market.live().items())]
+    for seconds in (71, 80):  # before the newcomer runs, and then
+        answer = why.explain(market.fresh(), fresh=True)
+        assert answer["outcome"] == "placed"
+        assert [(r["rank"], r["host"]) for r in answer["placed"]["replicas"]] == stands
+        market.report("running", seconds, 1)
 
 
 def test_the_others_are_told_by_a_new_table_and_the_newcomer_starts_alone():

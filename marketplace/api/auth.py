@@ -12,6 +12,7 @@ from rest_framework.throttling import SimpleRateThrottle
 from marketplace.actors import actor_of
 from marketplace.errors import MarketError
 from marketplace.models import Agent, ApiKey
+from marketplace.rows import Read
 from marketplace.services.tokens import digest
 from marketplace.tenancy import Actor
 
@@ -24,6 +25,9 @@ def _bearer(request: Request) -> str | None:
     return token.strip() if scheme.lower() == "bearer" else None
 
 
+_KEY = Read(ApiKey, "WHERE t.digest = %s AND t.revoked_at IS NULL", "organization")
+
+
 class KeyAuthentication(BaseAuthentication):
     """`Authorization: Bearer tr_...`. An unknown, expired or revoked key is refused, never treated as anonymous."""
 
@@ -32,7 +36,7 @@ class KeyAuthentication(BaseAuthentication):
         if token is None or not token.startswith("tr_"):
             return None
         now = timezone.now()
-        key = ApiKey.objects.select_related("organization").filter(digest=digest(token), revoked_at=None).first()
+        key = _KEY.first([digest(token)])
         if key is None or (key.expires_at and key.expires_at <= now):
             raise MarketError("key_invalid", "Create a new key on the page Team and keys.")
         if key.last_used_at is None or now - key.last_used_at > timedelta(minutes=1):

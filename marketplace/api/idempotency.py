@@ -16,9 +16,15 @@ from rest_framework.response import Response
 
 from marketplace.errors import MarketError
 from marketplace.models import IdempotencyKey
+from marketplace.rows import Read
 from marketplace.tenancy import Actor
 
 MAX_KEY = 120
+_SEEN = Read(IdempotencyKey, "WHERE t.organization_id = %s AND t.key = %s")
+_KEEP = (
+    "INSERT INTO marketplace_idempotencykey (organization_id, key, route, body_digest, status, body, created_at)"
+    " VALUES (%s, %s, %s, %s, %s, %s::jsonb, %s)"
+)
 
 
 def once(request: Request, effect: Callable[[], Response]) -> Response:
@@ -39,21 +45,23 @@ def once(request: Request, effect: Callable[[], Response]) -> Response:
     with transaction.atomic():
         if not _lock(actor.organization_id, key):
             raise MarketError("idempotency_in_flight", key)
-        seen = IdempotencyKey.objects.filter(organization_id=actor.organization_id, key=key).first()
+        seen = _SEEN.first([actor.organization_id, key])
         if seen is not None:
             if (seen.body_digest, seen.route) != (digest, route):
                 raise MarketError("idempotency_mismatch", f"The key {key} was used for {seen.route} with another body.")
             return Response(seen.body, status=seen.status, headers={"Idempotent-Replayed": "true"})
         response = effect()
-        IdempotencyKey.objects.create(
-            organization_id=actor.organization_id,
-            key=key,
-            route=route,
-            body_digest=digest,
-            status=response.status_code,
-            body=_plain(response.data),
-            created_at=timezone.now(),
-        )
+        kept: list[Any] = [
+            actor.organization_id,
+            key,
+            route,
+            digest,
+            response.status_code,
+            _text(response.data),
+            timezone.now(),
+        ]
+        with connection.cursor() as cursor:
+            cursor.execute(_KEEP, kept)
     return response
 
 
@@ -64,7 +72,7 @@ def _lock(organization_id: int, key: str) -> bool:
         return bool(cursor.fetchone()[0])
 
 
-def _plain(data: Any) -> Any:
+def _text(data: Any) -> str:
     from rest_framework.utils.encoders import JSONEncoder
 
-    return json.loads(json.dumps(data, cls=JSONEncoder))
+    return json.dumps(data, cls=JSONEncoder)

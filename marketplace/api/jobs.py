@@ -142,7 +142,7 @@ class JobResource(Resource):
 
     def contract(self, pk: int) -> Contract:
         """A contract that the actor's own organization holds."""
-        found = Contract.objects.owned_by(self.actor.organization_id).select_related("listing").filter(pk=pk).first()
+        found = jobs.contract_of(self.actor, pk)
         if found is None:
             raise MarketError("not_found", "contract: there is none of that id.", {"/contract": "unknown"})
         return found
@@ -160,7 +160,7 @@ class Jobs(JobResource):
 
     @extend_schema(tags=["jobs"], operation_id="jobs_submit", request=JobRequest, responses={201: JobShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
-        spec = self.read(JobRequest)
+        spec = JobRequest.checked(self.request.data)
         contract = self.contract(spec.pop("contract"))
 
         def effect() -> Response:
@@ -190,10 +190,8 @@ class JobBatch(JobResource):
         good: list[tuple[int, Contract, dict[str, Any]]] = []
         contracts: dict[int, Contract] = {}
         for i, body in enumerate(wanted):
-            shape = JobRequest(data=body)
             try:
-                shape.is_valid(raise_exception=True)
-                spec = dict(shape.validated_data)
+                spec = JobRequest.checked(body)
                 pk = spec.pop("contract")
                 contracts[pk] = contracts.get(pk) or self.contract(pk)
                 good.append((i, contracts[pk], spec))

@@ -2,18 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
 from django.db import connection, transaction
-from django.db.models import F, prefetch_related_objects
+from django.db.models import F
 
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import BillingStanding, Contract, Host, Job, Placement
+from marketplace.models import BillingStanding, Contract, Host, Job, JobEvent, Placement
+from marketplace.rows import Read
 from marketplace.services import job_rules, replicas, secrets
-from marketplace.services.transitions import record_created, transition_many
+from marketplace.services.transitions import transition_many
 from marketplace.tenancy import Actor
 
 # Reasons of a placement's end that are ours or the site's, not the job's: the job gets another try without a charge.
@@ -27,10 +29,16 @@ FAULTS = frozenset(
 # It exited because it was asked to: a checkpoint written, not the work done, whatever its exit code.
 ASKED = frozenset({"drained", "killed_after_grace", "power_shed", "lease_expired", "stopped", "gang_member_failed"})
 CYCLE = "scheduler.run_cycle"
+_CONTRACT = Read(Contract, "WHERE t.id = %s AND t.organization_id = %s", "listing", "site")
 
 
 def nudge_cell(cell_id: int) -> None:
     outbox.emit(CYCLE, key=str(cell_id), payload={"cell": cell_id})
+
+
+def contract_of(actor: Actor, pk: int) -> Contract | None:
+    """A contract that the actor's own organization holds, with its listing and its site."""
+    return _CONTRACT.first([pk, actor.organization_id])
 
 
 def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datetime) -> Job:
@@ -39,15 +47,16 @@ def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datet
 
 
 def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]], *, now: datetime) -> list[Job]:
-    """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller."""
+    """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller.
+
+    Every refusal comes before the first write: inside the caller's transaction there is nothing a savepoint would undo.
+    """
     contracts = list({contract.pk: contract for contract, _ in wanted}.values())
-    prefetch_related_objects(contracts, "site")
-    contract_of = {contract.pk: contract for contract in contracts}
     behind = {contract.pk: _Behind(contract) for contract in contracts}
-    with transaction.atomic():
-        _hold(contracts)
+    with nullcontext() if connection.in_atomic_block else transaction.atomic():
+        standings = _hold(contracts)
         for contract in contracts:
-            _check_contract(contract, now)
+            _check_contract(contract, standings[contract.pk], now)
         jobs = []
         for contract, spec in wanted:
             plain = {k: v for k, v in spec.items() if k != "secrets"}
@@ -61,60 +70,95 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
                 queued_at=now,
                 **plain,
             )
-            job_rules.check(job, contract_of[contract.pk])
+            job_rules.check(job, contract)
             _check_fits_contract(job, contract, behind[contract.pk])
             jobs.append(job)
-        Job.objects.bulk_create(jobs)
-        record_created(Job, [job.pk for job in jobs], state=Job.State.QUEUED, now=now, actor=actor.label)
+        _insert(jobs, actor, now)
         for cell_id in sorted({job.cell_id for job in jobs}):
             nudge_cell(cell_id)
     return jobs
 
 
-def _hold(contracts: Iterable[Contract]) -> None:
-    """The contracts as they are now, and none of them ends before we commit: who ends it sees our jobs, or we see its end."""
-    rows = {contract.pk: contract for contract in contracts}
+def _insert(jobs: list[Job], actor: Actor, now: datetime) -> None:
+    """The rows and the first event of each, in one statement; the jobs get their ids, in their order."""
+    if not jobs:
+        return
+    fields = [field for field in Job._meta.concrete_fields if not field.primary_key]
+    row = "(" + ", ".join(["%s"] * len(fields)) + ")"
+    values = [field.get_db_prep_save(getattr(job, field.attname), connection) for job in jobs for field in fields]
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT id, state, ends_at FROM marketplace_contract WHERE id = ANY(%s) ORDER BY id FOR SHARE", [list(rows)]
+            f"WITH made AS (INSERT INTO {Job._meta.db_table} ({', '.join(str(f.column) for f in fields)})"  # noqa: S608
+            f" VALUES {', '.join([row] * len(jobs))} RETURNING id),"
+            f" told AS (INSERT INTO {JobEvent._meta.db_table} (job_id, at, actor, from_state, to_state, reason)"
+            " SELECT id, %s, %s, '', %s, '' FROM made ORDER BY id)"
+            " SELECT id FROM made ORDER BY id",
+            [*values, now, actor.label[:120], Job.State.QUEUED],
         )
-        for pk, state, ends_at in cursor.fetchall():
+        for job, (pk,) in zip(jobs, cursor.fetchall(), strict=True):
+            job.pk = pk
+            job._state.adding, job._state.db = False, connection.alias  # noqa: SLF001 (as bulk_create does)
+
+
+def _hold(contracts: Iterable[Contract]) -> dict[int, str | None]:
+    """The contracts as they are now, and none of them ends before we commit: who ends it sees our jobs, or we see its end.
+    Answers the standing of each one's organization.
+    """
+    rows = {contract.pk: contract for contract in contracts}
+    standings: dict[int, str | None] = {}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT c.id, c.state, c.ends_at, s.state FROM marketplace_contract c LEFT JOIN marketplace_billingstanding s"
+            " ON s.organization_id = c.organization_id WHERE c.id = ANY(%s) ORDER BY c.id FOR SHARE OF c",
+            [list(rows)],
+        )
+        for pk, state, ends_at, standing in cursor.fetchall():
             rows[pk].state, rows[pk].ends_at = state, ends_at
+            standings[pk] = standing
+    return standings
 
 
-def _check_contract(contract: Contract, now: datetime) -> None:
+def _check_contract(contract: Contract, standing: str | None, now: datetime) -> None:
     if contract.state != Contract.State.ACTIVE or (contract.ends_at and contract.ends_at <= now):
         raise MarketError("contract_inactive", f"{contract.public_id} is {contract.state}; book another one.")
-    standing = BillingStanding.objects.filter(organization_id=contract.organization_id).first()
-    state = standing.state if standing else BillingStanding.State.NO_CARD
-    if state == BillingStanding.State.NO_CARD:
+    if standing is None or standing == BillingStanding.State.NO_CARD:
         raise MarketError("card_required", "Add a card on the page Payment methods, then submit again.")
-    if state == BillingStanding.State.SUSPENDED:
+    if standing == BillingStanding.State.SUSPENDED:
         raise MarketError("billing_suspended", "Pay the open invoices, then submit again.")
+
+
+_LARGE = """
+SELECT 1 FROM marketplace_host h WHERE h.listing_id = %s AND h.state <> 'retired' AND h.gpu_count >= %s AND h.vcpu_milli >= %s
+  AND h.ram_mib >= %s AND h.nvme_gib >= %s AND (%s = 0 OR h.vram_mib >= %s)
+"""
+_OF_MODELS = "  AND h.gpu_model_id IN (SELECT id FROM marketplace_gpumodel WHERE name = ANY(%s)) "
 
 
 class _Behind:
     """The hosts behind a contract. That one of them is large enough is found at once; all shapes are read only for a refusal."""
 
     def __init__(self, contract: Contract) -> None:
-        self.hosts = contract.listing.hosts.exclude(state=Host.State.RETIRED)
+        self.listing_id = contract.listing_id
         self.known: dict[tuple[Any, ...], bool] = {}
 
     def hold(self, job: Job) -> bool:
         """Whether some host could hold a replica when it is empty."""
         shape = (tuple(job.gpu_models), job.gpus, job.vram_mib, job.vcpu_milli, job.ram_mib, job.nvme_gib)
         if shape not in self.known:
-            large = self.hosts.filter(
-                gpu_count__gte=job.gpus, vcpu_milli__gte=job.vcpu_milli, ram_mib__gte=job.ram_mib, nvme_gib__gte=job.nvme_gib
-            )  # fmt: skip
-            large = large.filter(gpu_model__name__in=job.gpu_models) if job.gpu_models else large
-            self.known[shape] = (large.filter(vram_mib__gte=job.vram_mib) if job.gpus else large).exists()
+            asked = [self.listing_id, job.gpus, job.vcpu_milli, job.ram_mib, job.nvme_gib, job.gpus, job.vram_mib]
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    _LARGE + (_OF_MODELS if job.gpu_models else "") + "LIMIT 1",
+                    [*asked, *([job.gpu_models] if job.gpu_models else [])],
+                )
+                self.known[shape] = cursor.fetchone() is not None
         return self.known[shape]
 
     def shapes(self) -> list[Host]:
         """One host of each shape."""
         names = ("gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib")
-        return list(self.hosts.select_related("gpu_model").distinct(*names).order_by(*names))
+        hosts = Host.objects.filter(listing_id=self.listing_id).exclude(state=Host.State.RETIRED)
+        return list(hosts.select_related("gpu_model").distinct(*names).order_by(*names))
 
 
 def _check_fits_contract(job: Job, contract: Contract, behind: _Behind) -> None:

@@ -7,6 +7,9 @@ from typing import Any, Final
 from scheduler.core.changes import Change
 from scheduler.core.types import Level, Reason, Request
 
+# So begins the event of a waiting job for which others leave a host (scheduler.defrag).
+ROOM: Final = "room is being made"
+
 # What stops it, and what the hosts left after the stage have.
 REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.OK: ("it fits", "fit"),

@@ -54,7 +54,7 @@ def _decode(cursor: str) -> tuple[Any, int]:
         if isinstance(value, str) and (moment := parse_datetime(value)):
             value = moment
         return value, int(pk)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MarketError(
             "invalid_request", "The cursor is not one of ours; start again without it.", {"/cursor": "invalid"}
         ) from error

@@ -178,7 +178,7 @@ def _decode(cursor: str, sort: str) -> tuple[int, int]:
     try:
         name, value, pk = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         at = int(value), int(pk)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         name, at = None, (0, 0)
     if name != sort or max(map(abs, at)) > UNKNOWN:
         raise MarketError(

@@ -1,5 +1,6 @@
 """Search: every filter, every order, exact stock, and which filter removed the last offers."""
 
+import base64
 from datetime import timedelta
 
 import pytest
@@ -105,11 +106,11 @@ def test_pages_by_cursor_show_each_offer_once(customer):
 
 def test_a_cursor_of_another_sort_is_refused(market, customer):
     page = search.search(customer, Filters(), now=NOW, limit=1)
-    for bad in (page.cursor, "nonsense", ""):
-        if bad:
-            with pytest.raises(MarketError) as refused:
-                search.search(customer, Filters(), now=NOW, sort="vram", cursor=bad)
-            assert "/cursor" in refused.value.fields
+    odd = ('["vram", Infinity, 1]', "[" * 3000, '["vram", 1]', '["vram", 1, {}]')
+    for bad in (page.cursor, "nonsense", *(base64.urlsafe_b64encode(text.encode()).decode() for text in odd)):
+        with pytest.raises(MarketError) as refused:
+            search.search(customer, Filters(), now=NOW, sort="vram", cursor=bad)
+        assert "/cursor" in refused.value.fields
 
 
 @pytest.mark.parametrize(

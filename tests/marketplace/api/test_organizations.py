@@ -1,5 +1,7 @@
 """Organizations and people over the API: shapes, ids, errors, idempotency."""
 
+import base64
+
 import pytest
 
 from marketplace.models import AuditEvent, IdempotencyKey, Invitation, Membership, Organization
@@ -135,6 +137,8 @@ def test_a_list_goes_on_where_it_stopped_and_refuses_what_it_does_not_know():
     assert code(api.get("/api/v1/members?limit=0")) == (400, "invalid_request")
     assert code(api.get("/api/v1/members?colour=red")) == (400, "unknown_field")
     assert code(api.get("/api/v1/members?cursor=x")) == (400, "invalid_request")
+    far = base64.urlsafe_b64encode(b"[null, Infinity]").decode()
+    assert code(api.get(f"/api/v1/members?cursor={far}")) == (400, "invalid_request")
 
 
 def test_the_same_key_is_the_same_write():

@@ -202,23 +202,34 @@ def desired(agent: Agent, report: dict[str, Any], *, now: datetime, inventory_wa
 
 
 def _desired_placements(site: Site) -> list[dict[str, Any]]:
-    rows = list(
-        Placement.objects.filter(site=site, state__in=Placement.AT_SITE)
+    live = (
+        Placement.objects.filter(site=site, state__in=("intended", "shedding", *Placement.AT_SITE))
         .select_related("job", "host")
         .order_by("job_id", "attempt", "rank")
     )
+    rows: list[Placement] = []
     gangs: dict[tuple[int, int], list[Placement]] = {}
-    for row in rows:
+    lack: set[tuple[int, int, int]] = set()  # placed together, and not all have their watts
+    for row in live:
+        if row.state not in Placement.AT_SITE:
+            lack.add((row.job_id, row.attempt, row.epoch))
+            continue
+        rows.append(row)
         gangs.setdefault((row.job_id, row.attempt), []).append(row)
-    return [_desired_placement(row, gangs[row.job_id, row.attempt]) for row in rows if _gang_is_here(row, gangs)]
+    return [_desired_placement(row, gangs[row.job_id, row.attempt]) for row in rows if _gang_is_here(row, gangs, lack)]
 
 
-def _gang_is_here(row: Placement, gangs: dict[tuple[int, int], list[Placement]]) -> bool:
+def _gang_is_here(
+    row: Placement, gangs: dict[tuple[int, int], list[Placement]], lack: set[tuple[int, int, int]]
+) -> bool:
     """A gang starts when all of it has its watts; members that already run stay listed. So do replicas that join one that runs,
     as soon as all that were placed with them have theirs.
     """
-    begun = row.state not in {"granted", "unreachable"} or row.running_at or row.release_requested_at
-    return bool(begun) or row.job.state == Job.State.RUNNING or len(gangs[row.job_id, row.attempt]) >= row.job.replicas
+    if row.state not in {"granted", "unreachable"} or row.running_at or row.release_requested_at:
+        return True
+    if row.job.state == Job.State.RUNNING:
+        return (row.job_id, row.attempt, row.epoch) not in lack
+    return len(gangs[row.job_id, row.attempt]) >= row.job.replicas
 
 
 def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:

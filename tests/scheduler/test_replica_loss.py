@@ -197,6 +197,21 @@ def test_two_losses_at_once_are_placed_at_once_and_the_last_one_restarts_the_gan
     market.sound()
 
 
+def test_newcomers_that_were_placed_together_start_together():
+    """One has its watts, the other waits for miners: nobody runs, and is billed, beside a rank that is not there."""
+    market = Market()
+    market.lose(0, 60)
+    market.lose(2, 60)
+    market.cycle(61)
+    first, _, last = (p for _, p in sorted(market.live().items()))
+    Placement.objects.filter(pk=last.pk).update(state="shedding")
+    assert sorted(market.told()) == [1]
+    Placement.objects.filter(pk=last.pk).update(state="granted")
+    told = market.told()
+    assert sorted(told) == [0, 1, 2]
+    assert told[0]["gang"] == told[2]["gang"] == [first.public_id, last.public_id]
+
+
 def test_a_plan_for_one_loss_is_void_after_the_next():
     market = Market()
     market.lose(0, 60)

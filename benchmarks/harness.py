@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def require(condition: bool, what: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where this ran."""
+    """Where and when this ran."""
     return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -239,6 +239,21 @@ def _taken(market):
     return snapshot.take(Cell.objects.get(pk=market.cell_id), now=NOW)
 
 
+def test_a_record_of_other_columns_is_no_base_and_costs_no_cycle(market):
+    """As after an update: what an earlier version kept lacks what this one aligns rows by."""
+    submit(market)
+    row = run(market)
+    part = pack({"other": np.zeros(3)}, {})
+    CycleRecord.objects.filter(pk=row.pk).update(body=(len(part).to_bytes(4, "little") + part) * 6)
+    record._bases.clear()
+    with pytest.raises(UnreadableError, match="without"):
+        record.load(CycleRecord.objects.get(pk=row.pk))
+    submit(market)
+    later = run(market, 1)
+    assert later.jobs_placed == 1
+    assert later.record.base_id is None, "it begins anew"
+
+
 def test_the_cell_after_a_record_has_the_placed_jobs_on_their_hosts(market):
     placed, waiting = submit(market), submit(market, replicas=2)
     known = record.load(run(market).record)

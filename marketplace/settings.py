@@ -234,6 +234,17 @@ CYCLE_RECORD_EVERY = max(1, env.int("CYCLE_RECORD_EVERY", default=1))
 CYCLE_RECORD_DAYS = env.int("CYCLE_RECORD_DAYS", default=7)
 CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
 
+# --- moves that make room for jobs that wait (scheduler.defrag)
+DEFRAG_SECONDS = max(0, env.int("DEFRAG_SECONDS", default=60))
+DEFRAG_MOVES = max(0, env.int("DEFRAG_MOVES", default=4))
+DEFRAG_GAIN = max(1, env.int("DEFRAG_GAIN", default=2))
+if DEFRAG_SECONDS and DEFRAG_MOVES:
+    CELERY_BEAT_SCHEDULE["defragment"] = {
+        "task": "scheduler.tasks.tick_defrag",
+        "schedule": float(DEFRAG_SECONDS),
+        "options": {"expires": DEFRAG_SECONDS},
+    }
+
 # --- quotes
 QUOTE_FIRM_SECONDS = env.int("QUOTE_FIRM_SECONDS", default=900)
 FAIR_SHARE_HALF_LIFE_SECONDS = env.int("FAIR_SHARE_HALF_LIFE_SECONDS", default=3600)

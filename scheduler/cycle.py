@@ -25,11 +25,11 @@ from scheduler.models import Cycle
 
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
 # Refused for what nobody's leaving would change.
-_NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
+NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
 
 
 @contextmanager
-def _alone(cell_id: int) -> Iterator[bool]:
+def alone(cell_id: int) -> Iterator[bool]:
     """Session-level advisory lock for the length of a cycle; False when somebody else holds it."""
     number = (0x43 << 56) | cell_id
     with connection.cursor() as cursor:
@@ -56,9 +56,9 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
 def attempt(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
     """As `run`; raises `outbox.Busy` when another cycle of the cell runs."""
     moment = now or timezone.now()
-    with _alone(cell_id) as mine:
+    with alone(cell_id) as mine:
         if not mine:
-            raise outbox.Busy(lambda: _runs(cell_id))
+            raise outbox.Busy(lambda: runs(cell_id))
         evict_for_reservations(cell_id, now=moment)
         waits = Job.objects.filter(cell_id=cell_id, state__in=Job.WAITING).exists()
         if not waits and not replicas.waiting().filter(cell_id=cell_id).exists():
@@ -68,22 +68,22 @@ def attempt(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
         return _run(cell, moment)
 
 
-def _runs(cell_id: int) -> bool:
+def runs(cell_id: int) -> bool:
     """Whether a cycle of the cell runs now."""
-    with _alone(cell_id) as mine:
+    with alone(cell_id) as mine:
         return not mine
 
 
 def _run(cell: Cell, now: datetime) -> Cycle:
     t0 = perf_counter_ns()
     hungry = _left_somebody(cell)
-    taken = _take(cell, now, running=hungry)
+    taken = picture(cell, now, running=hungry)
     t1 = perf_counter_ns()
     made = _plan(taken)
     t2 = perf_counter_ns()
-    if not hungry and any(not d.placed and d.reason not in _NO_ROOM_NEEDED for d in made.decisions):
+    if not hungry and any(not d.placed and d.reason not in NO_ROOM_NEEDED for d in made.decisions):
         # Somebody found no room: only now it matters who could give way, and who ends when.
-        taken = _take(cell, now, running=True)
+        taken = picture(cell, now, running=True)
         t3 = perf_counter_ns()
         made = _plan(taken)
         t1, t2 = t1 + t3 - t2, perf_counter_ns()
@@ -111,7 +111,7 @@ def _run(cell: Cell, now: datetime) -> Cycle:
     return record
 
 
-def _take(cell: Cell, now: datetime, *, running: bool) -> snapshot.Snapshot:
+def picture(cell: Cell, now: datetime, *, running: bool) -> snapshot.Snapshot:
     """One picture of the cell, whatever commits meanwhile."""
     outermost = not connection.in_atomic_block
     with transaction.atomic():

@@ -88,9 +88,10 @@ SELECT EXISTS (SELECT 1 FROM marketplace_job j JOIN marketplace_placement p ON p
 _RUNNING = """
 SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
   p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
-  j.replicas, coalesce(j.max_seconds, 0)
+  j.replicas, coalesce(j.max_seconds, 0),
+  CASE WHEN p.state = 'draining' THEN floor(extract(epoch FROM p.release_requested_at))::bigint + j.checkpoint_grace_s END
 FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = p.contract_id
-WHERE p.cell_id = %(cell)s AND p.state IN ('intended', 'shedding', 'granted', 'starting', 'running') ORDER BY p.id
+WHERE p.cell_id = %(cell)s AND p.state IN ('intended', 'shedding', 'granted', 'starting', 'running', 'draining') ORDER BY p.id
 """
 
 
@@ -290,6 +291,16 @@ def _requests(
     return made if may_preempt else [replace(request, may_preempt=False) for request in made]
 
 
+def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
+    """What running jobs would ask for if they queued again now; those that could not be placed at all are left out."""
+    with connection.cursor() as cursor:
+        cursor.execute(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
+        rows = [Waiting(*row) for row in cursor.fetchall()]
+    made = _requests(rows, reserved_gpus(taken.cell, taken.now), taken.model_of, may_preempt=False)
+    rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taken.names.taints, mended={}, now=taken.now)
+    return made
+
+
 def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:
     """Milli-GPU that live placements hold now, by contract and by organization."""
     used: Counter[int] = Counter()
@@ -338,7 +349,10 @@ def _request(
 
 
 def _running(cell: Cell, hosts: cells.Hosts, reserved: _Reserved, now: datetime) -> list[Running]:
-    """Live placements that could end or give way. What drains already is on its way out."""
+    """Live placements that could end or give way. What drains is on its way out: nobody evicts it, and it is gone `LAG_S` after
+    its grace; one that is late by then is given as long again.
+    """
+    now_s = int(now.timestamp())
     row_of = {pk: i for i, pk in enumerate(hosts.id_list)}
     reserved_row = {
         (pk, gpu): len(hosts) + i
@@ -349,17 +363,20 @@ def _running(cell: Cell, hosts: cells.Hosts, reserved: _Reserved, now: datetime)
         cursor.execute(_RUNNING, {"cell": cell.pk})
         rows = cursor.fetchall()
     found = []
-    for pk, job, org, kind, host, gpus, milli, cpu, ram, nvme, vram, bid, priority, since, replicas, limit in rows:
+    for pk, job, org, kind, host, gpus, milli, cpu, ram, nvme, vram, bid, priority, since, replicas, limit, out in rows:
         row = row_of.get(host)
         if row is None:
             continue
         if gpus and reserved_row:
             row = reserved_row.get((host, gpus[0]), row)
+        ends = since + limit + LAG_S if limit else 0
+        if out is not None:
+            ends = (out if out + LAG_S > now_s else now_s) + LAG_S
         found.append(
             Running(
                 placement=pk, job=job, org=org, kind=_KIND[kind], host=row, gpus=tuple(gpus), gpu_milli=milli, cpu=cpu, ram=ram,
-                nvme=nvme, vram=vram, bid=bid, priority=priority, work_lost_s=max(0, int(now.timestamp()) - since),
-                gang_size=replicas, ends_at=since + limit + LAG_S if limit else 0,
+                nvme=nvme, vram=vram, bid=bid, priority=priority, work_lost_s=max(0, now_s - since),
+                gang_size=replicas, ends_at=ends, preemptible=out is None,
             )
         )  # fmt: skip
     return found

@@ -10,7 +10,7 @@ from marketplace import outbox
 from marketplace.models import Site
 from marketplace.services import leases
 from marketplace.services.jobs import CYCLE, nudge_cell
-from scheduler import cycle, record, site_loop, usage
+from scheduler import cycle, defrag, record, site_loop, usage
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,11 @@ log = logging.getLogger(__name__)
 @outbox.handler(CYCLE, one_at_a_time=True)
 def run_cycle(payload: dict[str, Any]) -> None:
     cycle.attempt(payload["cell"])
+
+
+@outbox.handler(defrag.TOPIC, one_at_a_time=True)
+def run_defrag(payload: dict[str, Any]) -> None:
+    defrag.run(payload["cell"])
 
 
 @outbox.handler("scheduler.site_loop")
@@ -33,6 +38,12 @@ def tick_cells() -> None:
     with transaction.atomic():
         for cell_id in cycle.waiting_cells(timezone.now()):
             nudge_cell(cell_id)
+
+
+@shared_task
+def tick_defrag() -> None:
+    """Every cell in which jobs wait looks for moves that make room, in its turn: after the cycle that runs there now."""
+    defrag.ask()
 
 
 @shared_task

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.core import choice, dispatch, power, recheck
+from scheduler.core import choice, defrag, dispatch, power, recheck
 from scheduler.core.case import Case
-from scheduler.core.pack import classes_of, make_state
+from scheduler.core.pack import Packer, classes_of, make_state
 from scheduler.core.plan import plan
+from scheduler.core.score import shapes_of, tables_for
 from scheduler.core.types import Fleet, Kind, Level, Policy, Request, Running, Topology
 
 
@@ -40,12 +41,29 @@ def warm() -> None:
     recheck.admit(state, recheck.Batch(np.array([0, 1]), classes, of.astype(np.int64), one, one + 1, one + 1000, none))
     idle = np.zeros(4, np.int64)
     recheck.book(state, recheck.Power(idle, idle, idle.copy(), idle, np.full(1, 10**12)), one, one + 1)
+    _moves(fleet)
     tree = power.PowerTree.of([power.NodeSpec("site", None, 100_000)])
     miners = dispatch.Fleet.of([0, 0], [0, 0], [[(25, 0), (2000, 100_000), (3500, 200_000)]])
     prices = dispatch.Prices(40_000_000, 40_000_000)
     budget = np.array([5_000_000], np.int64)
     dispatch.plan_dispatch(tree, miners, prices, [0, 0], budget_mw=budget, change_limit=1)
     dispatch.plan_fast(tree, miners, prices, [0, 0], budget_mw=budget)
+
+
+def _moves(fleet: Fleet) -> None:
+    """One repair in which somebody leaves a host, and one in which the second of two finds no place."""
+    sizes = (1, 2, 8, 7)
+    requests = [Request(job=i, gpus=gpus, cpu=1000, ram=1000) for i, gpus in enumerate(sizes)]
+    vectors, _ = classes_of(requests)
+    for others in ([7, 7, 7], [7, 8, 8]):
+        packer = Packer(fleet, vectors, tables_for(fleet, shapes_of(requests), "tailrace"))
+        stands = [(0, 0, 1), (0, 0, 2)] + [(row, {7: 3, 8: 2}[n], (1 << n) - 1) for row, n in enumerate(others, 1)]
+        for row, k, mask in stands:
+            packer.take(row, k, mask)
+        rows, classes, masks = zip(*stands, strict=True)
+        movable = [k == 0 for k in classes]
+        work = defrag.workload(rows, vectors[list(classes)], masks, movable, [1] * len(stands))
+        defrag.search(packer.state, packer.tables, work, [defrag.Wanted(vectors[2], 1000)], 4)
 
 
 if __name__ == "__main__":

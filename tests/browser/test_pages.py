@@ -118,6 +118,7 @@ def test_the_theme_is_kept(chromium, market):
 @pytest.mark.parametrize(("width", "theme"), THEMES)
 def test_no_page_breaks_a_rule_of_axe_or_overflows(chromium, market, width, theme):
     job, _ = live_job(market)
+    Job.objects.filter(pk=job.pk).update(command=["/bin/sh", "-c", "echo " + "a-long-word" * 40])
     listing, customer = market["listing"], market["customer"]
     quote = factories.quote(listing, customer, ends_at=None, firm_until=timezone.now() + timedelta(minutes=15))
     account = BillingAccount.objects.create(organization=customer, currency="USD", created_at=timezone.now())
@@ -141,6 +142,7 @@ def check(page: Any, base: str, paths: list[str], width: int) -> list[str]:
     axe, found = Axe(), []
     for path in paths:
         page.goto(base + path)
+        page.evaluate("document.querySelectorAll('main details').forEach((fold) => { fold.open = true })")
         found += [f"{path}: {v['id']}: {v['nodes'][0]['html'][:200]}" for v in axe.run(page).response["violations"]]
         if (wide := page.evaluate("document.documentElement.scrollWidth")) > width:
             found.append(f"{path}: {wide} px wide")

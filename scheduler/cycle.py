@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns, sleep
 
 import numpy as np
 from django.db import connection, transaction
@@ -24,6 +24,7 @@ from scheduler.core.types import Plan, Reason
 from scheduler.models import Cycle
 
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
+REST_S = 0.05  # a worker's, at most, after a cycle
 # Refused for what nobody's leaving would change.
 NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
 
@@ -53,8 +54,13 @@ def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
         return None
 
 
-def attempt(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
-    """As `run`; raises `outbox.Busy` when another cycle of the cell runs."""
+def attempt(cell_id: int, *, now: datetime | None = None, rest_s: float = 0) -> Cycle | None:
+    """As `run`; raises `outbox.Busy` when another cycle of the cell runs.
+
+    A cycle is followed by a rest as long as it took, `rest_s` at most, in which nobody else begins one: under load what
+    arrives meanwhile is one cycle's work instead of several', and cycles leave CPU to those who submit.
+    """
+    began = monotonic()
     moment = now or timezone.now()
     with alone(cell_id) as mine:
         if not mine:
@@ -65,7 +71,10 @@ def attempt(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
             return None
         Cell.objects.filter(pk=cell_id).update(generation=F("generation") + 1)
         cell = Cell.objects.get(pk=cell_id)
-        return _run(cell, moment)
+        made = _run(cell, moment)
+        if rest_s and made.jobs_considered < snapshot.MAX_JOBS:  # else more waits already
+            sleep(min(rest_s, monotonic() - began))
+        return made
 
 
 def runs(cell_id: int) -> bool:

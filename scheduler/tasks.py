@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @outbox.handler(CYCLE, one_at_a_time=True)
 def run_cycle(payload: dict[str, Any]) -> None:
-    cycle.attempt(payload["cell"])
+    cycle.attempt(payload["cell"], rest_s=cycle.REST_S)
 
 
 @outbox.handler(defrag.TOPIC, one_at_a_time=True)

@@ -235,8 +235,16 @@ _WORKED_OUT: Final = (
 
 @dataclass(frozen=True)
 class _Kept:
+    """A reading; `taints`: how many names of taints there were when the cell was last read anew."""
+
     moment: Moment
     hosts: Hosts
+    taints: int
+
+    @property
+    def worn(self) -> bool:
+        """Taints of the past have used up the bits: reading anew gives those of today theirs."""
+        return self.taints <= _STRANGE < len(self.hosts.names.taints)
 
 
 _kept: OrderedDict[int, _Kept] = OrderedDict()
@@ -250,10 +258,10 @@ def read(cell_id: int) -> Hosts:
     before = _kept.get(cell_id)
     if before is not None:
         moment, rows = _statement(cell_id, _CHANGED, before.hosts.names, before.moment)
-        if not moment.writing and _continues(before.moment, moment):
-            return _keep(cell_id, _Kept(moment, before.hosts.updated(rows)))
+        if not moment.writing and _continues(before.moment, moment) and not before.worn:
+            return _keep(cell_id, _Kept(moment, before.hosts.updated(rows), before.taints))
     moment, rows = _statement(cell_id, _ALL, Names())
-    return rows if moment.writing else _keep(cell_id, _Kept(moment, rows))
+    return rows if moment.writing else _keep(cell_id, _Kept(moment, rows, len(rows.names.taints)))
 
 
 def lock(host_ids: list[int], names: Names) -> Hosts:

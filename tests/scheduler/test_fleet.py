@@ -193,7 +193,7 @@ def test_another_server_or_one_set_back_is_read_anew():
         kept.moment._replace(xmax=1 << 60),
         kept.moment._replace(layout=9),
     ):
-        fleet._kept[site.cell_id] = fleet._Kept(moment, fleet.Hosts(broken, kept.hosts.names))
+        fleet._kept[site.cell_id] = fleet._Kept(moment, fleet.Hosts(broken, kept.hosts.names), kept.taints)
         assert (fleet.read(site.cell_id)["cpu_free"] > 0).all()
 
 
@@ -213,3 +213,19 @@ def test_a_host_of_an_unknown_cell_has_no_row():
         with pytest.raises(KeyError):
             kept.position(wrong)
     assert kept.position(np.zeros(0)).tolist() == []
+
+
+def test_taints_of_the_past_do_not_use_up_the_bits():
+    """Taints that come and go, one for each job, say: the newest can be tolerated as the first could."""
+    site, (host, *_) = world(2)
+    for number in range(70):
+        Host.objects.filter(pk=host.pk).update(taints=[f"job={number}"])
+        here = same(site.cell_id)
+        assert here.names.taints[f"job={number}"] < 62
+    Host.objects.filter(pk=host.pk).update(taints=[f"all={number}" for number in range(70)])
+    kept = same(site.cell_id).names
+    assert sum(bit == 62 for bit in kept.taints.values()) == 8, (
+        "more than there are bits for at once: the rest nobody tolerates"
+    )
+    Host.objects.filter(pk=host.pk).update(vcpu_free=1)
+    assert same(site.cell_id).names is kept, "and reading anew would not help"

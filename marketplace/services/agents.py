@@ -64,7 +64,8 @@ def enrol(*, token: str, name: str, version: str, runtime: str, now: datetime) -
 def observe(agent: Agent, report: dict[str, Any], *, now: datetime) -> bool:
     """Take a report in. Returns whether the full inventory is wanted next time. Raises clock_skew, and applies nothing then.
 
-    Raw readings are written without the site's lock; only what moves a placement takes it.
+    Readings wait for the site's lock as all that writes its rows does: hosts, miners and nodes are each written in one statement,
+    in no order, and a site loop that had locked some of them could otherwise wait for this, and this for it.
     """
     skew = abs((now - report["agent_time"]).total_seconds())
     if skew > MAX_SKEW_S:
@@ -75,6 +76,7 @@ def observe(agent: Agent, report: dict[str, Any], *, now: datetime) -> bool:
         _events(agent, report.get("events") or [])
         if agent.boot == report["boot"][:40] and report["sequence"] < agent.sequence:
             return False  # overtaken by a later sync of the same agent: its rows are older than ours
+        placements.lock_sites([agent.site_id])
         _readings(agent, report, now)
     if report.get("placements"):
         with transaction.atomic():

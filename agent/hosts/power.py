@@ -207,7 +207,10 @@ class HostPower:
             self.dirty.add(host.name)
 
     async def _towards(self, host: Host) -> bool:
-        """One step towards the goal; True when there is nothing left to do now."""
+        """One step towards the goal; True when there is nothing left to do now.
+
+        A newer wish may come at any `await`: what is in force afterwards is the generation that this step began with.
+        """
         if not host.state and host.latched < host.generation:
             return True
         reading = host.reading
@@ -220,19 +223,20 @@ class HostPower:
             await self.driver.power(host.name, on=True)
             return False
         if not host.can_cap:
-            return self._applied(host)
+            return self._applied(host, host.generation)
         return await self._limits(host)
 
     async def _off(self, host: Host, reading: HostReading) -> bool:
+        generation = host.generation
         if self.draining(host.name):
             return False
         if reading.power_state != "off":
             await self.driver.power(host.name, on=False)
             host.reading = await self.driver.read(host.name)
-        return self._applied(host) if host.reading and host.reading.power_state == "off" else False
+        return self._applied(host, generation) if host.reading and host.reading.power_state == "off" else False
 
     async def _limits(self, host: Host) -> bool:
-        goal = host.goal()
+        goal, generation = host.goal(), host.generation
         busy = self.draining(host.name)
         assert host.reading is not None
         now = list(host.reading.limits_w)
@@ -245,22 +249,24 @@ class HostPower:
         if lower != now:
             now = list(await self.driver.set_limits(host.name, lower))
         raising = any(want > have for want, have in zip(goal, now, strict=True))
-        if raising and not host.in_force and host.latched < host.generation and self.may_raise():
+        newest = host.generation == generation and host.latched < generation
+        if raising and newest and not host.in_force and self.may_raise():
             now = list(await self.driver.set_limits(host.name, [max(a, b) for a, b in zip(now, goal, strict=True)]))
         # The truth is what is read afterwards, not what the setting call answered.
         host.reading = await self.driver.read(host.name)
         reached = list(host.reading.limits_w) == goal
-        if reached and host.latched < host.generation:
-            return self._applied(host)
+        if reached and host.latched < generation:
+            return self._applied(host, generation)
         self.report(host, urgent=True)
-        return reached or (raising and host.in_force)
+        return host.generation == generation and (reached or (raising and host.in_force))
 
-    def _applied(self, host: Host) -> bool:
-        if host.applied < host.generation:
-            host.applied = host.generation
+    def _applied(self, host: Host, generation: int) -> bool:
+        """`generation` is in force; whether it is still what is wanted."""
+        if host.applied < generation:
+            host.applied = generation
             self._keep(host)
         self.report(host, urgent=True)
-        return True
+        return host.generation == generation
 
     # --- for others
 

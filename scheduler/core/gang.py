@@ -43,7 +43,6 @@ from scheduler.core.jit import kernel
 from scheduler.core.state import State, give, take
 from scheduler.core.types import I32, I64, Level, Topology
 
-MANY: Final = 1 << 30
 DOMAIN_TRIES: Final = 64  # domains tried a level when watts refuse one after another
 _LADDER: Final = (Level.HOST, Level.LEAF, Level.SPINE, Level.SITE)
 _NOBODY: Final = np.zeros(0, np.int64)

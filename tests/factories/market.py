@@ -1,0 +1,86 @@
+"""What is offered and agreed: listings, quotes, contracts."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+from marketplace.models import Contract, Host, Listing, Organization, Quote, Site
+from marketplace.services import quoted
+from tests.factories import people, places
+from tests.factories.rows import NOW, created
+
+
+def listing(site: Site, *, hosts: Iterable[Host] = (), state: str = "published", **fields: Any) -> Listing:
+    """A published offer of every kind; `hosts` are put into it."""
+    made = Listing.objects.create(
+        organization=site.organization,
+        site=site,
+        state=state,
+        **{
+            "gpu_model": places.gpu_model(),
+            "title": f"H100 at {site.name}",
+            "on_demand_price": 2_500_000,
+            "reserved_price": 2_000_000,
+            "flexible_price": 1_600_000,
+            "spot_floor": 900_000,
+            "published_at": NOW if state == "published" else None,
+            **fields,
+        },
+    )
+    Host.objects.filter(pk__in=[h.pk for h in hosts]).update(listing=made)
+    return made
+
+
+_offered = listing  # for builders with a parameter of that name
+
+
+def quote(listing: Listing, organization: Organization, *, kind: str = "on_demand", **fields: Any) -> Quote:
+    return Quote.objects.create(
+        organization=organization,
+        listing=listing,
+        kind=kind,
+        **{
+            "gpu_count": 8,
+            "starts_at": NOW,
+            "ends_at": NOW + timedelta(days=7),
+            "price": listing.price_of(kind),
+            "currency": listing.currency,
+            "fee_permille": 150,
+            "created_at": NOW,
+            "held_until": NOW + timedelta(minutes=2),
+            "firm_until": NOW + timedelta(minutes=15),
+            "listing_version": listing.version,
+            "terms": quoted.terms_of(listing),
+            **fields,
+        },
+    )
+
+
+def contract(
+    listing: Listing | None = None, organization: Organization | None = None, *, kind: str = "on_demand", **fields: Any
+) -> Contract:
+    """An active contract since NOW, open-ended unless `ends_at` is given, with its first event."""
+    of = listing or _offered(places.site())
+    made = Contract.objects.create(
+        organization=organization or people.organization(livemode=of.organization.livemode),
+        operator=of.organization,
+        listing=of,
+        site=of.site,
+        cell=of.site.cell,
+        kind=kind,
+        **{
+            "gpu_model": of.gpu_model,
+            "gpu_count": 8,
+            "starts_at": NOW,
+            "price": of.price_of(kind) or 0,
+            "currency": of.currency,
+            "fee_permille": 150,
+            "listing_version": of.version,
+            "terms": {"listing": of.public_id, "kind": kind},
+            "state": "active",
+            "created_at": NOW,
+            **fields,
+        },
+    )
+    created(Contract, made)
+    return made

@@ -11,7 +11,7 @@ class Migration(migrations.Migration):
     initial = True
 
     dependencies = [
-        ('marketplace', '0003_dispatch_and_pulse'),
+        ("marketplace", "0003_dispatch_and_pulse"),
     ]
 
     operations = [

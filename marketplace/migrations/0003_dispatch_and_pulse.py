@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0002_host_updated_seq'),
+        ("marketplace", "0002_host_updated_seq"),
     ]
 
     operations = [

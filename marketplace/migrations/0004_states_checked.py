@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0003_dispatch_and_pulse'),
+        ("marketplace", "0003_dispatch_and_pulse"),
     ]
 
     operations = [

@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0004_states_checked'),
+        ("marketplace", "0004_states_checked"),
     ]
 
     operations = [

@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0005_offered_is_done'),
+        ("marketplace", "0005_offered_is_done"),
     ]
 
     operations = [

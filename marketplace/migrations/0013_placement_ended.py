@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0012_meter_residuals'),
+        ("marketplace", "0012_meter_residuals"),
     ]
 
     operations = [

@@ -5,8 +5,8 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0006_pulse_resumed'),
-        ('scheduler', '0001_initial'),
+        ("marketplace", "0006_pulse_resumed"),
+        ("scheduler", "0001_initial"),
     ]
 
     operations = [

@@ -8,8 +8,8 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0013_placement_ended'),
-        ('scheduler', '0002_cycle_record'),
+        ("marketplace", "0013_placement_ended"),
+        ("scheduler", "0002_cycle_record"),
     ]
 
     operations = [

@@ -86,7 +86,8 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     closed = _closed(snapshot, wanted, now)
     outcome.conflicts |= dict.fromkeys(closed & waiting, Reason.HOST_RESERVED_FOR_OWNER)
-    jobs = [job for job in wanted if job in waiting - closed]
+    open_to = waiting - closed
+    jobs = [job for job in wanted if job in open_to]
     if not jobs:
         return
     replicas = [p for job in jobs for p in wanted[job]]

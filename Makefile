@@ -37,8 +37,8 @@ test-full: setup ## with the sweeps: every seed, theme and width, long simulatio
 smoke: setup ## the main job, headless, through public interfaces only; a report
 	@$(PY) -m scheduler.core.warm && $(PY) -m sandbox.smoke $(ARGS)
 
-bench: setup ## every claim of the README beside its peer, into benchmarks/results/
-	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS)
+bench: setup ## every claim of the README beside its peer, into benchmarks/results/ and the README's table
+	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS); status=$$?; $(PY) -m benchmarks table && exit $$status
 
 lint: setup ## ruff, types, import contracts, migrations, OpenAPI drift, templates
 	@.ci/lint

@@ -1,4 +1,5 @@
-"""`python -m benchmarks NAME [--json] [--quick] [--trace-dir DIR] [--traces a,b] [--seeds 42,43]`; NAME `all` runs every one.
+"""`python -m benchmarks NAME [--json] [--quick] [--trace-dir DIR] [--traces a,b] [--seeds 42,43]`; NAME `all` runs every one, each
+in a process of its own; NAME `table` writes the README's table anew from the results that stand.
 
 Exit status: 0 done, 1 the work did not happen, 2 a bound was missed (only with --strict).
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import table
 from benchmarks.harness import Options, Report, WorkNotDoneError, names
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".numba"))
@@ -18,7 +21,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parent.par
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="One claim each, beside its peer.")
-    parser.add_argument("name", choices=[*names(), "all"])
+    parser.add_argument("name", choices=[*names(), "all", "table"])
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--quick", action="store_true", help="smaller: ends within 50 s, same keys")
     parser.add_argument("--strict", action="store_true", help="exit 2 when a bound is missed")
@@ -27,31 +30,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="", help="comma-separated seeds")
     parser.add_argument("--out", help="folder for NAME.json")
     given = parser.parse_args(argv)
+    if given.name == "table":
+        print("README.md: written anew" if table.write() else "README.md: was up to date")
+        return 0
+    if given.name == "all":
+        return _all(sys.argv[1:] if argv is None else argv)
     options = Options(
         given.quick,
         given.trace_dir,
         tuple(filter(None, given.traces.split(","))),
         tuple(int(s) for s in given.seeds.split(",") if s),
     )
-    status = 0
-    for name in names() if given.name == "all" else [given.name]:
-        print(f"== {name}", flush=True)
-        try:
-            report: Report = importlib.import_module(f"benchmarks.{name}").run(options)
-        except WorkNotDoneError as error:
-            print(f"{name}: the work did not happen: {error}", file=sys.stderr)
-            status = 1
-            continue
-        report.show()
-        if report.missed():
-            print(f"missed: {', '.join(report.missed())}")
-            status = status or (2 if given.strict else 0)
-        if given.out:
-            Path(given.out).mkdir(parents=True, exist_ok=True)
-            (Path(given.out) / f"{name}.json").write_text(report.as_json() + "\n")
-        if given.json:
-            print(report.as_json(), flush=True)
-    return status
+    print(f"== {given.name}", flush=True)
+    try:
+        report: Report = importlib.import_module(f"benchmarks.{given.name}").run(options)
+    except WorkNotDoneError as error:
+        print(f"{given.name}: the work did not happen: {error}", file=sys.stderr)
+        return 1
+    report.conditions["quick"] = given.quick
+    report.show()
+    if report.missed():
+        print(f"missed: {', '.join(report.missed())}")
+    if given.out:
+        Path(given.out).mkdir(parents=True, exist_ok=True)
+        (Path(given.out) / f"{given.name}.json").write_text(report.as_json() + "\n")
+    if given.json:
+        print(report.as_json(), flush=True)
+    return 2 if report.missed() and given.strict else 0
+
+
+def _all(argv: list[str]) -> int:
+    """One after the other; a process each, so that none measures what another left in memory or in the settings."""
+    at = argv.index("all")
+    worst = 0
+    for name in names():
+        done = subprocess.run([sys.executable, "-m", "benchmarks", *argv[:at], name, *argv[at + 1 :]], check=False)
+        worst = worst or done.returncode
+    return worst
 
 
 if __name__ == "__main__":

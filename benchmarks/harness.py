@@ -43,7 +43,7 @@ class Report:
     def missed(self) -> list[str]:
         """Figures that miss their bound."""
         return [
-            k for k, (how, bound) in self.must.items() if k in self.figures and not _holds(self.figures[k], how, bound)
+            k for k, (how, bound) in self.must.items() if k in self.figures and not holds(self.figures[k], how, bound)
         ]
 
     def as_json(self) -> str:
@@ -53,7 +53,7 @@ class Report:
                 "name": self.name,
                 "figures": self.figures,
                 "peer": self.peer,
-                "conditions": {**machine(), **self.conditions},
+                "conditions": {**machine(), **self.conditions, "must": self.must},
             }
         )
 
@@ -71,14 +71,15 @@ class Report:
             print()
         for key, value in self.figures.items():
             how, bound = self.must.get(key, ("", 0.0))
-            verdict = "" if not how else f"   must be {how} {bound:g}: {'yes' if _holds(value, how, bound) else 'NO'}"
+            verdict = "" if not how else f"   must be {how} {bound:g}: {'yes' if holds(value, how, bound) else 'NO'}"
             print(f"{key:32} {value:14,.4g}{verdict}")
         for key, value in self.peer.items():
             print(f"  peer {key:25} {value:14,.4g}")
         print("; ".join(f"{k}: {v}" for k, v in self.conditions.items()))
 
 
-def _holds(value: float, how: str, bound: float) -> bool:
+def holds(value: float, how: str, bound: float) -> bool:
+    """Whether a figure keeps to its bound."""
     return {"<=": value <= bound, ">=": value >= bound}[how]
 
 
@@ -95,8 +96,16 @@ def machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def _processor() -> str:
+    """The model as Linux names it, else the architecture."""
+    known = Path("/proc/cpuinfo")
+    named = (line.partition(":")[2].strip() for line in known.read_text().splitlines() if line.startswith("model name"))
+    return next(named, platform.machine()) if known.exists() else platform.machine()
 
 
 @contextmanager
@@ -119,5 +128,4 @@ def best_of(times: int, work: Callable[[], Any]) -> float:
 def names() -> list[str]:
     """Benchmarks there are: modules of this package that have `run`."""
     here = Path(__file__).parent
-    own = {"__init__", "__main__", "harness", "traces"}
-    return sorted(p.stem for p in here.glob("*.py") if p.stem not in own and "\ndef run(" in p.read_text())
+    return sorted(p.stem for p in here.glob("*.py") if "\ndef run(options: Options) -> Report:" in p.read_text())

@@ -23,6 +23,7 @@ class Placement:
     finished_at: float | None = None
     exit_code: int | None = None
     reason: str = ""
+    checkpoint_at: float | None = None
     stop_reason: str = ""
     secrets: dict[str, str] | None = field(default=None, repr=False)  # memory only; None until control sent them again
     stopped_at: float = 0.0
@@ -58,6 +59,13 @@ class Placement:
         self.told = False
         return True
 
+    def saved(self, at: float | None) -> bool:
+        """Takes over when the work last saved its state; says whether that is news."""
+        if at is None or at == self.checkpoint_at:
+            return False
+        self.checkpoint_at = at
+        return True
+
     def document(self) -> dict[str, Any]:
         keys = (
             "id",
@@ -69,6 +77,7 @@ class Placement:
             "running_at",
             "finished_at",
             "exit_code",
+            "checkpoint_at",
             "reason",
             "stop_reason",
         )
@@ -85,6 +94,7 @@ class Placement:
             "state": "unknown" if self.unknown and self.phase != "ended" else state,
             "running_at": to_wire(self.running_at),
             "finished_at": to_wire(self.finished_at),
+            "checkpoint_at": to_wire(self.checkpoint_at),
             "exit_code": self.exit_code,
             "reason": self.reason,
         }

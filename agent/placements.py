@@ -271,14 +271,15 @@ class Placements:
                 except HostError as error:
                     log.debug("detach %s: %s", item.id, error)
             return
+        if item.saved(status.checkpoint_at):
+            self._tell(item, urgent=False)
         if not item.told:
             await self._tell_work(item)
         await self._attach(item)
         maximum = item.spec.get("max_seconds")
         if maximum and item.running_at and now >= item.running_at + float(maximum):
-            item.stop_reason = (
-                item.stop_reason or "max_seconds"
-            )  # a runtime's own timer may have died with a former agent
+            # A runtime's own timer may have died with a former agent.
+            item.stop_reason = item.stop_reason or "max_seconds"
         if item.desired == "stop":
             if item.stop_reason != "stopped" or now - item.stopped_at > STOP_AGAIN_S:
                 item.stop_reason = "stopped"
@@ -308,6 +309,7 @@ class Placements:
         item.phase, item.unknown = "ended", False
         item.running_at = status.started_at or item.running_at
         item.finished_at, item.exit_code = status.finished_at, status.exit_code
+        item.saved(status.checkpoint_at)
         # The gang's reason explains more than the signal that ended this member.
         item.reason = item.stop_reason if item.stop_reason == "gang_member_failed" else status.reason
         if item.running_at is None:
@@ -337,8 +339,8 @@ class Placements:
             log.warning("gang table of %s: %s", item.id, error)
         item.told = table == item.gang()
 
-    def _tell(self, item: Placement) -> None:
-        self.reports.set("placements", item.id, item.row(), urgent=True)
+    def _tell(self, item: Placement, *, urgent: bool = True) -> None:
+        self.reports.set("placements", item.id, item.row(), urgent=urgent)
 
     # --- facts for others
 

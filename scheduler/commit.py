@@ -17,10 +17,9 @@ from django.db import transaction
 from marketplace import arrays, outbox
 from marketplace.locks import Lock, acquire
 from marketplace.models import Cell, Job, Placement
+from marketplace.services import drains, power
 from marketplace.services import hosts as host_rows
-from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from marketplace.services import power
 from marketplace.services import replicas as gangs
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.transitions import transition_many
@@ -63,16 +62,17 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
     rows = np.fromiter((p.host for p in plan.placements), np.int64, len(plan.placements))
     with transaction.atomic():
         sites = set(np.unique(snapshot.fleet.site[rows]).tolist())
-        victims = {p.job for p in plan.preemptions}
+        victims = [p.placement for p in plan.preemptions]
+        live = Placement.objects.filter(pk__in=victims, release_requested_at=None).exclude(state__in=Placement.FINAL)
         if victims:
-            live = Placement.objects.filter(job_id__in=victims).exclude(state__in=Placement.FINAL)
             sites |= set(live.values_list("site_id", flat=True))
         acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
         if not Cell.objects.filter(pk=snapshot.cell.pk, generation=snapshot.generation).exists():
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
         if victims:
-            reason = "capacity claimed by a higher contract"
-            outcome.preempted = job_service.preempt(victims, now=now, actor=ACTOR, reason=reason)
+            outcome.preempted = drains.take_off(
+                live, now=now, actor=ACTOR, reason="preempted: capacity claimed by a higher contract"
+            )
         if plan.placements:
             _place(snapshot, plan.placements, sites, outcome, now)
     return outcome

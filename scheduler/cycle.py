@@ -12,8 +12,8 @@ from django.utils import timezone
 
 from marketplace import arrays, outbox
 from marketplace.locks import Lock, acquire
-from marketplace.models import Cell, Job, PowerNode
-from marketplace.services import holds, replicas
+from marketplace.models import Cell, Job, Placement, PowerNode
+from marketplace.services import drains, holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
 from scheduler import commit, promises, snapshot
@@ -201,7 +201,7 @@ def _binding(d: Decided, names: dict[int, str]) -> str:
 
 # Placements of others on GPUs whose reservation's claim has begun, that nobody has asked to leave yet.
 _STRANGERS = """
-SELECT DISTINCT p.cell_id, p.job_id, p.site_id FROM marketplace_reservation r
+SELECT DISTINCT p.cell_id, p.id, p.site_id FROM marketplace_reservation r
 JOIN marketplace_reservationblock b ON b.reservation_id = r.id
 JOIN marketplace_placement p ON p.host_id = b.host_id AND p.gpu_indices && b.gpu_indices AND p.contract_id <> r.contract_id
 WHERE r.state = 'firm' AND r.claims_at <= %(now)s AND r.ends_at > %(now)s AND p.release_requested_at IS NULL
@@ -210,7 +210,7 @@ WHERE r.state = 'firm' AND r.claims_at <= %(now)s AND r.ends_at > %(now)s AND p.
 
 
 def _strangers(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
-    """(cell, job, site) of each, and of those who hold the CPU, RAM or NVMe that goes with such GPUs; of all cells where none is
+    """(cell, placement, site) of each, and of those who hold the CPU, RAM or NVMe that goes with such GPUs; of all cells where none is
     named.
     """
     with connection.cursor() as cursor:
@@ -220,7 +220,9 @@ def _strangers(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]
 
 
 def evict_for_reservations(cell_id: int, *, now: datetime) -> list[int]:
-    """Jobs of others that stand on GPUs whose reservation's claim has begun give way (they queue again)."""
+    """What stands of others on GPUs whose reservation's claim has begun gives way: the replicas there, or their whole jobs, which
+    queue again. Returns the jobs.
+    """
     if not _strangers(cell_id, now):
         return []
     with transaction.atomic():
@@ -228,8 +230,10 @@ def evict_for_reservations(cell_id: int, *, now: datetime) -> list[int]:
         acquire((Lock.CELL, cell_id))
         found = _strangers(cell_id, now)
         placement_service.lock_sites(site for _, _, site in found)
-        reason = "a reservation begins on these GPUs"
-        return job_service.preempt((job for _, job, _ in found), now=now, actor="scheduler", reason=reason)
+        going = Placement.objects.filter(pk__in=[pk for _, pk, _ in found]).order_by("pk")
+        return drains.take_off(
+            going, now=now, actor="scheduler", reason="preempted: a reservation begins on these GPUs"
+        )
 
 
 def waiting_cells(now: datetime) -> list[int]:

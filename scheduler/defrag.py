@@ -6,13 +6,15 @@ after any preemption by us: nothing is billed from that moment on, it counts as 
 host is held for the one who waits by a promise in his decision (`scheduler.promises`), so that nobody who was moved, or came
 since, takes it. One wave at a time: while anybody of the cell still gives way to somebody, nobody else is asked to leave.
 
-Who may be moved: jobs under spot contracts, which are sold as work that gives way, with a checkpoint grace; of one replica,
-without rules beyond their shape, and running here for `REST_S` at least. A job under any other contract is never moved: its
-owner has not agreed to it. Who is served: jobs of one replica without such rules that the last cycle left waiting for room,
-with no promised start.
+Who may be moved: jobs under spot contracts, which are sold as work that gives way, and those whose owner has agreed to it
+(`Job.movable`); with a checkpoint grace, of one replica, without rules beyond their shape, on capacity that is not reserved for
+them, and running here for `REST_S` at least. Who is served: jobs of one replica without such rules that the last cycle left
+waiting for room, with no promised start.
 
-What a move costs is the time in which the job does no work: its grace, and `LAG_S` until it runs elsewhere. What it brings is
-that the other starts now: `HORIZON_S` of its work, and what it has waited. The second must be `DEFRAG_GAIN` times the first.
+What a move costs is the work since the last checkpoint that the job told of (since its start, without one: whether its grace is
+long enough to save that nobody knows), and the time in which it does none: its grace, and `LAG_S` until it runs elsewhere. What
+it brings is that the other starts now: `HORIZON_S` of its work, and what it has waited. The second must be `DEFRAG_GAIN` times
+the first.
 """
 
 from collections import defaultdict
@@ -53,7 +55,7 @@ LEAST_MILLI: Final = 100  # a job without GPUs is worth as much as a tenth of on
 _MOVABLE = """
 SELECT p.id, j.id, j.checkpoint_grace_s
 FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = j.contract_id
-WHERE p.cell_id = %(cell)s AND p.state = 'running' AND j.state = 'running' AND c.kind = 'spot' AND j.checkpoint_grace_s > 0
+WHERE p.cell_id = %(cell)s AND p.state = 'running' AND j.state = 'running' AND (c.kind = 'spot' OR j.movable) AND j.checkpoint_grace_s > 0
   AND j.replicas = 1 AND NOT j.ruled AND j.cancel_requested_at IS NULL AND p.release_requested_at IS NULL
   AND p.running_at <= %(rested)s AND (%(jobs)s::bigint[] IS NULL OR j.id = ANY(%(jobs)s))
   AND NOT EXISTS (SELECT 1 FROM marketplace_job w JOIN scheduler_decision d ON d.job_id = w.id
@@ -153,7 +155,7 @@ def rooms(taken: Snapshot) -> list[Room]:
         vectors[of[: len(stands)]],
         [sum(1 << g for g in p.gpus) for p, _, _ in stands],
         [True] * len(stands),
-        [_milli(r) * (grace + LAG_S) for _, r, grace in stands],
+        [_milli(r) * (p.work_lost_s + grace + LAG_S) for p, r, grace in stands],
     )
     wanted = [
         defrag.Wanted(vectors[k], _milli(r) * (HORIZON_S + max(0, now_s - r.queued_at)) // settings.DEFRAG_GAIN)
@@ -216,7 +218,7 @@ def _make(room: Room, now: datetime) -> list[int]:
     job = Job.objects.get(pk=room.job)
     size = f"{job.gpus} GPU{'s' * (job.gpus != 1)}" if job.gpus else "more CPU and memory"
     reason = f"{MOVED}: a job that needs {size} in one host waits, and there is a place for this one elsewhere"
-    left = job_service.preempt(room.movers, now=now, actor=ACTOR, reason=reason)
+    left = job_service.preempt(room.movers, now=now, actor=ACTOR, reason=reason, increment=["moves"])
     many = f"{len(left)} smaller jobs leave" if len(left) != 1 else "a smaller job leaves"
     told = f"{words.ROOM}: {many} a host with a checkpoint, by {start.astimezone(UTC):%H:%M:%S} UTC at the latest"
     Decision.objects.filter(job_id=room.job).update(earliest_start=start, held_hosts=[room.host], suggestion=told)

@@ -17,16 +17,13 @@ from marketplace.models import Cell, GpuModel, Placement
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
-from scheduler import promises, rules, usage
-from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Kind, Policy, Request, Running
+from scheduler import promises, rules, standing, usage
+from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Policy, Request, Running
+from scheduler.standing import KINDS, LAG_S
 
 CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
 MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
-
-LAG_S = 120  # most that passes before a placed job runs (miners shed), and from its limit until its GPUs are back
-
-_KIND = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
 
 
 class Waiting(NamedTuple):
@@ -81,18 +78,6 @@ SELECT b.host_id, r.contract_id, b.gpu_indices FROM marketplace_reservationblock
 JOIN marketplace_reservation r ON r.id = b.reservation_id JOIN marketplace_host h ON h.id = b.host_id
 WHERE h.cell_id = %(cell)s AND r.state = 'firm' AND r.ends_at > %(now)s AND r.claims_at <= %(by)s
 """
-_LEAVING = """
-SELECT EXISTS (SELECT 1 FROM marketplace_job j JOIN marketplace_placement p ON p.job_id = j.id
-  WHERE j.cell_id = %s AND j.state = 'preempting' AND p.state IN ('draining', 'unreachable'))
-"""
-_RUNNING = """
-SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
-  p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
-  j.replicas, coalesce(j.max_seconds, 0),
-  CASE WHEN p.state = 'draining' THEN floor(extract(epoch FROM p.release_requested_at))::bigint + j.checkpoint_grace_s END
-FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = p.contract_id
-WHERE p.cell_id = %(cell)s AND p.state IN ('intended', 'shedding', 'granted', 'starting', 'running', 'draining') ORDER BY p.id
-"""
 
 
 @dataclass
@@ -126,7 +111,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     jobs = _waiting(cell, now, repairs)
     model_of = hosts.models[0]
     fleet = _fleet(hosts, reserved, nodes, _site_flags(sites, now)[site_of])
-    requests = _requests(jobs, claims, model_of, may_preempt=not _leaving(cell))
+    requests = _requests(jobs, claims, model_of, may_preempt=not standing.leaving(cell.pk))
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=hosts.names.taints, mended=repairs, now=now)
@@ -139,7 +124,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         now=now,
         fleet=fleet,
         requests=requests,
-        running=_running(cell, hosts, reserved, now) if running else [],
+        running=standing.running(cell.pk, hosts.id_list, reserved.row_of(len(hosts)), now) if running else [],
         policy=Policy(shapes=_mix(cell), queue="shortest", usage_scale=capacity, lag_s=LAG_S),
         host_of=host_of,
         node_of=nodes.ids.tolist(),
@@ -198,6 +183,11 @@ class _Reserved:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row_of(self, first: int) -> dict[tuple[int, int], int]:
+        """(host id, GPU) -> the row, where they stand behind `first` rows of hosts."""
+        found = enumerate(zip(self.host_ids, self.gpus, strict=True), first)
+        return {(pk, gpu): i for i, (pk, gpus) in found for gpu in gpus}
 
     def owed(self, hosts: cells.Hosts) -> dict[str, I64]:
         """Per row: CPU, RAM and NVMe that are owed and still free. Their sum is never more than the host has free."""
@@ -274,13 +264,6 @@ def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> lis
         return [Waiting(*row) for row in rows]
 
 
-def _leaving(cell: Cell) -> bool:
-    """Whether victims of an earlier cycle still drain: until they are gone nobody else is preempted for the same watts and GPUs."""
-    with connection.cursor() as cursor:
-        cursor.execute(_LEAVING, [cell.pk])
-        return bool(cursor.fetchone()[0])
-
-
 def _requests(
     jobs: list[Waiting], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
 ) -> list[Request]:
@@ -326,7 +309,7 @@ def _request(
     return Request(
         job=job.id,
         org=job.organization_id,
-        kind=_KIND[job.contract_kind],
+        kind=KINDS[job.contract_kind],
         priority=job.priority,
         replicas=job.replicas,
         pool=-job.contract_id if job.contract_id in reserved else job.listing_id,
@@ -346,40 +329,6 @@ def _request(
         may_preempt=job.contract_kind != "spot",
         duration_s=job.max_seconds or 0,
     )
-
-
-def _running(cell: Cell, hosts: cells.Hosts, reserved: _Reserved, now: datetime) -> list[Running]:
-    """Live placements that could end or give way. What drains is on its way out: nobody evicts it, and it is gone `LAG_S` after
-    its grace; one that is late by then is given as long again.
-    """
-    now_s = int(now.timestamp())
-    row_of = {pk: i for i, pk in enumerate(hosts.id_list)}
-    reserved_row = {
-        (pk, gpu): len(hosts) + i
-        for i, (pk, gpus) in enumerate(zip(reserved.host_ids, reserved.gpus, strict=True))
-        for gpu in gpus
-    }
-    with connection.cursor() as cursor:
-        cursor.execute(_RUNNING, {"cell": cell.pk})
-        rows = cursor.fetchall()
-    found = []
-    for pk, job, org, kind, host, gpus, milli, cpu, ram, nvme, vram, bid, priority, since, replicas, limit, out in rows:
-        row = row_of.get(host)
-        if row is None:
-            continue
-        if gpus and reserved_row:
-            row = reserved_row.get((host, gpus[0]), row)
-        ends = since + limit + LAG_S if limit else 0
-        if out is not None:
-            ends = (out if out + LAG_S > now_s else now_s) + LAG_S
-        found.append(
-            Running(
-                placement=pk, job=job, org=org, kind=_KIND[kind], host=row, gpus=tuple(gpus), gpu_milli=milli, cpu=cpu, ram=ram,
-                nvme=nvme, vram=vram, bid=bid, priority=priority, work_lost_s=max(0, now_s - since),
-                gang_size=replicas, ends_at=ends, preemptible=out is None,
-            )
-        )  # fmt: skip
-    return found
 
 
 def _mix(cell: Cell) -> tuple[tuple[int, int, int, int, int, int], ...] | None:

@@ -25,13 +25,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Status:
-    """`state`: missing (never started here) | running | exited | lost (ended without a record). Times are epoch seconds."""
+    """`state`: missing (never started here) | running | exited | lost (ended without a record). Times are epoch seconds;
+    `checkpoint_at`: when the work last said that it has saved its state.
+    """
 
     state: str
     started_at: float | None = None
     finished_at: float | None = None
     exit_code: int | None = None
     reason: str = ""
+    checkpoint_at: float | None = None
 
 
 class StartError(Exception):

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agent import supervise
 from agent.runtime import STREAMS, StartError, Status, Work
 
 START_TIMEOUT_S = 20.0
+SAVED = "checkpoint-saved"  # in the workspace: the work touches it whenever a checkpoint is whole
 SAFE_ID = re.compile(r"[A-Za-z0-9_.-]{1,120}")
 
 
@@ -65,7 +67,7 @@ class ProcessRuntime:
             "command": list(work.command),
             "env": env
             | {"TAILRACE_WORKSPACE": space, "TAILRACE_CHECKPOINT_FILE": f"{space}/checkpoint-requested"}
-            | {"TAILRACE_GANG_FILE": f"{space}/gang.json"}
+            | {"TAILRACE_GANG_FILE": f"{space}/gang.json", "TAILRACE_SAVED_FILE": f"{space}/{SAVED}"}
             | work.env,
             "grace_s": work.grace_s,
             "max_seconds": work.max_seconds,
@@ -106,21 +108,30 @@ class ProcessRuntime:
     async def status(self, key: str) -> Status:
         folder = self.folder(key)
         if done := supervise.read(str(folder / "exit.json")):
-            return self._exited(done)
+            return self._exited(folder, done)
         names = supervise.read(str(folder / "pid.json"))
         if not names:
             return Status("lost" if (folder / "claim").exists() else "missing")
         if supervise.start_ticks(int(names["pid"])) == names["start"]:
-            return Status("running", started_at=names["started_at"])
+            return Status("running", started_at=names["started_at"], checkpoint_at=self._saved(folder))
         # It may have written its record between the two looks.
         if done := supervise.read(str(folder / "exit.json")):
-            return self._exited(done)
+            return self._exited(folder, done)
         self._kill_job(names, signal.SIGKILL)
         return Status("lost", started_at=names["started_at"])
 
+    def _exited(self, folder: Path, done: dict[str, Any]) -> Status:
+        code, reason = int(done["exit_code"]), str(done["reason"])
+        return Status("exited", done["started_at"], done["finished_at"], code, reason, self._saved(folder))
+
     @staticmethod
-    def _exited(done: dict[str, Any]) -> Status:
-        return Status("exited", done["started_at"], done["finished_at"], int(done["exit_code"]), str(done["reason"]))
+    def _saved(folder: Path) -> float | None:
+        """When the work last touched its mark, unless it says a time to come. A link is not followed: it is the work's own."""
+        try:
+            at = (folder / "work" / SAVED).lstat().st_mtime
+        except OSError:
+            return None
+        return at if 0 <= at <= time.time() + 1 else None
 
     def _kill_job(self, names: dict[str, Any], number: int) -> None:
         job = int(names.get("job", 0))

@@ -63,6 +63,9 @@ class PlacementState(serializers.Serializer):
     state = serializers.ChoiceField(["starting", "running", "draining", "exited", "failed", "unknown"])
     running_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
     finished_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
+    checkpoint_at = serializers.DateTimeField(
+        required=False, allow_null=True, default=None, help_text="when the work last said that it has saved its state"
+    )
     exit_code = serializers.IntegerField(
         required=False, allow_null=True, default=None, min_value=-INT - 1, max_value=INT
     )

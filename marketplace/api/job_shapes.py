@@ -15,8 +15,10 @@ EXAMPLE = {
     "max_per_domain": None, "labels": {"app": "train"}, "affinity": [{"rule": "apart", "level": "host", "labels": {"app": "db"}}],
     "tolerations": [], "site": None, "region": None, "price_limit": None, "on_replica_loss": "replace_replica",
     "min_replicas": None, "epoch": 0, "lost_ranks": [], "priority": 0, "image": "", "command": ["python", "train.py"],
-    "env": {"SEED": "1"}, "attempt": 1, "restarts": 0, "exit_code": None, "created_at": "2026-11-22T12:00:00Z",
-    "queued_at": "2026-11-22T12:00:00Z", "started_at": "2026-11-22T12:00:21Z", "finished_at": None, "reference": "run-17",
+    "env": {"SEED": "1"}, "attempt": 1, "restarts": 0, "movable": False, "moves": 0, "exit_code": None,
+    "created_at": "2026-11-22T12:00:00Z",
+    "queued_at": "2026-11-22T12:00:00Z", "started_at": "2026-11-22T12:00:21Z", "finished_at": None,
+    "checkpointed_at": "2026-11-22T12:14:02Z", "reference": "run-17",
     "metadata": {}, "actions": ["cancel"],
 }  # fmt: skip
 
@@ -68,11 +70,16 @@ class JobShape(serializers.Serializer):
     env = serializers.DictField(child=serializers.CharField())
     attempt = serializers.IntegerField(help_text="grows with each placement")
     restarts = serializers.IntegerField(help_text="after faults; preemptions do not count")
+    movable = serializers.BooleanField(help_text="we may move it to another host")
+    moves = serializers.IntegerField(help_text="to other hosts so far, to make room")
     exit_code = serializers.IntegerField(allow_null=True)
     created_at = serializers.DateTimeField()
     queued_at = serializers.DateTimeField(allow_null=True)
     started_at = serializers.DateTimeField(allow_null=True)
     finished_at = serializers.DateTimeField(allow_null=True)
+    checkpointed_at = serializers.DateTimeField(
+        allow_null=True, help_text="its newest checkpoint, as its replicas say (`TAILRACE_SAVED_FILE`)"
+    )
     reference = serializers.CharField(allow_blank=True)
     metadata = serializers.DictField()
     actions = serializers.ListField(child=serializers.CharField(), help_text="what is legal now")

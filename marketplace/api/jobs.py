@@ -99,6 +99,11 @@ class JobRequest(Shape):
     )
     max_restarts = serializers.IntegerField(min_value=0, max_value=100, required=False, default=3)
     checkpoint_grace_s = serializers.IntegerField(min_value=0, max_value=3600, required=False, default=30)
+    movable = serializers.BooleanField(
+        required=False, default=False,
+        help_text="we may move it to another host so that a larger job fits: it gets its checkpoint signal and its grace, stops, and"
+        " queues again. Not billed meanwhile, no restart. For spot work with a grace that holds without it",
+    )  # fmt: skip
     max_seconds = serializers.IntegerField(min_value=1, max_value=10**9, required=False, allow_null=True, default=None)
     reference = serializers.CharField(max_length=80, required=False, default="", allow_blank=True)
     metadata = serializers.DictField(required=False, default=dict)

@@ -84,6 +84,9 @@ class Job(TenantModel):
     env = models.JSONField(default=dict, blank=True)
     secrets = models.BinaryField(null=True, blank=True, editable=False, help_text="encrypted; never shown")
     checkpoint_grace_s = models.PositiveIntegerField(default=30)
+    movable = models.BooleanField(
+        default=False, help_text="its owner lets us move it to another host; spot work with a grace may be moved anyhow"
+    )
     max_seconds = models.PositiveIntegerField(null=True, blank=True)
     # per replica
     replicas = models.PositiveIntegerField(default=1)
@@ -117,6 +120,9 @@ class Job(TenantModel):
     # life
     attempt = models.PositiveIntegerField(default=0, help_text="grows with each placement")
     restarts = models.PositiveIntegerField(default=0, help_text="after faults; preemptions do not count")
+    moves = models.PositiveIntegerField(
+        default=0, help_text="to other hosts, to make room; they do not count as restarts"
+    )
     epoch = models.PositiveIntegerField(default=0, help_text="grows when replicas of a running gang change")
     lost_ranks = ArrayField(
         models.PositiveIntegerField(),
@@ -126,6 +132,11 @@ class Job(TenantModel):
     )
     repair_since = models.DateTimeField(null=True, blank=True, help_text="lost ranks wait to be placed again")
     cancel_requested_at = models.DateTimeField(null=True, blank=True)
+    checkpointed_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="its newest checkpoint, by its own word: work since then is lost with its place",
+    )
     created_at = models.DateTimeField()
     queued_at = models.DateTimeField(null=True, blank=True)
     started_at = models.DateTimeField(null=True, blank=True)

@@ -128,6 +128,7 @@ class Placement(TenantModel):
             models.Index(
                 fields=["cell"], condition=~Q(state__in=("released", "failed", "lost")), name="placement_live_by_cell"
             ),
+            models.Index(fields=["cell"], condition=Q(state="draining"), name="placement_draining"),
             models.Index(fields=["contract", "running_at"], name="placement_of_contract"),
             models.Index(fields=["finished_at"], condition=Q(finished_at__isnull=False), name="placement_ended"),
         ]

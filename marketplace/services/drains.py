@@ -144,9 +144,9 @@ def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) 
     take_off(list(going), now=now, actor=actor, reason=reason)
 
 
-def take_off(going: Collection[Placement], *, now: datetime, actor: str, reason: str) -> None:
+def take_off(going: Iterable[Placement], *, now: datetime, actor: str, reason: str) -> list[int]:
     """Ask these placements to go, with no more of their gangs than must go with them: as `leave`. The reason's first word is one
-    of services.jobs.FAULTS.
+    of services.jobs.FAULTS. Returns the jobs of which something was asked to go.
     """
     here: dict[int, list[Placement]] = defaultdict(list)
     for placement in going:
@@ -163,8 +163,9 @@ def take_off(going: Collection[Placement], *, now: datetime, actor: str, reason:
             single += [p.pk for p in some]
         else:
             whole.append(pk)
-    jobs.preempt(whole, now=now, actor=actor, reason=reason)
+    moved = jobs.preempt(whole, now=now, actor=actor, reason=reason)
     placements.request_release(single, now=now, actor=actor, reason=reason)
+    return sorted({*moved, *(here.keys() - whole)})
 
 
 def _live(host_ids: Iterable[int]) -> Any:

@@ -160,19 +160,19 @@ def lent_to_spot(reservation: Reservation) -> bool:
 class Lodger:
     """A placement that stands on a promised host without a promise there. `amounts`: CPU milli, RAM MiB, NVMe GiB."""
 
-    job: int
+    placement: int
     amounts: tuple[int, ...]
     spot: bool
     bid: int
 
 
 def leavers(owed: Sequence[int], free: Sequence[int], lodgers: Sequence[Lodger]) -> list[int]:
-    """Jobs that must leave one host so that what is `owed` there is free: spot first, the lowest bid first, then the youngest
+    """Placements that must leave one host so that what is `owed` there is free: spot first, the lowest bid first, then the youngest
     (largest id) of the others; who turns out to be needless stays. [] when all is free already, and all when all are not enough.
 
     Pure. GPUs are not looked at: whoever stands on a promised device leaves anyhow.
     """
-    order = sorted(lodgers, key=lambda p: (not p.spot, p.bid if p.spot else 0, -p.job))
+    order = sorted(lodgers, key=lambda p: (not p.spot, p.bid if p.spot else 0, -p.placement))
     short = [max(0, want - have) for want, have in zip(owed, free, strict=True)]
     going: list[Lodger] = []
 
@@ -188,11 +188,11 @@ def leavers(owed: Sequence[int], free: Sequence[int], lodgers: Sequence[Lodger])
         rest = [p for p in going if p is not lodger]
         if enough(rest):
             going = rest
-    return [p.job for p in going]
+    return [p.placement for p in going]
 
 
 def crowding(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
-    """(cell, job, site) of jobs that hold the CPU, RAM or NVMe which goes with GPUs whose claim has begun.
+    """(cell, placement, site) of those that hold the CPU, RAM or NVMe which goes with GPUs whose claim has begun.
 
     A reservation of g of n GPUs is owed g/n of its host, less what its own jobs hold there. Work that stands beside it took
     more than its share in the days before, when nobody needed it. Of all cells where none is named.
@@ -225,11 +225,11 @@ def crowding(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
             elif p.release_requested_at is not None:  # on its way out
                 free = [a + b for a, b in zip(free, amounts, strict=True)]
             else:
-                lodgers.append(Lodger(p.job_id, amounts, p.contract.kind == Kind.SPOT, p.contract.limit_price or 0))
+                lodgers.append(Lodger(p.pk, amounts, p.contract.kind == Kind.SPOT, p.contract.limit_price or 0))
         for contract_id, gpus in promised[host.pk].items():
             share = _share(host, gpus)
             owed = [o + max(0, s - h) for o, s, h in zip(owed, share, held[contract_id], strict=True)]
-        found |= {(host.cell_id, job, host.site_id) for job in leavers(owed, free, lodgers)}
+        found |= {(host.cell_id, placement, host.site_id) for placement in leavers(owed, free, lodgers)}
     return sorted(found)
 
 

@@ -26,6 +26,23 @@ def labels(kept: list[str]) -> dict[str, str]:
     return dict(pair.partition("=")[::2] for pair in kept)
 
 
+_SAME = {
+    "host": "on the same host",
+    "leaf": "at the same leaf switch",
+    "spine": "in the same fabric",
+    "site": "at the same site",
+}
+_NONE = {"host": "on a host", "leaf": "at a leaf switch", "spine": "in a fabric", "site": "at a site"}
+
+
+def sentence(rule: dict[str, Any]) -> str:
+    """One rule of affinity as its owner reads it."""
+    who = "a job of yours with " + " and ".join(rule["labels"])
+    if rule["rule"] == NEAR:
+        return f"each replica {_SAME[rule['level']]} as {who}"
+    return f"no replica {_NONE[rule['level']]} where {who} runs"
+
+
 def check(job: Job, contract: Contract) -> None:
     """Refuse rules that contradict each other, and what the contract can never give; say whether there are any."""
     problems = _contradictions(job)
@@ -61,6 +78,10 @@ def _contradictions(job: Job) -> dict[str, str]:
             )
         elif LEVELS.index(job.topology) <= LEVELS.index(job.spread_level):
             found["/spread_level"] = f"Inside one {job.topology} there is nothing to spread over but a narrower level."
+    if job.movable and not job.checkpoint_grace_s:
+        found["/movable"] = (
+            "A job that may be moved needs a checkpoint grace above 0: the time in which it saves its work."
+        )
     if job.on_replica_loss == Job.OnReplicaLoss.SHRINK:
         if not job.min_replicas or job.min_replicas >= job.replicas:
             found["/min_replicas"] = "To shrink, give the fewest replicas that can go on: at least 1, under replicas."

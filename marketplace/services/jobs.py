@@ -1,7 +1,7 @@
 """Jobs: submit, cancel, preempt, and what becomes of a job when its placements move. The only writer of their state."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
@@ -23,11 +23,9 @@ from marketplace.tenancy import Actor
 FAULTS = frozenset(
     {
         "host_lost", "site_lost", "start_failed", "supervisor_lost", "lease_expired", "power_shed", "gang_member_failed",
-        "drained", "host drained", "killed_after_grace", "stopped", "not_started",
+        "drained", "host drained", "preempted", "killed_after_grace", "stopped", "not_started",
     }
 )  # fmt: skip
-# It exited because it was asked to: a checkpoint written, not the work done, whatever its exit code.
-ASKED = frozenset({"drained", "killed_after_grace", "power_shed", "lease_expired", "stopped", "gang_member_failed"})
 CYCLE = "scheduler.run_cycle"
 _CONTRACT = Read(Contract, "WHERE t.id = %s AND t.organization_id = %s", "listing", "site")
 
@@ -227,8 +225,13 @@ def cancel(actor: Actor, job: Job, *, now: datetime) -> Job:
     return job
 
 
-def preempt(job_ids: Iterable[int], *, now: datetime, actor: str, reason: str) -> list[int]:
-    """Placed or running jobs become `preempting`, their placements drain; they queue again when those are gone."""
+def preempt(
+    job_ids: Iterable[int], *, now: datetime, actor: str, reason: str, increment: Collection[str] = ()
+) -> list[int]:
+    """Placed or running jobs become `preempting`, their placements drain; they queue again when those are gone.
+
+    `increment`: counters of the job that grow by one with it.
+    """
     moved = transition_many(
         Job,
         job_ids,
@@ -237,6 +240,7 @@ def preempt(job_ids: Iterable[int], *, now: datetime, actor: str, reason: str) -
         now=now,
         actor=actor,
         reason=reason,
+        increment=increment,
     )
     drain_jobs(moved, now=now, actor=actor, reason=reason)
     return sorted(moved)
@@ -247,6 +251,17 @@ def drain_jobs(job_ids: Iterable[int], *, now: datetime, actor: str, reason: str
 
     live = Placement.objects.filter(job_id__in=list(job_ids)).exclude(state__in=Placement.FINAL)
     placements.request_release(list(live.values_list("pk", flat=True)), now=now, actor=actor, reason=reason)
+
+
+def checkpointed(newest: dict[int, datetime]) -> None:
+    """Jobs have saved their work, at the times given; never back to an older one. The caller holds the sites' locks."""
+    if newest:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "UPDATE marketplace_job j SET checkpointed_at = u.at FROM unnest(%s::bigint[], %s::timestamptz[]) u(id, at)"
+                " WHERE j.id = u.id AND (j.checkpointed_at IS NULL OR j.checkpointed_at < u.at)",
+                [list(newest), list(newest.values())],
+            )
 
 
 def end_contract(contract_id: int, *, now: datetime) -> None:
@@ -297,7 +312,7 @@ def settle(job_ids: Iterable[int], *, now: datetime) -> None:
             and all(p.running_at or p.state in Placement.FINAL for p in gang)
         ):
             running.append(pk)
-        ended = [p for p in gang if p.state in Placement.FINAL and not (p.state == "released" and p.exit_code == 0)]
+        ended = [p for p in gang if p.state in Placement.FINAL and not replicas.succeeded(p)]
         if ended and not job.cancel_requested_at and job.state != Job.State.PREEMPTING:
             if loss := replicas.lost(job, gang, FAULTS, now):
                 replicas.go_on(job, gang, loss, now=now)
@@ -337,7 +352,7 @@ def _outcome(job: Job, gang: list[Placement]) -> tuple[str, str, int | None]:
     if job.on_replica_loss == Job.OnReplicaLoss.SHRINK:  # what it went on without says nothing of the work
         gang = [p for p in gang if p.rank not in job.lost_ranks]
     worst = max((p.exit_code for p in gang if p.exit_code is not None), default=None, key=abs)
-    if all(p.exit_code == 0 and p.reason.split(":")[0] not in ASKED for p in gang):
+    if all(replicas.succeeded(p) for p in gang):
         return Job.State.SUCCEEDED, "all replicas exited 0", 0
     if job.cancel_requested_at is not None:
         return Job.State.CANCELLED, job.state_reason or "cancelled", worst

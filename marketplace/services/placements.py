@@ -188,6 +188,7 @@ def observe(agent: Agent, reports: list[dict[str, Any]], *, now: datetime) -> No
 
     by_id = {r["pk"]: r for r in reports}
     rows = Placement.objects.filter(pk__in=by_id, site_id=agent.site_id).exclude(state__in=Placement.FINAL)
+    jobs.checkpointed(_checkpoints(rows, by_id, now))
     started: list[int] = []
     running: dict[datetime, list[int]] = defaultdict(list)
     back: dict[str, list[int]] = defaultdict(list)
@@ -222,6 +223,17 @@ def observe(agent: Agent, reports: list[dict[str, Any]], *, now: datetime) -> No
         "job_id", flat=True
     )
     jobs.settle(job_ids, now=now)
+
+
+def _checkpoints(rows: Iterable[Placement], reports: dict[int, dict[str, Any]], now: datetime) -> dict[int, datetime]:
+    """Job -> its newest checkpoint, as its replicas tell. One of before the replica's start is what it began from: no news."""
+    found: dict[int, datetime] = {}
+    for row in rows:
+        at = reports[row.pk].get("checkpoint_at")
+        began = row.running_at or _bounded(reports[row.pk].get("running_at"), row.granted_at, now)
+        if at is not None and at >= began:
+            found[row.job_id] = max(found.get(row.job_id, began), min(at, now))
+    return found
 
 
 def _end(row: Placement, report: dict[str, Any], now: datetime) -> Ended:

@@ -19,7 +19,9 @@ from marketplace.models import Job, JobEvent, Placement, PlacementEvent
 
 HELD = "held"
 # Ends that somebody asked for: they lose the replica, and do not count against max_restarts.
-UNCOUNTED = frozenset({"drained", "killed_after_grace", "stopped", "not_started"})
+UNCOUNTED = frozenset({"drained", "preempted", "killed_after_grace", "stopped", "not_started"})
+# It exited because it was asked to: a checkpoint written, not the work done, whatever its exit code.
+ASKED = frozenset({"drained", "killed_after_grace", "power_shed", "lease_expired", "stopped", "gang_member_failed"})
 
 
 class Loss(NamedTuple):
@@ -46,7 +48,7 @@ def word(placement: Placement) -> str:
 
 
 def succeeded(placement: Placement) -> bool:
-    return placement.state == "released" and placement.exit_code == 0
+    return placement.state == "released" and placement.exit_code == 0 and word(placement) not in ASKED
 
 
 def lost(job: Job, gang: Sequence[Placement], faults: Collection[str], now: datetime) -> Loss | None:

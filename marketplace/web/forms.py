@@ -169,6 +169,11 @@ class JobForm(forms.Form):
         label="Checkpoint grace, s", min_value=0, max_value=3600, initial=30, required=False,
         help_text="Between the signal and the end, when the job must leave.",
     )  # fmt: skip
+    movable = forms.BooleanField(
+        label="May be moved to another host", required=False,
+        help_text="So that a larger job fits: it gets the signal above, saves its work, stops, and goes on elsewhere from its"
+        " checkpoint. You do not pay meanwhile. Spot work with a grace may be moved without this.",
+    )  # fmt: skip
     max_minutes = forms.IntegerField(label="Stop after, minutes", min_value=1, max_value=1_000_000, required=False)
     priority = forms.IntegerField(label="Priority", min_value=-100, max_value=100, initial=0, required=False)
     env = forms.CharField(
@@ -206,6 +211,12 @@ class JobForm(forms.Form):
     def clean_apart(self) -> list[dict[str, Any]]:
         return _rules(job_rules.APART, self.cleaned_data["apart"])
 
+    def clean(self) -> dict[str, Any]:
+        asked: dict[str, Any] = super().clean() or {}
+        if len(asked.get("near", ())) + len(asked.get("apart", ())) > job_rules.MAX_RULES:
+            self.add_error("apart", f"Close to and apart from: at most {job_rules.MAX_RULES} rules together.")
+        return asked
+
     def clean_env(self) -> dict[str, str]:
         return _pairs(self.cleaned_data["env"])
 
@@ -217,7 +228,7 @@ class JobForm(forms.Form):
         asked = self.cleaned_data
         plain = (
             *("name", "replicas", "gpus", "image", "topology_required", "env", "secrets", "reference", "labels"),
-            *("spread_level", "max_per_domain", "min_replicas"),
+            *("spread_level", "max_per_domain", "min_replicas", "movable"),
         )
         return {
             **{name: asked[name] for name in plain},

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
-from marketplace.services import job_views
+from marketplace.services import job_rules, job_views
 from marketplace.services import jobs as service
 from marketplace.services.availability import HOLDING
 from marketplace.web import charts, costs
@@ -106,7 +106,9 @@ def _job(request: HttpRequest, public_id: str) -> Job:
 @page(GET="jobs:read")
 def job(request: HttpRequest, job: str) -> HttpResponse:
     row = _job(request, job)
-    return render(request, "job.html", {**_live(row), **_log(request, row), "why": why.explain(row, deep=False)})
+    rules = [job_rules.sentence(rule) for rule in row.affinity]
+    found = {**_live(row), **_log(request, row), "why": why.explain(row, deep=False), "rules": rules}
+    return render(request, "job.html", found)
 
 
 def _live(row: Job) -> dict[str, Any]:

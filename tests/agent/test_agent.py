@@ -242,6 +242,23 @@ def test_a_gang_starts_together_or_not_at_all(tmp_path):
     drive(tmp_path, check)
 
 
+def test_work_that_saved_its_state_is_told_with_the_time_and_a_time_to_come_is_not_believed(tmp_path):
+    async def check(world, control):
+        await world.granted("h001")
+        control.place("plc_0", ["sh", "-c", 'touch -d @1700000000 "$TAILRACE_SAVED_FILE"; sleep 60'], gpus=(0,))
+        control.place("plc_1", ["sh", "-c", 'touch -d @99999999999 "$TAILRACE_SAVED_FILE"; sleep 60'], gpus=(1,))
+        control.place("plc_2", ["sh", "-c", 'sleep 1; touch "$TAILRACE_SAVED_FILE"'], gpus=(2,))
+        await until(
+            lambda: control.row("plc_0").get("checkpoint_at") == "2023-11-14T22:13:20.000Z", "the first's checkpoint"
+        )
+        await until(lambda: control.state("plc_2") == "exited", "the third is done")
+        ended = control.row("plc_2")
+        assert ended["running_at"] < ended["checkpoint_at"] <= ended["finished_at"]
+        assert (control.state("plc_1"), control.row("plc_1")["checkpoint_at"]) == ("running", None)
+
+    drive(tmp_path, check)
+
+
 def test_the_others_of_a_gang_learn_who_is_lost_and_who_comes_in_its_place(tmp_path):
     async def check(world, control):
         await world.granted("h001")

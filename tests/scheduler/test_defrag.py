@@ -9,7 +9,7 @@ from django.db import connection
 
 from marketplace import outbox
 from marketplace.models import Agent, BillingStanding, Job, OutboxMessage, Placement
-from marketplace.services import jobs, placements
+from marketplace.services import job_views, jobs, placements
 from scheduler import cycle, defrag, snapshot, tasks, why
 from scheduler.models import Decision
 from tests import factories as f
@@ -167,6 +167,53 @@ def test_who_may_not_be_moved_is_not(change):
     assert not Job.objects.filter(state="preempting").exists()
 
 
+def test_who_agreed_to_it_is_moved_under_any_contract_and_the_moves_are_counted():
+    cell = Cell()
+    movers, _, _, big = cell.fragmented()
+    not_spot(cell)
+    Job.objects.filter(pk__in=[job.pk for job in movers]).update(movable=True)
+    assert sorted(defrag.run(cell.pk, now=later(5))) == [job.pk for job in movers]
+    gone(later(10), *movers)
+    cycle.run(cell.pk, now=later(11))
+    assert states(*movers, big) == ["placed"] * 3
+    for job in movers:
+        job.refresh_from_db()
+        assert (job.moves, job.restarts, job_views.shown(job)["moves"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("change", [no_grace, new_there, a_gang, with_rules])
+def test_consent_is_not_all(change):
+    cell = Cell()
+    cell.fragmented()
+    not_spot(cell)
+    Job.objects.update(movable=True)
+    change(cell)
+    assert defrag.run(cell.pk, now=later(5)) == []
+
+
+def test_who_has_just_saved_his_work_moves_rather_than_others():
+    """Two hosts with as much in the way: the one whose work is saved is cleared; and long unsaved work is not worth it."""
+    cell = Cell()
+    rows = [[cell.runs(h, [g]) for g in range(2)] for h in range(2)]
+    cell.runs(2, [0], contract=cell.firm)
+    big = cell.waits()
+    saved = [job.pk for job in rows[1]]
+    Job.objects.filter(pk__in=saved).update(checkpointed_at=later(-30))
+    assert sorted(defrag.run(cell.pk, now=later(5))) == saved
+    assert Decision.objects.get(job=big).held_hosts == [cell.hosts[1].pk]
+
+
+def test_work_that_nobody_saved_for_hours_is_not_worth_a_move():
+    cell = Cell()
+    cell.fragmented()
+    for table in (Job, Placement):
+        table.objects.exclude(state="queued").update(created_at=later(-30_000))
+    Placement.objects.update(running_at=later(-30_000))
+    assert defrag.run(cell.pk, now=later(5)) == []
+    Job.objects.filter(state="running").update(checkpointed_at=later(-30))
+    assert len(defrag.run(cell.pk, now=later(5))) == 2
+
+
 def test_a_host_with_one_who_may_not_be_moved_is_left_alone():
     cell = Cell()
     *_, big = cell.fragmented()
@@ -187,7 +234,7 @@ def test_no_more_leave_than_are_allowed(settings):
 def test_only_where_it_pays(settings):
     cell = Cell()
     cell.fragmented()
-    lost = 2 * 1000 * (30 + snapshot.LAG_S)
+    lost = 2 * 1000 * (20 * 60 + 5 + 30 + snapshot.LAG_S)
     won = 8000 * (defrag.HORIZON_S + 5)
     settings.DEFRAG_GAIN = won // lost + 1
     assert defrag.run(cell.pk, now=later(5)) == []

@@ -322,6 +322,7 @@ def test_rules_of_placing_are_kept_and_shown(api, contract):
         ({"on_replica_loss": "shrink", "replicas": 4}, "/min_replicas"),
         ({"on_replica_loss": "shrink", "replicas": 4, "min_replicas": 4}, "/min_replicas"),
         ({"min_replicas": 1}, "/min_replicas"),
+        ({"movable": True, "checkpoint_grace_s": 0}, "/movable"),
         ({"site": "job_000000000000"}, "/site"),
     ],
 )

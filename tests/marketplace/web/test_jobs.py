@@ -61,7 +61,7 @@ def test_rules_of_placing_are_asked_for_in_words_and_shown(market, browser):
     rules = {
         "topology": "spread", "topology_required": "on", "spread_level": "leaf", "max_per_domain": "2", "nvlink": "preferred",
         "labels": "app=train", "near": "leaf app=db tier=1", "apart": "host app=train\n\nsite app=batch", "price_limit": "9.5",
-        "on_replica_loss": "shrink", "min_replicas": "1",
+        "on_replica_loss": "shrink", "min_replicas": "1", "movable": "on",
     }  # fmt: skip
     response = client.post("/jobs/new", {**FORM, "contract": contract.public_id, **rules})
     job = Job.objects.get()
@@ -78,6 +78,13 @@ def test_rules_of_placing_are_asked_for_in_words_and_shown(market, browser):
     page = text(client.get(response["Location"]))
     assert "spread by leaf, at most 2 in one, NVLink preferred, required" in page
     assert "the rest goes on, from 1 up" in page
+    for sentence in (
+        "each replica at the same leaf switch as a job of yours with app=db and tier=1",
+        "no replica on a host where a job of yours with app=train runs",
+        "no replica at a site where a job of yours with app=batch runs",
+        "may be moved to another host; not moved so far",
+    ):
+        assert sentence in page
 
 
 @pytest.mark.parametrize(
@@ -90,6 +97,11 @@ def test_rules_of_placing_are_asked_for_in_words_and_shown(market, browser):
         ({"max_per_domain": "2"}, "needs topology spread"),
         ({"on_replica_loss": "shrink"}, "fewest replicas"),
         ({"price_limit": "0.000001"}, "costs"),
+        ({"movable": "on", "checkpoint_grace_s": "0"}, "needs a checkpoint grace above 0"),
+        (
+            {"near": "\n".join(f"host a=n{i}" for i in range(5)), "apart": "\n".join(f"host b=n{i}" for i in range(4))},
+            "at most 8 rules together",
+        ),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused_beside_its_field(market, browser, change, said):

@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0013_placement_ended'),
+        ("marketplace", "0013_placement_ended"),
     ]
 
     operations = [

@@ -60,7 +60,7 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
     """Write the plan as far as it still holds. Raises FencedError when the cell's generation has moved on."""
     outcome = Outcome()
     rows = np.fromiter((p.host for p in plan.placements), np.int64, len(plan.placements))
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):  # whatever refuses it voids the whole cycle
         sites = set(np.unique(snapshot.fleet.site[rows]).tolist())
         victims = [p.placement for p in plan.preemptions]
         live = Placement.objects.filter(pk__in=victims, release_requested_at=None).exclude(state__in=Placement.FINAL)

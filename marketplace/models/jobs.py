@@ -73,7 +73,7 @@ class Job(TenantModel):
     # What has no index of its own is led by one of those below.
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="jobs", db_index=False)
     contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="jobs", db_index=False)
-    cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="jobs")
+    cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="jobs", db_index=False)
     name = models.CharField(max_length=120, blank=True)
     state = models.CharField(max_length=12, choices=State, default=State.QUEUED)
     state_reason = models.CharField(max_length=300, blank=True)
@@ -105,7 +105,9 @@ class Job(TenantModel):
     )
     spread_level = models.CharField(max_length=5, choices=Level, blank=True, help_text="failure domains to spread over")
     max_per_domain = models.PositiveIntegerField(null=True, blank=True, help_text="replicas in one failure domain")
-    site = models.ForeignKey(Site, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
+    site = models.ForeignKey(
+        Site, null=True, blank=True, on_delete=models.PROTECT, related_name="+", db_index=False
+    )  # nobody looks for jobs by it, and sites stay
     region = models.CharField(max_length=40, blank=True)
     price_limit = models.BigIntegerField(null=True, blank=True, help_text="millionths of the major unit per GPU-hour")
     labels = ArrayField(models.CharField(max_length=130), default=list, blank=True, help_text="name=value")
@@ -177,9 +179,10 @@ class Job(TenantModel):
             models.Index(
                 fields=["cell", "queued_at"], condition=Q(state__in=("queued", "requeued")), name="job_waiting"
             ),
+            models.Index(fields=["cell", "-id"], name="job_of_cell"),
             models.Index(fields=["cell"], condition=Q(repair_since__isnull=False), name="job_repair"),
             models.Index(fields=["cell"], condition=Q(state="preempting"), name="job_preempting"),
-            models.Index(fields=["organization", "-created_at", "-id"], name="job_of_organization"),
+            models.Index(fields=["organization", "-id"], name="job_of_organization"),
             models.Index(fields=["contract", "state"], name="job_of_contract"),
         ]
 

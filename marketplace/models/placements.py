@@ -63,7 +63,9 @@ class Placement(TenantModel):
     organization = models.ForeignKey(
         Organization, on_delete=models.PROTECT, related_name="placements", db_constraint=False
     )
-    host = models.ForeignKey(Host, on_delete=models.PROTECT, related_name="placements", db_constraint=False)
+    host = models.ForeignKey(
+        Host, on_delete=models.PROTECT, related_name="placements", db_index=False, db_constraint=False
+    )
     site = models.ForeignKey(Site, on_delete=models.PROTECT, related_name="placements", db_constraint=False)
     cell = models.ForeignKey(
         Cell, on_delete=models.PROTECT, related_name="placements", db_index=False, db_constraint=False

@@ -243,7 +243,7 @@ def test_two_cycles_of_one_cell_do_not_place_a_job_twice(market):
     stale = snapshot.take(contract.cell, now=NOW)
     made = plan(stale.fleet, stale.requests, stale.running, policy=stale.policy, seed=0, now_s=0)
     cycle.run(job.cell_id, now=NOW)
-    with pytest.raises(commit.FencedError):
+    with pytest.raises(commit.FencedError), transaction.atomic():
         commit.commit(stale, made, now=NOW)
     assert Placement.objects.filter(job=job).count() == 1
     assert Job.objects.get(pk=job.pk).attempt == 1

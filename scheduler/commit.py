@@ -6,7 +6,7 @@ fit is left waiting and counted as a conflict; nothing of it is written.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from typing import Final
@@ -26,6 +26,7 @@ from marketplace.services.transitions import transition_many
 from scheduler import fleet as cells
 from scheduler.core import fit_kernels as fit
 from scheduler.core import recheck
+from scheduler.core.fit import rounded_end
 from scheduler.core.pack import bits, classes_of
 from scheduler.core.state import State
 from scheduler.core.types import I64, HostFlag, Plan, Reason
@@ -94,7 +95,7 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     hosts = cells.lock(snapshot.fleet.host_id[[p.host for p in replicas]].tolist(), snapshot.names)
     nodes = node_table(sites)
     state = _state(snapshot, hosts, nodes, sites)
-    batch = _batch(snapshot, hosts, jobs, [len(wanted[job]) for job in jobs], replicas)
+    batch = _batch(snapshot, hosts, jobs, [len(wanted[job]) for job in jobs], replicas, now)
     reasons, watts = recheck.admit(state, batch)
     outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, reasons.tolist(), strict=True) if why}
     outcome.placed = [job for job, why in zip(jobs, reasons.tolist(), strict=True) if not why]
@@ -206,10 +207,15 @@ def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[
 
 
 def _batch(
-    snapshot: Snapshot, hosts: cells.Hosts, jobs: list[int], counts: list[int], replicas: list[Planned]
+    snapshot: Snapshot, hosts: cells.Hosts, jobs: list[int], counts: list[int], replicas: list[Planned], now: datetime
 ) -> recheck.Batch:
     requests = {r.job: r for r in snapshot.requests}
-    classes, of = classes_of([requests[job] for job in jobs])
+    asked = [requests[job] for job in jobs]
+    leave = np.unique(hosts["leaves"])  # as it is said now: a host may have begun to leave since the snapshot
+    if leave.any():
+        deadlines, now_s, lag_s = leave[leave > 0].tolist(), int(now.timestamp()), snapshot.policy.lag_s
+        asked = [replace(r, until=rounded_end(now_s, r.duration_s, deadlines, lag_s)) for r in asked]
+    classes, of = classes_of(asked)
     classes[:, fit.Q_HOLD] = 0  # a hold is the plan's own promise
     rows = np.array([p.host for p in replicas], np.int64)
     at = hosts.position(snapshot.fleet.host_id[rows])

@@ -94,18 +94,19 @@ def bind(
     taints: Mapping[str, int],
     mended: Mapping[int, Repair],
     now: datetime,
+    lag_s: int,
 ) -> None:
     """Fill in what the requests' jobs ask for beyond their shape; the requests are changed in place.
 
     `ruled`: ids of the jobs that have rules. `taints`: taint -> its bit in `fleet.taints`; the highest bit stands for taints
-    without one, which nobody tolerates.
+    without one, which nobody tolerates. `lag_s`: `Policy.lag_s`.
     """
     rows = Rows(host_of, fleet.pool)
     deadlines = np.unique(fleet.leaves[fleet.leaves > 0]).tolist()
     now_s = int(now.timestamp())
     if deadlines:
         for r in requests:
-            r.until = rounded_end(now_s, r.duration_s, deadlines)
+            r.until = rounded_end(now_s, r.duration_s, deadlines, lag_s)
     by_job = {r.job: r for r in requests} if mended or ruled else {}
     for pk, repair in mended.items():
         if r := by_job.get(pk):  # type: ignore[assignment]

@@ -114,7 +114,8 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     requests = _requests(jobs, claims, model_of, may_preempt=not standing.leaving(cell.pk))
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
-    rules.bind(requests, fleet, host_of, ruled=ruled, taints=hosts.names.taints, mended=repairs, now=now)
+    taints = hosts.names.taints
+    rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, lag_s=LAG_S)
     usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
@@ -280,7 +281,8 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
         cursor.execute(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
         rows = [Waiting(*row) for row in cursor.fetchall()]
     made = _requests(rows, reserved_gpus(taken.cell, taken.now), taken.model_of, may_preempt=False)
-    rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taken.names.taints, mended={}, now=taken.now)
+    taints = taken.names.taints
+    rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, lag_s=LAG_S)
     return made
 
 

@@ -218,8 +218,11 @@ class Horizon:
         if not len(times):
             return None
         self._own = np.array([h is instead for h in self.holds for _ in h.rows], np.int64)
-        best = self._fit(int(times[-1]), q, replicas, topology, duration, where)
-        low, high = 0, len(times) - 1
+        best, low, high = None, 0, 0
+        for high in self._latest(times, q, duration):
+            best = self._fit(int(times[high]), q, replicas, topology, duration, where)
+            if best is not None:
+                break
         while best is not None and low < high:
             mid = (low + high) // 2
             found = self._fit(int(times[mid]), q, replicas, topology, duration, where)
@@ -230,6 +233,16 @@ class Horizon:
         self._own = np.zeros(len(self._hs), np.int64)
         return best
 
+    def _latest(self, times: I64, q: I64, duration: int) -> list[int]:
+        """Indices of the starts to try first, latest first: the last of all, and of those from which the job ends before some
+        host leaves.
+        """
+        latest = [len(times)]
+        if q[fit.Q_UNTIL] and duration:
+            leaves = np.unique(self.state.rows[:, fit.LEAVES])[::-1] - self.lag - duration
+            latest += np.searchsorted(times, leaves, side="right").tolist()
+        return [i - 1 for i in dict.fromkeys(latest) if i]
+
     def again(
         self, q: I64, rows: Sequence[int], start: int, duration: int, where: gang.Where | None = None
     ) -> Hold | None:
@@ -237,6 +250,7 @@ class Horizon:
         if any(row < 0 or (where is not None and not where.allowed[row]) for row in rows):
             return None
         start = max(start, self.now)
+        q = self._begun(q, start, duration)
         return self._pin(self._trial(start, self.until(start, duration)), q, rows, start, duration)
 
     def book(self, hold: Hold) -> None:
@@ -314,6 +328,7 @@ class Horizon:
     def _fit(
         self, start: int, q: I64, replicas: int, topology: Topology, duration: int, where: gang.Where | None
     ) -> Hold | None:
+        q = self._begun(q, start, duration)
         trial = self._trial(start, self.until(start, duration))
         found = gang.place_gang(trial, q, replicas, topology, where)
         if found is None:
@@ -322,6 +337,14 @@ class Horizon:
         hold = self._pin(trial, q, found.host.tolist(), start, duration)
         assert hold is not None, "a gang that was just placed fits where it was"
         return hold
+
+    def _begun(self, q: I64, start: int, duration: int) -> I64:
+        """The request begun at `start`: hosts that leave before its end are no place for it."""
+        if not q[fit.Q_UNTIL]:
+            return q
+        q = q.copy()
+        q[fit.Q_UNTIL] = self.until(start, duration)
+        return q
 
     def _pin(self, trial: State, q: I64, rows: Sequence[int], start: int, duration: int) -> Hold | None:
         """Books replica after replica on these rows of the trial; GPUs that are busy now go first."""

@@ -89,7 +89,7 @@ class Case:
     def lasting(self, r: Request, duration_s: int, now_s: int | None = None) -> Request:
         """The request with another time limit, or begun at another time: hosts that leave are refused accordingly."""
         deadlines = sorted({int(t) for t in self.fleet.leaves if t > 0})
-        until = rounded_end(self.now_s if now_s is None else now_s, duration_s, deadlines)
+        until = rounded_end(self.now_s if now_s is None else now_s, duration_s, deadlines, self.policy.lag_s)
         return replace(r, duration_s=duration_s, until=until)
 
 

@@ -198,11 +198,11 @@ class _Search:
     def _limited(self) -> Change | None:
         """With a time limit, so that it ends before a held host is needed or a host leaves: the longest that does."""
         case, me = self.case, self.me
-        # Before a promise it must have left, too (`backfill.Horizon.until`).
-        times = {r.promised_start - case.policy.lag_s for r in case.requests if r.job != me.job}
-        times |= {int(t) for t in case.fleet.leaves}
-        for time in sorted((t for t in times if t > case.now_s), reverse=True)[:MAX_LIMITS]:
-            limited = case.lasting(me, time - case.now_s)
+        # It may begin, and end, so much later (`backfill.Horizon.until`).
+        begins = case.now_s + case.policy.lag_s
+        times = {r.promised_start for r in case.requests if r.job != me.job} | {int(t) for t in case.fleet.leaves}
+        for time in sorted((t for t in times if t > begins), reverse=True)[:MAX_LIMITS]:
+            limited = case.lasting(me, time - begins)
             if (not me.duration_s or limited.duration_s < me.duration_s) and (hosts := self.in_queue(limited)):
                 return Change("duration", limited, hosts=hosts)
         return None

@@ -108,15 +108,16 @@ def budgets_of(fleet: Fleet, host: int) -> list[Budget]:
     return chain
 
 
-def rounded_end(now_s: int, duration_s: int, deadlines: Sequence[int]) -> int:
+def rounded_end(now_s: int, duration_s: int, deadlines: Sequence[int], lag_s: int = 0) -> int:
     """`Request.until`: the first of the ascending `deadlines` of hosts that leave at or after which the job has ended, FOREVER
-    for a job that names no length or outlasts them all, 0 where no host leaves.
+    for a job that names no length or outlasts them all, 0 where no host leaves. `lag_s`: `Policy.lag_s`, by which it may end
+    later than its length from now.
 
     Rounded up, so that jobs of different lengths share a class wherever the difference decides nothing.
     """
     if not deadlines:
         return 0
-    at = bisect_left(deadlines, now_s + duration_s) if duration_s else len(deadlines)
+    at = bisect_left(deadlines, now_s + lag_s + duration_s) if duration_s else len(deadlines)
     return deadlines[at] if at < len(deadlines) else FOREVER
 
 

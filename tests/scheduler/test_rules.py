@@ -9,9 +9,11 @@ from billing import usage
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Host, JobEvent, Placement, PowerNode, Reservation
 from marketplace.services import availability, drains, holds, jobs, placements, search, sites
-from scheduler import cycle, rules, site_loop
-from scheduler.core.types import Level, Topology
+from scheduler import commit, cycle, rules, site_loop, snapshot
+from scheduler.core.plan import plan
+from scheduler.core.types import Level, Reason, Topology
 from scheduler.models import Decision
+from scheduler.snapshot import LAG_S
 from tests import factories as f
 from tests.factories import NOW
 
@@ -213,8 +215,8 @@ def test_taints_keep_all_but_tolerant_jobs_away():
 def test_a_host_that_leaves_takes_what_ends_before_and_nothing_else():
     market = Market(hosts=1)
     drains.drain_host(market.hosts[0], reason="fan", actor=market.boss, now=NOW, by=at(3600))
-    fits = market.submit(max_seconds=3600)
-    long = market.submit(max_seconds=3601)
+    fits = market.submit(max_seconds=3600 - LAG_S)  # it may begin so much later, and is gone at the hour all the same
+    long = market.submit(max_seconds=3601 - LAG_S)
     endless = market.submit()
     market.cycle()
     assert [bool(market.where(job)) for job in (fits, long, endless)] == [True, False, False]
@@ -223,6 +225,18 @@ def test_a_host_that_leaves_takes_what_ends_before_and_nothing_else():
     market.cycle(1)
     assert all(market.where(job) for job in (fits, long, endless))
     assert Host.objects.get().leaves_at is None
+
+
+def test_the_commit_reads_the_hour_that_is_said_now():
+    market = Market(hosts=1)
+    fits, long = market.submit(max_seconds=600 - LAG_S), market.submit(max_seconds=601 - LAG_S)
+    cell = market.site.cell
+    taken = snapshot.take(cell, now=NOW)
+    made = plan(taken.fleet, taken.requests, policy=taken.policy, now_s=int(NOW.timestamp()))
+    assert len(made.placements) == 2
+    drains.drain_host(market.hosts[0], reason="fan", actor=market.boss, now=NOW, by=at(600))
+    outcome = commit.commit(taken, made, now=NOW)
+    assert (outcome.placed, outcome.conflicts) == ([fits.pk], {long.pk: Reason.LEAVES_TOO_SOON})
 
 
 def test_who_runs_is_told_and_asked_to_leave_at_the_hour_and_it_costs_no_restart():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core.backfill import Horizon, reduce_kernel
+from scheduler.core.fit import rounded_end
 from scheduler.core.fit_kernels import request_vector
 from scheduler.core.pack import copy_state, make_state
 from scheduler.core.plan import plan
@@ -67,6 +68,25 @@ def test_a_promised_job_starts_sooner_where_it_fits_sooner():
     fleet.gpu_free[1, :8], fleet.gpu_active[1] = 1000, 0
     result, _ = decide(fleet, [Request(job=900, gpus=8, promised_start=1000, promised_hosts=(0,))], gone, 600)
     assert [(p.job, p.host) for p in result.placements] == [(900, 1)]
+
+
+def test_no_start_is_promised_on_a_host_that_leaves_before_its_end():
+    """Host 0 is free first, and leaves: at 1549 it is too soon by one second for 50 s of lag and 500 s of work from 1000 on."""
+    fleet, running = two_hosts()
+    for leaves, start, host in ((1549, 5000, 1), (1550, 1000, 0)):
+        fleet.leaves[0] = leaves
+        asked = Request(job=900, gpus=8, duration_s=500, until=rounded_end(500, 500, [leaves], 50))
+        _, decisions = decide(fleet, [asked], running, 500, lag_s=50)
+        assert (decisions[900].earliest_start, decisions[900].held) == (start, (host,))
+        kept = replace(asked, promised_start=1000, promised_hosts=(0,))
+        result, decisions = decide(fleet, [kept], running, 500, lag_s=50)
+        assert (decisions[900].earliest_start, result.counters["promises_broken"]) == (start, host)
+    fleet.leaves[1], fleet.gpu_count[1] = 0, 8
+    running = [r for r in running if r.host == 0]
+    fleet.flags[1] = 0  # nobody's: only the host that leaves is left, and a later end than its hour
+    late = [*running, replace(running[0], placement=999, job=999, host=1, ends_at=9000)]
+    _, decisions = decide(fleet, [asked], late, 500, lag_s=50)
+    assert decisions[900].earliest_start == 1000
 
 
 def test_a_promise_moves_to_an_earlier_start_and_never_to_a_later_one():
@@ -261,6 +281,8 @@ def history(seed):
             replace(r, promised_start=promises[j][0], promised_hosts=promises[j][1]) if j in promises else r
             for j, r in waiting.items()
         ]
+        leave = sorted({int(t) for t in fleet.leaves if t})
+        requests = [replace(r, until=rounded_end(now, r.duration_s, leave)) for r in requests]
         rows = [r for group in running.values() for r in group]
         made = plan(fleet, requests, rows, now_s=now, policy=policy, seed=now)
         check(fleet, made, requests, rows)
@@ -298,4 +320,4 @@ def test_promises_are_kept_whatever_comes_between(seed):
 
 
 def test_histories_do_promise():
-    assert sum(history(seed) for seed in range(3)) > 10
+    assert sum(history(seed) for seed in range(8)) > 10

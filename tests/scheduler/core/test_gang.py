@@ -270,3 +270,4 @@ def test_taints_and_deadlines():
 )
 def test_an_end_is_rounded_up_to_the_next_deadline(duration, deadlines, until):
     assert rounded_end(1000, duration, deadlines) == until
+    assert rounded_end(900, duration, deadlines, 100) == until  # a lag is time that it takes, too

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 from django.db import transaction
+from django.db.models import QuerySet
 
 from marketplace import arrays, outbox
 from marketplace.locks import Lock, acquire
@@ -29,7 +30,7 @@ from scheduler.core import recheck
 from scheduler.core.fit import rounded_end
 from scheduler.core.pack import bits, classes_of
 from scheduler.core.state import State
-from scheduler.core.types import I64, HostFlag, Plan, Reason
+from scheduler.core.types import I64, HostFlag, Plan, Preemption, Reason
 from scheduler.core.types import Placement as Planned
 from scheduler.snapshot import Snapshot, reserved_gpus
 
@@ -64,38 +65,76 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
     with transaction.atomic(savepoint=False):  # whatever refuses it voids the whole cycle
         sites = set(np.unique(snapshot.fleet.site[rows]).tolist())
         victims = [p.placement for p in plan.preemptions]
-        live = Placement.objects.filter(pk__in=victims, release_requested_at=None).exclude(state__in=Placement.FINAL)
         if victims:
-            sites |= set(live.values_list("site_id", flat=True))
+            sites |= set(_standing(victims).values_list("site_id", flat=True))
         acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
         if not Cell.objects.filter(pk=snapshot.cell.pk, generation=snapshot.generation).exists():
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
-        if victims:
-            outcome.preempted = drains.take_off(
-                live, now=now, actor=ACTOR, reason="preempted: capacity claimed by a higher contract"
-            )
-        if plan.placements:
-            _place(snapshot, plan.placements, sites, outcome, now)
+        wanted: dict[int, list[Planned]] = defaultdict(list)
+        for p in plan.placements:
+            wanted[p.job].append(p)
+        if wanted:
+            _refuse(snapshot, wanted, outcome, now)
+        if victims and wanted:
+            _evict(snapshot, plan.preemptions, wanted, sites, outcome, now)
+        if wanted:
+            _place(snapshot, wanted, sites, outcome, now)
     return outcome
 
 
-def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outcome: Outcome, now: datetime) -> None:
-    wanted: dict[int, list[Planned]] = defaultdict(list)
-    for p in planned:
-        wanted[p.job].append(p)
+def _refuse(snapshot: Snapshot, wanted: dict[int, list[Planned]], outcome: Outcome, now: datetime) -> None:
+    """Takes out of `wanted` who waits no more, and whose GPUs are reserved for somebody else by now."""
     waiting = _still_waiting(list(wanted), snapshot)
-    outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     closed = _closed(snapshot, wanted, now)
+    outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     outcome.conflicts |= dict.fromkeys(closed & waiting, Reason.HOST_RESERVED_FOR_OWNER)
-    open_to = waiting - closed
-    jobs = [job for job in wanted if job in open_to]
+    for job in outcome.conflicts:
+        del wanted[job]
+
+
+def _evict(
+    snapshot: Snapshot,
+    preemptions: Sequence[Preemption],
+    wanted: dict[int, list[Planned]],
+    sites: set[int],
+    outcome: Outcome,
+    now: datetime,
+) -> None:
+    """Asks victims to leave for those who still want their places, and to whom these hosts are open as they stand now."""
+    jobs = [job for job in dict.fromkeys(p.for_job for p in preemptions) if job in wanted]
     if not jobs:
         return
-    replicas = [p for job in jobs for p in wanted[job]]
+    state, batch, _, _ = _locked(snapshot, {job: wanted[job] for job in jobs}, sites, now)
+    barred = recheck.barred(state, batch)
+    outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, barred.tolist(), strict=True) if why}
+    for job in outcome.conflicts.keys() & set(jobs):
+        del wanted[job]
+    victims = _standing([p.placement for p in preemptions if p.for_job in wanted])
+    reason = "preempted: capacity claimed by a higher contract"
+    outcome.preempted = drains.take_off(victims, now=now, actor=ACTOR, reason=reason)
+
+
+def _standing(placements: Sequence[int]) -> QuerySet[Placement]:
+    """Those that live, and that nobody has asked to leave."""
+    return Placement.objects.filter(pk__in=placements, release_requested_at=None).exclude(state__in=Placement.FINAL)
+
+
+def _locked(
+    snapshot: Snapshot, wanted: dict[int, list[Planned]], sites: set[int], now: datetime
+) -> tuple[State, recheck.Batch, cells.Hosts, NodeTable]:
+    """The hosts wanted, locked, with the nodes above them, and what is wanted, as the fit rule reads them."""
+    replicas = [p for planned in wanted.values() for p in planned]
     hosts = cells.lock(snapshot.fleet.host_id[[p.host for p in replicas]].tolist(), snapshot.names)
     nodes = node_table(sites)
-    state = _state(snapshot, hosts, nodes, sites)
-    batch = _batch(snapshot, hosts, jobs, [len(wanted[job]) for job in jobs], replicas, now)
+    batch = _batch(snapshot, hosts, list(wanted), [len(planned) for planned in wanted.values()], replicas, now)
+    return _state(snapshot, hosts, nodes, sites), batch, hosts, nodes
+
+
+def _place(
+    snapshot: Snapshot, wanted: dict[int, list[Planned]], sites: set[int], outcome: Outcome, now: datetime
+) -> None:
+    jobs, replicas = list(wanted), [p for planned in wanted.values() for p in planned]
+    state, batch, hosts, nodes = _locked(snapshot, wanted, sites, now)
     reasons, watts = recheck.admit(state, batch)
     outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, reasons.tolist(), strict=True) if why}
     outcome.placed = [job for job, why in zip(jobs, reasons.tolist(), strict=True) if not why]
@@ -127,8 +166,8 @@ def _place(snapshot: Snapshot, planned: Sequence[Planned], sites: set[int], outc
     )
     left = _left(hosts, state, books, at, granted)
     outcome.placements = placement_service.create(rows, left, now=now, actor=ACTOR)
-    if mended:
-        gangs.placed_again(mended, now=now, actor=ACTOR)
+    if mended and gangs.placed_again(mended, now=now, actor=ACTOR) != len(mended):
+        raise FencedError(f"cell {snapshot.cell.name}: a gang that was mended moved past its lock")
     for site in np.unique(
         rows.site[granted == 0]
     ).tolist():  # whose miners must sleep first: at once, not at the next tick
@@ -161,7 +200,8 @@ def _rank(snapshot: Snapshot, planned: Planned) -> int:
 def _still_waiting(jobs: list[int], snapshot: Snapshot) -> set[int]:
     """Those that wait and are not to be cancelled. Under the cell's lock nobody else moves a waiting job; the move is guarded.
 
-    A running gang waits for the ranks that the plan is for while its epoch is the same: a further loss is a new one.
+    A running gang waits for the ranks that the plan is for while its epoch is the same: a further loss is a new one. Its row
+    is locked: what it loses from here on, it loses after its repair.
     """
     rows = arrays.execute(
         "SELECT id FROM marketplace_job WHERE id = ANY(%s) AND state = ANY(%s) AND cancel_requested_at IS NULL",
@@ -170,7 +210,7 @@ def _still_waiting(jobs: list[int], snapshot: Snapshot) -> set[int]:
     found = {pk for (pk,) in rows}
     mended = [job for job in jobs if job in snapshot.repairs]
     if mended:
-        still = gangs.waiting().filter(pk__in=mended)
+        still = gangs.waiting().filter(pk__in=mended).order_by("pk").select_for_update(no_key=True)
         found |= {
             pk
             for pk, attempt, epoch in still.values_list("id", "attempt", "epoch")

@@ -173,7 +173,8 @@ def _decide(record: Cycle, taken: snapshot.Snapshot, decided: list[Decided], out
     placed = [d.job for d in decided if d.placed and d.job not in outcome.conflicts]
     if placed:
         arrays.execute(_PLACED + _REPLACE, [*head, np.array(placed, np.int64)])
-    waits = {d.job: d for d in decided if not d.placed or d.job in outcome.conflicts}
+    waits = {d.job: d for d in decided if not d.placed}
+    waits |= _refused(decided, taken, outcome)
     if waits:
         names = _node_names(taken, {d.node for d in waits.values()})
         reasons = [outcome.conflicts.get(job, d.reason).name for job, d in waits.items()]
@@ -184,6 +185,19 @@ def _decide(record: Cycle, taken: snapshot.Snapshot, decided: list[Decided], out
         starts = np.array([d.earliest_start for d in waits.values()], np.int64)
         ids, held = np.array(list(waits), np.int64), promises.held_hosts(list(waits.values()), taken.host_of)
         arrays.execute(_WAITS + _REPLACE, [*head, ids, reasons, stages, candidates, binding, changes, starts, held])
+
+
+def _refused(decided: list[Decided], taken: snapshot.Snapshot, outcome: commit.Outcome) -> dict[int, Decided]:
+    """Decisions on jobs that the commit did not place. What they were promised before is still theirs."""
+    asked = {r.job: r for r in taken.requests if r.job in outcome.conflicts}
+    found = {}
+    for d in decided:
+        if d.placed and (r := asked.get(d.job)):
+            kept = bool(r.promised_hosts) and min(r.promised_hosts) >= 0
+            found[d.job] = d._replace(
+                earliest_start=r.promised_start if kept else 0, held=r.promised_hosts if kept else ()
+            )
+    return found
 
 
 def _node_names(taken: snapshot.Snapshot, nodes: set[int]) -> dict[int, str]:

@@ -137,10 +137,11 @@ def whole_again(job: Job, gang: Sequence[Placement], *, now: datetime) -> bool:
     return True
 
 
-def placed_again(job_ids: Collection[int], *, now: datetime, actor: str) -> None:
-    """The lost ranks of these locked jobs have placements again (scheduler.commit)."""
-    Job.objects.filter(pk__in=job_ids).update(lost_ranks=[])
-    note(Job.objects.filter(pk__in=job_ids).order_by("pk"), "lost ranks placed again", now=now, actor=actor)
+def placed_again(job_ids: Collection[int], *, now: datetime, actor: str) -> int:
+    """The lost ranks of these locked jobs have placements again (scheduler.commit). Returns how many of them still waited."""
+    rows = list(waiting().filter(pk__in=job_ids).order_by("pk"))
+    note(rows, "lost ranks placed again", now=now, actor=actor)
+    return waiting().filter(pk__in=[job.pk for job in rows]).update(lost_ranks=[])
 
 
 FRESH: dict[str, Any] = {"lost_ranks": [], "repair_since": None}  # columns of a job whose gang is gone as a whole

@@ -65,7 +65,8 @@ class Case:
                 stands.setdefault(group, set()).add(p.host)
         promised = {d.job: (d.earliest_start, d.held) for d in made.decisions if d.held}
         waiting = [_tied(r, stands) for r in self.requests if r.job not in placed]
-        waiting = [_promised(r, *promised.get(r.job, (0, ()))) for r in waiting]
+        # Who was refused at the commit keeps the promise of before.
+        waiting = [r if r.job in refused else _promised(r, *promised.get(r.job, (0, ()))) for r in waiting]
         if leaving:
             waiting = [replace(r, may_preempt=False) for r in waiting]
         return replace(self, fleet=fleet, requests=waiting, running=running)

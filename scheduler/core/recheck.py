@@ -7,6 +7,7 @@ Two passes over the same batch, each with a plain twin that its tests compare it
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -137,6 +138,17 @@ def admit(s: State, b: Batch) -> tuple[I64, I64]:
     reason, delta, active = (np.zeros(n, np.int64) for n in (len(b.of), len(b.host), len(b.host)))
     admit_kernel(s, b, reason, delta, active)
     return reason, delta
+
+
+def barred(s: State, b: Batch) -> I64:
+    """Reason of each job to which some of its hosts is closed however empty it were [J]; 0 for the others."""
+    out = np.zeros(len(b.of), np.int64)
+    for j, (begin, end) in enumerate(pairwise(b.first.tolist())):
+        for p in range(begin, end):
+            row = s.rows[b.host[p]].copy()
+            row[POOL] = b.pool[p]
+            out[j] = out[j] or static_kernel(row, b.classes[b.of[j]])
+    return out
 
 
 class Power(NamedTuple):

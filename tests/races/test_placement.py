@@ -554,3 +554,47 @@ def test_a_storm(seed):
     assert unexpected == []
     market.sound()
     market.finish()
+
+
+class Preempting:
+    """A spot job on the only host, and the plan by which somebody takes its place."""
+
+    def __init__(self):
+        self.market = Market()
+        listing = self.market.contract.listing
+        spot = f.contract(listing, f.organization(), gpu_count=64, kind="spot", limit_price=900_000)
+        spec = {"command": ["true"], "gpus": 8, "vcpu_milli": 1000, "ram_mib": 1024}
+        self.spot = jobs.submit(f.actor(spot.organization), spot, spec, now=NOW)
+        self.market.cycle()
+        self.market.report(self.spot, "running")
+        self.mine = self.market.submit()
+        self.taken, self.plan = self.market.planned(self.mine)
+        assert [p.job for p in self.plan.preemptions] == [self.spot.pk]
+
+    def commit(self):
+        outcome = commit.commit(self.taken, self.plan, now=NOW)
+        self.spot.refresh_from_db()
+        return outcome
+
+
+def test_nobody_is_evicted_for_a_job_that_is_cancelled_meanwhile():
+    here = Preempting()
+    jobs.cancel(here.market.actor, here.mine, now=NOW)
+    assert here.commit().preempted == []
+    assert here.spot.state == "running"
+    here.market.sound()
+
+
+def test_nobody_is_evicted_from_a_host_that_takes_nothing_any_more():
+    here = Preempting()
+    sites.drain_host(here.market.hosts[0], reason="fan", actor=f.actor(here.market.site.organization), now=NOW)
+    outcome = here.commit()
+    assert (outcome.preempted, outcome.conflicts) == ([], {here.mine.pk: Reason.HOST_UNSCHEDULABLE})
+    assert here.spot.state == "running"
+
+
+def test_who_still_wants_the_place_gets_it():
+    here = Preempting()
+    assert here.commit().preempted == [here.spot.pk]
+    assert here.spot.state == "preempting"
+    here.market.sound()

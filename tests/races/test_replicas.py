@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 from django.db import connection, transaction
+from django.db.models import F
 
 from marketplace.errors import MarketError
 from marketplace.models import Host, Job, Placement, PowerNode
@@ -131,6 +132,31 @@ def test_a_loss_between_the_plan_and_its_commit(monkeypatch):
     market.cycle()
     assert market.sound().lost_ranks == []
     assert sorted(market.live().values_list("rank", flat=True)) == [0, 1, 2, 3]
+
+
+def test_a_loss_between_the_commits_look_and_its_write(monkeypatch):
+    """Whoever tells of another loss waits for the repair that has begun, and is not overwritten by it."""
+    market = Market("replace_replica")
+    market.lose(0)
+    lock, told = commit.cells.lock, []
+
+    def tell():
+        try:
+            Job.objects.filter(pk=market.job.pk).update(epoch=F("epoch") + 1, lost_ranks=[1])
+        finally:
+            connection.close()
+
+    def locked(*args):
+        told.append(threading.Thread(target=tell))
+        told[0].start()
+        told[0].join(1)
+        return lock(*args)
+
+    monkeypatch.setattr(commit.cells, "lock", locked)
+    market.cycle()
+    told[0].join()
+    job = Job.objects.get(pk=market.job.pk)
+    assert (job.lost_ranks, job.epoch) == ([1], 2)
 
 
 def test_a_cancellation_beside_losses_and_repairs():

@@ -49,6 +49,31 @@ def test_a_promise_lives_from_cycle_to_cycle_and_is_kept(market):  # noqa: F811
     assert (decision.outcome, decision.held_hosts) == ("placed", None)
 
 
+def test_a_refusal_at_the_commit_leaves_the_promise_as_it_was(market, monkeypatch):  # noqa: F811
+    _, host, _, _, contract = market
+    first = submit(contract, max_seconds=600)
+    cycle.run(first.cell_id, now=NOW)
+    second = submit(contract, max_seconds=300)
+    cycle.run(first.cell_id, now=later(10))
+    promised = Decision.objects.get(job=second)
+    Placement.objects.filter(job=first).update(state="released", finished_at=later(15))
+    Host.objects.filter(pk=host.pk).update(
+        gpu_free=[1000] * 8, vram_free=[host.vram_mib] * 8, vcpu_free=host.vcpu_milli, ram_free=host.ram_mib
+    )
+    made = cycle.plan
+
+    def overtaken(*args, **options):
+        found = made(*args, **options)
+        Host.objects.filter(pk=host.pk).update(state="draining")
+        return found
+
+    monkeypatch.setattr(cycle, "plan", overtaken)
+    cycle.run(first.cell_id, now=later(20))
+    decision = Decision.objects.get(job=second)
+    assert (decision.outcome, decision.reason) == ("waiting", "HOST_UNSCHEDULABLE")
+    assert (decision.earliest_start, decision.held_hosts) == (promised.earliest_start, promised.held_hosts)
+
+
 def test_a_job_that_is_cancelled_takes_its_promise_with_it(market):  # noqa: F811
     _, _, _, _, contract = market
     first = submit(contract, max_seconds=600)

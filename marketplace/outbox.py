@@ -13,13 +13,17 @@ Claiming and deleting do not wait for the disk: what a crash undoes of them is d
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
+from django.conf import settings
 from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
+from kombu.pools import producers
 
 from marketplace.models import OutboxMessage
 
@@ -33,6 +37,10 @@ MAX_ATTEMPTS = 12
 CAUSE_WAIT_S = 10  # for a transaction that coalesced with a claimed message; then the message waits its turn again
 NUDGED_S = 5  # a message delayed by more than this waits for a sweep
 SOONER_S = 1  # a message delayed by more than this is brought forward by one delayed less
+DEAF_S = 5  # a broker that did not answer is let be for so long
+# What a worker waits out patiently, a request must not: one try, no retry, and a second for each answer.
+IMPATIENT = {"socket_connect_timeout": 1, "socket_timeout": 1, "retry_on_timeout": False, "max_retries": 0}
+_deaf_until = 0.0  # time.monotonic()
 
 
 class Busy(Exception):  # noqa: N818 (it is no error)
@@ -118,19 +126,35 @@ def _json(payload: dict[str, Any]) -> str:
 
 
 def nudge(topic: str, delay_s: float = 0) -> None:
-    """Tell a worker that rows wait, or soon will. Losing it costs a sweep's interval, nothing else."""
+    """Tell a worker that rows wait, or soon will. Losing it costs a sweep's interval, nothing else: so a request tries once, for
+    a second or two at most, and after a failure nobody of this process tries for DEAF_S.
+    """
+    global _deaf_until
     from marketplace.celery import app
 
+    if time.monotonic() < _deaf_until:
+        return
     try:
-        app.send_task(
-            "marketplace.tasks.drain_outbox",
-            kwargs={"topic": topic},
-            countdown=delay_s or None,
-            expires=30,
-            retry=False,
-        )
+        with _impatient(settings.CELERY_BROKER_URL).acquire(block=True, timeout=1) as producer:
+            app.send_task(
+                "marketplace.tasks.drain_outbox",
+                kwargs={"topic": topic},
+                countdown=delay_s or None,
+                expires=30,
+                retry=False,
+                producer=producer,
+            )
     except Exception:
+        _deaf_until = time.monotonic() + DEAF_S
         log.warning("the broker does not answer; the sweep will find the message of %s", topic)
+
+
+@cache
+def _impatient(url: str) -> Any:
+    """The process's pool of connections to a broker for nudges."""
+    from marketplace.celery import app
+
+    return producers[app.connection_for_write(url, transport_options=IMPATIENT)]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from marketplace.tenancy import ANONYMOUS, SYSTEM
 from tests import factories as f
 from tests.factories import NOW
 from tests.marketplace import bare_search
+from tests.threads import in_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 HOUR = timedelta(hours=1)
@@ -292,22 +293,18 @@ def test_what_commits_late_is_read_again():
     written, commit = threading.Event(), threading.Event()
 
     def late():
-        try:
-            with transaction.atomic():
-                Gpu.objects.filter(host=host, index__lt=3).update(healthy=False)
-                Listing.objects.filter(pk=other.pk).update(state="paused")
-                written.set()
-                assert commit.wait(30)
-        finally:
-            connection.close()
+        with transaction.atomic():
+            Gpu.objects.filter(host=host, index__lt=3).update(healthy=False)
+            Listing.objects.filter(pk=other.pk).update(state="paused")
+            written.set()
+            assert commit.wait(30)
 
-    thread = threading.Thread(target=late)
-    thread.start()
+    join = in_thread(late)
     assert written.wait(30)
     third = f.listing(site, on_demand_price=3)
     assert shown() == [(one.pk, 8), (other.pk, 8), (third.pk, 0)]
     commit.set()
-    thread.join(30)
+    join()
     assert shown() == [(one.pk, 5), (third.pk, 0)]
 
 
@@ -373,13 +370,21 @@ def test_a_later_reading_is_not_replaced_by_an_earlier_one():
     assert catalogue._kept is late
 
 
-def test_what_was_withdrawn_since_the_columns_were_read_is_not_shown(monkeypatch):
-    """The columns say who matches; the database says who is shown."""
+def test_what_was_withdrawn_since_the_columns_were_read_is_not_shown():
+    """The columns say who matches; the database says who is shown. The offer goes between the two."""
     listing = f.listing(f.site())
-    stale = catalogue.read()
-    Listing.objects.filter(pk=listing.pk).update(state="paused")
-    monkeypatch.setattr(catalogue, "read", lambda: stale)
-    assert shown() == []
+    asked = []
+
+    def withdraw(execute, sql, params, many, context):
+        if not asked and 'FROM "marketplace_listing"' in sql:
+            asked.append(sql)
+            in_thread(lambda: Listing.objects.filter(pk=listing.pk).update(state="paused"))()
+        return execute(sql, params, many, context)
+
+    assert shown() == [(listing.pk, 0)]
+    with connection.execute_wrapper(withdraw):
+        assert shown() == []
+    assert asked
 
 
 COMPARED = {

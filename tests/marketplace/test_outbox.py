@@ -1,19 +1,26 @@
 """The outbox: with its cause or not at all, coalesced but never lost, claimed once, backed off, parked, taken again."""
 
 import ast
+import base64
 import importlib
+import json
 import logging
+import socket
 import threading
+import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from django.db import connection, transaction
+import redis
+from django.db import transaction
 from django.utils import timezone
 
 from marketplace import outbox
 from marketplace.models import OutboxMessage
+from tests.threads import in_thread
 
 TOPIC = "tests.topic"
 
@@ -37,6 +44,24 @@ def heard(monkeypatch):
     return handler
 
 
+@pytest.fixture
+def nudges(settings):
+    """What has come to the workers' queue since it was last asked: (topic, whether it is to be taken later)."""
+    broker = redis.from_url(settings.CELERY_BROKER_URL)
+    broker.delete(settings.CELERY_TASK_DEFAULT_QUEUE)
+
+    def sent():
+        found = []
+        while packed := broker.rpop(settings.CELERY_TASK_DEFAULT_QUEUE):
+            message = json.loads(packed)
+            _, named, _ = json.loads(base64.b64decode(message["body"]))
+            found.append((named["topic"], message["headers"]["eta"] is not None))
+        return found
+
+    yield sent
+    broker.close()
+
+
 def emit(key="", **payload):
     with transaction.atomic():
         outbox.emit(TOPIC, key=key, payload=payload)
@@ -46,27 +71,6 @@ def due():
     """Time passes: every lapse is over."""
     past = timezone.now() - timedelta(seconds=1)
     OutboxMessage.objects.exclude(claimed_until=None).update(claimed_until=past)
-
-
-def in_thread(act):
-    """Run on a connection of its own; the returned join() gives its answer."""
-    answers = []
-
-    def run():
-        try:
-            answers.append(act())
-        finally:
-            connection.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join(seconds=30):
-        thread.join(seconds)
-        assert not thread.is_alive()
-        return answers[0]
-
-    return join
 
 
 @pytest.mark.django_db
@@ -252,17 +256,54 @@ def test_emitters_of_one_key_do_not_wait_for_each_other(heard):
     assert OutboxMessage.objects.filter(topic=TOPIC).count() == 1
 
 
-@pytest.mark.django_db(transaction=True)
-def test_without_redis_the_message_stands(heard, settings):
-    from marketplace.celery import app
+@contextmanager
+def no_broker(settings, *, silent):
+    """Where a broker should be nobody listens (refused), or somebody accepts and says nothing (silent): its socket."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        settings.CELERY_BROKER_URL = f"redis://127.0.0.1:{server.getsockname()[1]}/0"
+        if not silent:
+            server.close()
+        yield server
 
-    before = app.conf.broker_url
-    app.conf.broker_url = "redis://127.0.0.1:1/0"
-    try:
-        emit("k")
-    finally:
-        app.conf.broker_url = before
-    assert outbox.drain(topic=TOPIC) == 1
+
+def calls(server):
+    """How many have connected."""
+    server.setblocking(False)
+    found = 0
+    with suppress(BlockingIOError):
+        while True:
+            server.accept()[0].close()
+            found += 1
+    return found
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+def test_without_redis_the_message_stands(heard, settings, monkeypatch, caplog, silent):
+    monkeypatch.setattr(outbox, "_deaf_until", 0.0)
+    caplog.set_level("WARNING", "marketplace.outbox")
+    monkeypatch.setattr(logging.getLogger("marketplace.outbox"), "disabled", False)
+    with no_broker(settings, silent=silent) as server:
+        for key in "abc":
+            emit(key)
+        assert [record.args for record in caplog.records] == [(TOPIC,)]  # who comes after does not try
+        assert not silent or calls(server) == 1  # nor did who came first try twice
+    assert outbox.drain(topic=TOPIC) == 3
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_broker_that_is_back_is_nudged_again(heard, settings, monkeypatch, nudges):
+    monkeypatch.setattr(outbox, "_deaf_until", 0.0)
+    well = settings.CELERY_BROKER_URL
+    with no_broker(settings, silent=False):
+        emit("a")
+    settings.CELERY_BROKER_URL = well
+    emit("b")
+    assert nudges() == []  # not at once
+    assert 0 < outbox._deaf_until - time.monotonic() <= outbox.DEAF_S
+    outbox._deaf_until = time.monotonic()  # later
+    emit("c")
+    assert nudges() == [(TOPIC, False)]
 
 
 def topics(path):
@@ -285,33 +326,25 @@ def test_every_topic_that_is_emitted_has_a_handler():
 
 
 # --- work that somebody else is at
-@pytest.fixture
-def nudges(monkeypatch):
-    sent = []
-    monkeypatch.setattr(outbox, "nudge", lambda topic, delay_s=0: sent.append((topic, delay_s)))
-    return sent
-
-
 @pytest.mark.django_db(transaction=True)
 def test_a_message_is_nudged_once_and_again_when_it_comes_sooner(heard, nudges):
     for _ in range(3):
         emit("k")
-    assert nudges == [(TOPIC, 0)]
+    assert nudges() == [(TOPIC, False)]
     OutboxMessage.objects.all().delete()
-    nudges.clear()
     with transaction.atomic():
         outbox.emit(TOPIC, key="k", delay_s=0.3)
     emit("k")
     emit("k")
-    assert nudges == [(TOPIC, 0.3), (TOPIC, 0)]
+    assert nudges() == [(TOPIC, True), (TOPIC, False)]
     assert OutboxMessage.objects.get().available_at <= timezone.now()
     with transaction.atomic():
         outbox.emit(TOPIC, key="later", delay_s=60)
-    assert len(nudges) == 2
+    assert nudges() == []
 
 
 @pytest.mark.django_db(transaction=True)
-def test_busy_hands_the_message_back_and_leaves_it_to_whoever_is_at_it(heard, nudges):
+def test_busy_hands_the_message_back_and_leaves_it_to_whoever_is_at_it(heard):
     emit("k", n=1)
 
     def busy(_):
@@ -327,7 +360,7 @@ def test_busy_hands_the_message_back_and_leaves_it_to_whoever_is_at_it(heard, nu
 
 
 @pytest.mark.django_db(transaction=True)
-def test_who_was_at_it_may_have_ended_meanwhile_then_the_message_is_taken_again(heard, nudges):
+def test_who_was_at_it_may_have_ended_meanwhile_then_the_message_is_taken_again(heard):
     """The other looked for more before we handed ours back: nobody but us is left to take it."""
     emit("k", n=1)
     asked = []
@@ -344,7 +377,7 @@ def test_who_was_at_it_may_have_ended_meanwhile_then_the_message_is_taken_again(
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_message_handed_back_gives_way_to_a_newer_one(heard, nudges):
+def test_a_message_handed_back_gives_way_to_a_newer_one(heard):
     emit("k", n=1)
 
     def busy(_):
@@ -357,13 +390,15 @@ def test_a_message_handed_back_gives_way_to_a_newer_one(heard, nudges):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_long_work_is_claimed_one_message_at_a_time(heard, nudges, monkeypatch):
-    monkeypatch.setattr(outbox, "_alone", {TOPIC})
-    for key in "abc":
-        emit(key)
-    assert len(outbox._next(10, TOPIC)) == 1
-    assert len(outbox._next(10, None)) == 1
-    monkeypatch.setattr(outbox, "_alone", set())
+def test_long_work_is_claimed_one_message_at_a_time(heard):
+    outbox.handler(TOPIC, one_at_a_time=True)(heard)
+    try:
+        for key in "abc":
+            emit(key)
+        assert len(outbox._next(10, TOPIC)) == 1
+        assert len(outbox._next(10, None)) == 1
+    finally:
+        outbox._alone.discard(TOPIC)
     assert len(outbox._next(10, TOPIC)) == 1  # what is left
 
 
@@ -371,9 +406,8 @@ def test_long_work_is_claimed_one_message_at_a_time(heard, nudges, monkeypatch):
 def test_a_worker_that_leaves_before_all_is_done_calls_another(heard, nudges):
     for n in range(4):
         emit(n=n)
-    nudges.clear()
+    assert len(nudges()) == 4
     assert outbox.drain(limit=3, topic=TOPIC) == 3
-    assert nudges == [(TOPIC, 0)]
-    nudges.clear()
+    assert nudges() == [(TOPIC, False)]
     assert outbox.drain(limit=3, topic=TOPIC) == 1
-    assert nudges == []
+    assert nudges() == []

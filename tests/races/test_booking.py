@@ -1,51 +1,22 @@
 """Buyers of the last host, at the same moment, on real connections: one wins, the others get a clear conflict, none pays."""
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection
 
-from marketplace.errors import MarketError
 from marketplace.models import Contract, OutboxMessage, Quote, Reservation, ReservationBlock
 from marketplace.services import availability, contracts, quotes
 from scheduler.core import capacity
 from tests import factories
 from tests.factories import NOW
+from tests.threads import at_once
 
 pytestmark = pytest.mark.django_db(transaction=True)
 START, END = NOW + timedelta(days=2), NOW + timedelta(days=3)
 LATER = NOW + timedelta(minutes=10)  # every hold has lapsed, every price is still firm
-
-
-def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Run all calls from one barrier, each on a connection of its own; a refusal's code, or what the call answered."""
-    barrier, answers = threading.Barrier(len(calls)), [None] * len(calls)
-
-    def run(i: int) -> None:
-        try:
-            barrier.wait(30)
-            for _ in range(20):  # "busy" says try again: a fair client does
-                try:
-                    answers[i] = calls[i]()
-                except MarketError as error:
-                    answers[i] = error.code
-                if answers[i] != "busy":
-                    break
-        except BaseException as error:
-            answers[i] = repr(error)
-        finally:
-            connection.close()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
 
 
 def world(buyers: int, gpus: int = 8):

@@ -32,7 +32,7 @@ from scheduler.core.plan import plan
 from scheduler.core.types import Reason
 from tests import factories as f
 from tests.factories import NOW
-from tests.races.test_booking import at_once
+from tests.threads import at_once, in_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 ACTIVE = {"placed", "running", "preempting"}
@@ -137,28 +137,6 @@ def holds_site(pk) -> bool:
             [_number(Lock.SITE, pk)],
         )
         return bool(cursor.fetchone()[0])
-
-
-def in_thread(act):
-    answers = []
-
-    def run():
-        try:
-            answers.append(act())
-        except Exception as error:
-            answers.append(error)
-        finally:
-            connection.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join():
-        thread.join(60)
-        assert not thread.is_alive()
-        return answers[0]
-
-    return join
 
 
 # --- two commits

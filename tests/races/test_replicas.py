@@ -15,7 +15,7 @@ from marketplace.services import jobs, placements, sites
 from scheduler import commit, cycle
 from tests import factories as f
 from tests.factories import NOW
-from tests.races.test_booking import at_once
+from tests.threads import at_once, in_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -113,16 +113,7 @@ def test_a_loss_between_the_plan_and_its_commit(monkeypatch):
         made = plan(*args, **options)
         if not done.is_set():
             done.set()
-
-            def elsewhere():
-                try:
-                    market.lose(1)
-                finally:
-                    connection.close()
-
-            thread = threading.Thread(target=elsewhere)
-            thread.start()
-            thread.join()
+            in_thread(lambda: market.lose(1))()
         return made
 
     monkeypatch.setattr(cycle, "plan", planned)

@@ -5,11 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from django.db import connection, transaction
+from django.db import transaction
 
 from marketplace.models import Host
 from scheduler import fleet
 from tests import factories as f
+from tests.threads import in_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -142,24 +143,20 @@ def test_what_commits_late_is_read_again():
     began, go = threading.Event(), threading.Event()
 
     def late():
-        try:
-            with transaction.atomic():
-                Host.objects.filter(pk=slow.pk).update(vcpu_free=1)
-                began.set()
-                assert go.wait(20)
-        finally:
-            connection.close()
+        with transaction.atomic():
+            Host.objects.filter(pk=slow.pk).update(vcpu_free=1)
+            began.set()
+            assert go.wait(20)
 
     same(site.cell_id)
-    thread = threading.Thread(target=late)
-    thread.start()
+    join = in_thread(late)
     assert began.wait(20)
     Host.objects.filter(pk=quick.pk).update(vcpu_free=2)
     before = same(site.cell_id)
     assert before["cpu_free"][before.position([quick.pk])[0]] == 2
     assert before["cpu_free"][before.position([slow.pk])[0]] == slow.vcpu_free
     go.set()
-    thread.join(20)
+    join()
     after = same(site.cell_id)
     assert after["cpu_free"][after.position([slow.pk])[0]] == 1
     assert before["cpu_free"][before.position([slow.pk])[0]] == slow.vcpu_free  # an earlier reading stays what it was

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core import kernels
 from scheduler.core.fit_kernels import HOST_WIDTH, REQUEST_WIDTH, request_vector
+from scheduler.core.jit import inlined, kernel
 from scheduler.core.kernels import BLOCK, META_WIDTH, Cache
 from scheduler.core.score import Tables
 from scheduler.core.state import State, give, refresh_all, refresh_host, take
-from scheduler.core.types import I32, I64, Fleet, Request
+from scheduler.core.types import I16, I32, I64, MAX_GPUS, Fleet, Request
 
 TABLE_CELLS: Final = 48_000_000  # int32 scores kept at most (192 MB); classes beyond that share slots
 _COPY: Final = (
@@ -40,28 +41,44 @@ _COPY: Final = (
     (fit.TAINTS, "taints"),
     (fit.LEAVES, "leaves"),
 )
+# What the score and the shape stages read of a host, besides its GPUs.
+_SCORED: Final = (fit.CPU, fit.RAM, fit.NVME, fit.MODEL, fit.NGPU, fit.ACTIVE, fit.CPU_ONLY, fit.HELD)
 
 
 def make_state(fleet: Fleet, order: I64 | None = None) -> State:
     """A mutable copy of the fleet, hosts permuted by `order` (row i is host order[i])."""
-    rows = np.zeros((len(fleet), HOST_WIDTH), np.int64)
+    hosts = len(fleet)
+    places = np.arange(hosts) if order is None else order
+    rows = np.zeros((hosts, HOST_WIDTH), np.int64)
     for column, name in _COPY:
-        rows[:, column] = getattr(fleet, name)
-    rows[:, fit.TOTAL] = fleet.gpu_free.sum(axis=1)
-    gfree, vfree, nvl = fleet.gpu_free, fleet.vram_free, fleet.nvlink
-    if order is not None:
-        rows, gfree, vfree, nvl = rows[order], gfree[order], vfree[order], nvl[order]
+        rows[:, column] = getattr(fleet, name) if order is None else getattr(fleet, name)[order]
+    gfree, vfree = np.empty((hosts, MAX_GPUS), np.int32), np.empty((hosts, MAX_GPUS), np.int32)
+    nvl = np.empty((hosts, MAX_GPUS), np.int16)
+    _permuted(places, fleet.gpu_free, fleet.vram_free, fleet.nvlink, rows, gfree, vfree, nvl)
     return State(
-        rows=np.ascontiguousarray(rows),
-        gfree=np.array(gfree, np.int32, order="C"),
-        vfree=np.array(vfree, np.int32, order="C"),
-        nvl=np.array(nvl, np.int16, order="C"),
+        rows=rows,
+        gfree=gfree,
+        vfree=vfree,
+        nvl=nvl,
         parent=np.ascontiguousarray(fleet.node_parent),
         k=np.ascontiguousarray(fleet.node_k_gpu),
         budget=fleet.node_free_mw + fleet.node_reclaimable_mw,
-        frag=np.zeros(len(fleet), np.int64),
-        balance=np.zeros(len(fleet), np.float64),
+        frag=np.zeros(hosts, np.int64),
+        balance=np.zeros(hosts, np.float64),
     )
+
+
+@kernel
+def _permuted(places: I64, free: I32, vram: I32, links: I16, rows: I64, gfree: I32, vfree: I32, nvl: I16) -> None:
+    """GPU columns [H, 16] by row of the state, and their sum into `rows`."""
+    for i in range(len(places)):
+        h, total = places[i], 0
+        for g in range(free.shape[1]):
+            gfree[i, g] = free[h, g]
+            vfree[i, g] = vram[h, g]
+            nvl[i, g] = links[h, g]
+            total += free[h, g]
+        rows[i, fit.TOTAL] = total
 
 
 def copy_state(s: State) -> State:
@@ -70,18 +87,62 @@ def copy_state(s: State) -> State:
 
 
 def equal_states(s: State) -> tuple[I32, int]:
-    """Group number of each host (equal in all that the score and the shape stages read), and the number of groups."""
-    columns = [fit.CPU, fit.RAM, fit.NVME, fit.MODEL, fit.NGPU, fit.ACTIVE, fit.CPU_ONLY, fit.HELD]
-    key = np.concatenate([s.rows[:, columns], s.gfree.astype(np.int64), s.vfree, s.nvl], axis=1).astype(np.uint64)
-    # A 64-bit polynomial hash, then exact: groups whose members differ from their first are dissolved.
-    prime, word = np.uint64(0x9E3779B97F4A7C15), np.zeros(len(key), np.uint64)
-    for j in range(key.shape[1]):
-        word = (word ^ key[:, j]) * prime
-        word ^= word >> np.uint64(29)
-    _, first, group = np.unique(word, return_index=True, return_inverse=True)
-    out = group.reshape(-1).astype(np.int32)
-    out[np.any(key != key[first[out]], axis=1)] = -1
-    return out, len(first)
+    """Group number of each host (equal in all that the score and the shape stages read), and the number of groups. Groups are
+    numbered as they come.
+    """
+    hosts = len(s.rows)
+    table = np.full(1 << max(4, (2 * hosts).bit_length()), -1, np.int32)
+    first, group = np.empty(hosts, np.int32), np.empty(hosts, np.int32)
+    return group, int(_grouped(s.rows, s.gfree, s.vfree, s.nvl, table, first, group))
+
+
+def equal_states_plain(s: State) -> tuple[list[int], int]:
+    """The kernel's twin: what it hashes is a tuple here."""
+    known: dict[tuple[int, ...], int] = {}
+    numbers = []
+    for row, *gpus in zip(s.rows, s.gfree, s.vfree, s.nvl, strict=True):
+        parts = [row[list(_SCORED)], *(columns[: row[fit.NGPU]] for columns in gpus)]
+        numbers.append(known.setdefault(tuple(np.concatenate(parts).tolist()), len(known)))
+    return numbers, len(known)
+
+
+@inlined
+def _mixed(word: Any, value: Any) -> Any:
+    """One step of a 64-bit polynomial hash."""
+    word = (word ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
+    return word ^ (word >> np.uint64(29))
+
+
+@kernel
+def _grouped(rows: I64, gfree: I32, vfree: I32, nvl: I16, table: I32, first: I32, group: I32) -> int:
+    """An open hash table [power of two, all -1] of group numbers; `first`: the first host of each group."""
+    count = 0
+    last = len(table) - 1
+    for h in range(len(rows)):
+        word = np.uint64(0)
+        for c in _SCORED:
+            word = _mixed(word, rows[h, c])
+        for g in range(rows[h, fit.NGPU]):
+            word = _mixed(_mixed(_mixed(word, gfree[h, g]), vfree[h, g]), nvl[h, g])
+        at = np.int64(word & np.uint64(last))
+        while table[at] >= 0:
+            other = first[table[at]]
+            same = True
+            for c in _SCORED:
+                same = same and rows[h, c] == rows[other, c]
+            if same:
+                for g in range(rows[h, fit.NGPU]):
+                    same = same and gfree[h, g] == gfree[other, g] and vfree[h, g] == vfree[other, g]
+                    same = same and nvl[h, g] == nvl[other, g]
+            if same:
+                break
+            at = (at + 1) & last
+        if table[at] < 0:
+            table[at] = count
+            first[count] = h
+            count += 1
+        group[h] = table[at]
+    return count
 
 
 class Packer:

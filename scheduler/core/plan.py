@@ -78,7 +78,7 @@ class _Planner:
         classes = np.concatenate([vectors, free])
         self.packer = Packer(fleet, classes, tables, order=order, steps=min(steps, 1 << 20))
         self.ties = Ties(fleet, self.packer.state, order)
-        self.rank = np.argsort(order) if order is not None else np.arange(len(fleet))
+        self.rank = np.arange(len(fleet)) if self.ties.row_of is None else self.ties.row_of
         self.held = held(running, self.rank.tolist().__getitem__)
         self._preemptor: Preemptor | None = None
         self.horizon = backfill.Horizon(self.packer.state, running, self.held, now_s, policy.lag_s)

@@ -216,9 +216,9 @@ def hole_values(prices: dict[int, float]) -> F64:
 
 def capacity_of(fleet: Fleet) -> F64:
     """GPUs of the cell by model and GPUs a host, shape [MODELS, 17]."""
-    out = np.zeros((MODELS, MAX_GPUS + 1))
-    np.add.at(out, (np.maximum(fleet.gpu_model, 0), fleet.gpu_count), fleet.gpu_count)
-    return out
+    width = MAX_GPUS + 1
+    cells = np.maximum(fleet.gpu_model, 0) * width + fleet.gpu_count
+    return np.bincount(cells, weights=fleet.gpu_count, minlength=MODELS * width).reshape(MODELS, width)
 
 
 def make_tables(

@@ -26,7 +26,10 @@ class Ties:
 
     def __init__(self, fleet: Fleet, state: State, order: I64 | None = None) -> None:
         self.fleet, self.state, self.order = fleet, state, order
-        self.row_of: I64 | None = np.argsort(order) if order is not None else None
+        self.row_of: I64 | None = None
+        if order is not None:
+            self.row_of = np.empty_like(order)
+            self.row_of[order] = np.arange(len(order))
         self.stands: dict[int, set[int]] = {}  # group -> rows on which this plan has put replicas
         self.domains: dict[Level, I64] = {}
 

@@ -15,18 +15,20 @@ from datetime import datetime, timedelta
 
 from django.db import connection
 from django.db.models import Min, Q
+from django.db.models.functions import Least
 
-from billing import usage
+from billing import commitments, usage
+from billing.commitments import HELD_KINDS
 from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Contract, Curtailment, PlacementEvent
+from marketplace.models import Amendment, Contract
 
 log = logging.getLogger(__name__)
 
+NOT_IN_FORCE = (Contract.State.PENDING_PAYMENT, Contract.State.CANCELLED)
 LATE_OVERLAP = timedelta(hours=1)  # longer than any transaction that writes usage
-HELD_KINDS = ("reserved", "flexible")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,11 @@ class DraftLine:
     def description(self) -> str:
         gpu = self.contract.gpu_model.name if self.contract.gpu_model is not None else "GPU"
         hours = f"{self.line.quantity / 3_600_000:,.3f}"
-        what = {LineKind.USAGE: "used", LineKind.COMMITMENT: "reserved", LineKind.OVERAGE: "beyond the reservation"}
         kind = self.contract.kind.replace("_", "-")
+        if self.line.kind in {LineKind.UPFRONT, LineKind.DRAWDOWN}:
+            words = "due at signing" if self.line.kind == LineKind.UPFRONT else "paid at signing, drawn down"
+            return f"{gpu} {kind}, {words}, {self.contract.public_id}"
+        what = {LineKind.USAGE: "used", LineKind.COMMITMENT: "reserved", LineKind.OVERAGE: "beyond the reservation"}
         late = f", adjustment of {metering.instant(self.month_s):%Y-%m}" if self.adjustment else ""
         return f"{gpu} {kind}, {hours} GPU-hours {what[self.line.kind]}, {self.contract.public_id}{late}"
 
@@ -86,7 +91,7 @@ def starts(
     if fresh:
         firsts: dict[int, list[datetime]] = defaultdict(list)
         contracts = Contract.objects.filter(organization_id__in=fresh).values_list("organization_id").order_by()
-        for organization_id, start in contracts.annotate(first=Min("starts_at")):
+        for organization_id, start in contracts.annotate(first=Min(Least("starts_at", "ended_at"))):
             firsts[organization_id].append(start)
         used = UsageRecord.objects.filter(organization_id__in=fresh).values_list("organization_id").order_by()
         for organization_id, second in used.annotate(first=Min("start_s")):
@@ -116,15 +121,18 @@ def rate(
     edge = metering.floor_second(through)
     months = _months(list(drafts.values()), edge)
     groups = _grouped(months, drafts, edge) + _pending(pending, months, drafts, edge)
-    contracts = _contracts(drafts, groups, edge)
+    contracts = _contracts(drafts, {group.contract for group in groups}, edge)
+    prepaid = commitments.prepaid(contracts.values())
     billed = _billed(contracts.values(), months)
     versions = _versions(contracts.values())
+    added = commitments.joined(contracts.values())
     for draft in drafts.values():
         try:
             mine = [
                 contract for contract in contracts.values() if contract.organization_id == draft.account.organization_id
             ]
-            _rate_account(draft, mine, months[draft.account.organization_id], groups, billed, versions)
+            _rate_account(draft, mine, months[draft.account.organization_id], groups, billed, versions, added)
+            _draw_down(draft, mine, prepaid, versions)
         except Exception as error:
             log.exception("billing account %s cannot be rated", draft.account.pk)
             draft.lines, draft.error = [], f"{type(error).__name__}: {error}"
@@ -214,12 +222,13 @@ def _pending(
     return found
 
 
-def _contracts(drafts: dict[int, Draft], groups: Iterable[_Group], edge: int) -> dict[int, Contract]:
-    """Contracts with usage, and those that hold capacity whether used or not."""
+def _contracts(drafts: dict[int, Draft], named: set[int], edge: int) -> dict[int, Contract]:
+    """Contracts with usage (`named`), those that hold capacity whether used or not, and those with money paid at signing."""
     held = Q(organization_id__in=drafts, kind__in=HELD_KINDS, starts_at__lt=metering.instant(edge)) & ~Q(
-        state__in=(Contract.State.PENDING_PAYMENT, Contract.State.CANCELLED)
+        state__in=NOT_IN_FORCE
     )
-    rows = Contract.objects.filter(Q(pk__in={group.contract for group in groups}) | held)
+    paid = Q(organization_id__in=drafts, upfront_minor__gt=0)
+    rows = Contract.objects.filter(Q(pk__in=named) | held | paid)
     return {contract.pk: contract for contract in rows.select_related("gpu_model", "site")}
 
 
@@ -244,6 +253,7 @@ def _versions(contracts: Iterable[Contract]) -> dict[int, list[PriceVersion]]:
     """Price versions per contract, by kind and start; a held contract that was never used gets its first here."""
     known: dict[int, list[PriceVersion]] = defaultdict(list)
     rows = list(contracts)
+    usage.keep_agreed_prices([contract.pk for contract in rows if contract.kind in HELD_KINDS])
     for version in PriceVersion.objects.filter(contract__in=rows).order_by("kind", "valid_from_s"):
         known[version.contract_id].append(version)
     for contract in rows:
@@ -261,6 +271,7 @@ def _rate_account(
     groups: Iterable[_Group],
     billed: Billed,
     versions: dict[int, list[PriceVersion]],
+    added: dict[int, list[Amendment]],
 ) -> None:
     currency = draft.account.currency
     start, edge = metering.floor_second(draft.start), metering.floor_second(draft.end)
@@ -277,7 +288,12 @@ def _rate_account(
             window = Interval(month.start, min(month.end, edge)) if late else span
             here = used[contract.pk, month.start]
             if contract.kind in HELD_KINDS:
-                lines = _held_lines(contract, window, here, billed, versions[contract.pk], currency)
+                if contract.state in NOT_IN_FORCE or metering.floor_second(contract.starts_at) >= edge:
+                    continue
+                used_here = sum(group.before + group.inside for group in here)
+                lines = commitments.lines(
+                    contract, window, billed, versions[contract.pk], added[contract.pk], currency, used=used_here
+                )
                 _add(draft, contract, month, lines, adjustment=late)
                 continue
             fresh, changed = [], []
@@ -304,56 +320,26 @@ def _merged(groups: Iterable[_Group]) -> list[_Group]:
     return [sums[version] for version in sorted(sums)]
 
 
-def _held_lines(
-    contract: Contract,
-    window: Interval,
-    groups: Iterable[_Group],
-    billed: Billed,
-    versions: Sequence[PriceVersion],
-    currency: str,
-) -> tuple[rating.Line, ...]:
-    month = rating.month_of(window.start)
-    rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
-    overage = next(v for v in versions if v.kind == PriceVersion.Kind.OVERAGE)
-    ends = [moment for moment in (contract.ends_at, contract.ended_at) if moment is not None]
-    term = Interval(metering.floor_second(contract.starts_at), metering.floor_second(min(ends)) if ends else month.end)
-    commitment = rating.Commitment(
-        contract=contract.pk,
-        meter="gpu",
-        milli_gpus=contract.gpu_count * 1000,
-        term=Interval(term.start, max(term.start, term.end)),
-        price=rating.Price(rate.pk, rate.millionths),
-        overage=rating.Price(overage.pk, overage.millionths),
-        curtailed=curtailed(contract, month) if contract.kind == "flexible" else (),
-    )
-    return rating.rate_commitment(
-        commitment,
-        window,
-        currency,
-        used=sum(group.before + group.inside for group in groups),
-        billed_commitment=billed.get((contract.pk, month.start, LineKind.COMMITMENT.value, rate.pk), 0),
-        billed_overage=billed.get((contract.pk, month.start, LineKind.OVERAGE.value, overage.pk), 0),
-    )
-
-
-def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
-    """Seconds in which a curtailment of its site held the contract's jobs back: those calls that drained one of them."""
-    drained = PlacementEvent.objects.filter(
-        placement__contract=contract, to_state="draining", reason__istartswith="curtail"
-    ).values_list("at", flat=True)
-    moments = sorted(drained)
-    calls = Curtailment.objects.filter(
-        site_id=contract.site_id,
-        state__in=("active", "restoring", "completed"),
-        starts_at__lt=metering.instant(window.end),
-        ends_at__gt=metering.instant(window.start),
-    )
-    spans = [
-        metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at))
-        for call in calls
-        if any(call.created_at <= moment < call.ends_at for moment in moments)
-    ]
-    return metering.clip(spans, window)
+def _draw_down(
+    draft: Draft, contracts: Iterable[Contract], prepaid: dict[int, int], versions: dict[int, list[PriceVersion]]
+) -> None:
+    """What was paid at signing pays first; when the contract is over, what is left of it goes back."""
+    edge = metering.floor_second(draft.end)
+    for contract in sorted(contracts, key=lambda contract: contract.pk):
+        left = prepaid.get(contract.pk, 0)
+        if not left:
+            continue
+        lines = [row.line for row in draft.lines if row.contract.pk == contract.pk]
+        due = sum(line.amount for line in lines if line.kind == LineKind.COMMITMENT)
+        over = contract.state == Contract.State.CANCELLED or edge >= commitments.term_end(contract, edge + 1)
+        amount = rating.drawn(left, due, over=over)
+        if not amount:
+            continue
+        rate = next(v for v in versions[contract.pk] if v.kind == PriceVersion.Kind.RATE)
+        price = rating.Price(rate.pk, rate.millionths)
+        span = Interval(metering.floor_second(draft.start), edge)
+        line = rating.Line(contract.pk, LineKind.DRAWDOWN, "gpu", price, span, 0, -amount)
+        draft.lines.append(DraftLine(line, contract, rating.month_of(edge - 1).start, False, 0, 0))
 
 
 def _add(draft: Draft, contract: Contract, month: Interval, lines: Iterable[rating.Line], *, adjustment: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from django.conf import settings
@@ -89,12 +90,12 @@ def close_many(accounts: Sequence[BillingAccount], through: datetime, kind: str,
         pending = [account for account in live if starts[account.pk] < through]
         rated = drafts.rate(pending, starts, through)
         good = [draft for draft in rated if not _park_if_odd(draft, now)]
-        invoices = _store(good, kind, now)
+        invoices = store(good, kind, now)
         BillingAccount.objects.filter(pk__in=[draft.account.pk for draft in good]).update(
             billed_through=through,
             usage_cutoff=Now(),  # the database's clock, as usage's `received_at`
         )
-        _finalize(invoices, now)
+        finalize(invoices, now)
     return len(invoices)
 
 
@@ -150,7 +151,7 @@ def close_case(case: BillingCase, *, now: datetime, closed_by: str) -> None:
         raise MarketError("illegal_transition", f"Case {case.public_id} is closed already.")
 
 
-def _store(rated: Sequence[Draft], kind: str, now: datetime) -> list[Invoice]:
+def store(rated: Sequence[Draft], kind: str, now: datetime) -> list[Invoice]:
     """Insert drafts with lines as draft invoices; accounts that owe nothing get none."""
     charged = [draft for draft in rated if draft.lines]
     invoices = Invoice.objects.bulk_create(
@@ -198,7 +199,7 @@ def _store(rated: Sequence[Draft], kind: str, now: datetime) -> list[Invoice]:
     return invoices
 
 
-def _finalize(invoices: Sequence[Invoice], now: datetime) -> None:
+def finalize(invoices: Sequence[Invoice], now: datetime) -> None:
     """Number, book and open the drafts, and leave a message that mirrors each to Stripe; all in the running transaction."""
     if not invoices:
         return
@@ -239,7 +240,7 @@ def _finalize(invoices: Sequence[Invoice], now: datetime) -> None:
 
 
 def _write_final(invoices: Sequence[Invoice], now: datetime) -> None:
-    """Write what `_finalize` decided, in one statement however many invoices there are."""
+    """Write what `finalize` decided, in one statement however many invoices there are."""
     with connection.cursor() as cursor:
         cursor.execute(
             "UPDATE billing_invoice i SET number = f.number, finalized_at = %s, credit_minor = f.credit_minor,"
@@ -291,11 +292,16 @@ def settle_carried(invoice: Invoice, now: datetime) -> list[InvoiceLine]:
 
 
 def finalize_booking(invoice: Invoice, lines: Iterable[InvoiceLine]) -> ledger.Booking:
-    """The customer owes the total; operators' shares accrue until it is paid; the fee is ours."""
+    """The customer owes the total; operators' shares accrue until it is paid; the fee is ours. What is paid at signing is the
+    customer's own until the commitment draws it down.
+    """
     entries = [
         ledger.Entry(ledger.Code.RECEIVABLE, invoice.organization_id, invoice.currency, invoice.total_minor),
     ]
     for line in lines:
+        if line.kind in InvoiceLine.HELD:
+            held = ledger.Entry(ledger.Code.PREPAID, invoice.organization_id, invoice.currency, -line.amount_minor)
+            entries.append(held)
         entries.append(
             ledger.Entry(ledger.Code.OPERATOR_ACCRUED, line.operator_id, invoice.currency, -line.operator_minor)
         )
@@ -304,6 +310,21 @@ def finalize_booking(invoice: Invoice, lines: Iterable[InvoiceLine]) -> ledger.B
         f"invoice-{invoice.pk}-finalized", "invoice", invoice.public_id, invoice.finalized_at or invoice.created_at,
         tuple(entries),
     )  # fmt: skip
+
+
+def mark_void(invoice_id: int, *, now: datetime) -> bool:
+    """An open invoice that nobody owes any more: its state, and its booking taken back. False where it is not open."""
+    with transaction.atomic():
+        moved = Invoice.objects.filter(pk=invoice_id, state=Invoice.State.OPEN).update(
+            state=Invoice.State.VOID, next_attempt_at=None
+        )
+        if not moved:
+            return False
+        invoice = Invoice.objects.get(pk=invoice_id)
+        booked = finalize_booking(invoice, list(InvoiceLine.objects.filter(invoice=invoice)))
+        back = tuple(replace(entry, amount=-entry.amount) for entry in booked.entries)
+        ledger.book(ledger.Booking(f"invoice-{invoice.pk}-void", "void", invoice.public_id, now, back))
+    return True
 
 
 def collect_booking(invoice: Invoice, lines: Iterable[InvoiceLine], at: datetime) -> ledger.Booking:
@@ -321,7 +342,12 @@ def collect_booking(invoice: Invoice, lines: Iterable[InvoiceLine], at: datetime
 
 
 def records_of(line: InvoiceLine) -> list[UsageRecord]:
-    """The usage records behind a line, highest revisions, by placement and start: what the customer checks it against."""
+    """The usage records behind a line, highest revisions, by placement and start: what the customer checks it against.
+
+    None behind what is paid at signing or drawn down.
+    """
+    if line.kind in InvoiceLine.HELD:
+        return []
     records = (
         UsageRecord.objects.filter(
             contract_id=line.contract_id, meter=line.meter, start_s__lt=line.end_s, end_s__gt=line.start_s

@@ -18,6 +18,7 @@ from billing.standing import refresh_standing
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.models import Membership, Organization
+from marketplace.services import contracts
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,10 @@ def mirror(invoice_id: int, *, now: datetime) -> None:
     if BillingCase.objects.filter(kind="mirror", subject=invoice.public_id, closed_at=None).exists():
         return  # a person looks at it
     remote = _remote_draft(invoice, now)
+    if not Invoice.objects.filter(pk=invoice.pk, state=Invoice.State.OPEN).exists():
+        if remote.status == "draft":
+            gateway.delete_draft(remote.id)  # voided meanwhile
+        return
     if remote.status == "draft":
         if remote.total != invoice.due_minor:
             remote = gateway.add_lines(remote.id, lines_for_stripe(invoice), key=f"invoice-{invoice.pk}-lines")
@@ -273,6 +278,9 @@ def _declined(payment: Payment, error: gateway.Declined, now: datetime) -> None:
 
 def _retry_later(invoice: Invoice, why: str, now: datetime, *, retry: bool = True) -> None:
     tried = invoice.pay_attempts
+    if invoice.kind == Invoice.Kind.UPFRONT:  # its contract waits an hour, and is cancelled then: no debt comes of it
+        Invoice.objects.filter(pk=invoice.pk, state=Invoice.State.OPEN).update(last_error=why[:200])
+        return
     again = now + timedelta(hours=RETRY_HOURS[tried - 1]) if retry and 0 < tried <= len(RETRY_HOURS) else None
     Invoice.objects.filter(pk=invoice.pk, state=Invoice.State.OPEN).update(next_attempt_at=again, last_error=why[:200])
     BillingAccount.objects.filter(pk=invoice.account_id, dunning="none").update(dunning=BillingAccount.Dunning.PAST_DUE)
@@ -318,6 +326,9 @@ def sync_invoice(stripe_invoice: str, *, now: datetime) -> bool:
         intents = [payment for payment in gateway.payments_of(stripe_invoice) if payment.status == "succeeded"]
         mark_paid(invoice.pk, intents[0].payment_intent if intents else "", now=now)
         return True
+    if remote.status == "void" and invoice.kind == Invoice.Kind.UPFRONT:
+        invoices.mark_void(invoice.pk, now=now)
+        return False
     if remote.status in {"void", "uncollectible"} and invoice.state == Invoice.State.OPEN:
         detail = f"is {remote.status} at Stripe, open here ({remote.id})"
         invoices.open_case(
@@ -348,8 +359,11 @@ def mark_paid(invoice_id: int, payment_intent: str, *, now: datetime) -> bool:
         payment.stripe_payment_intent = payment_intent or None
         payment.save()
         owed = Invoice.objects.filter(account_id=invoice.account_id, state=Invoice.State.OPEN, pay_attempts__gt=0)
-        if not owed.exists():
+        if not owed.exclude(kind=Invoice.Kind.UPFRONT).exists():
             BillingAccount.objects.filter(pk=invoice.account_id).update(dunning=BillingAccount.Dunning.NONE)
+        for line in lines:
+            if line.kind == InvoiceLine.Kind.UPFRONT:
+                contracts.confirm_payment(line.contract_id, now=now)
         for operator_id in sorted({line.operator_id for line in lines}):
             outbox.emit(SETTLE, key=str(operator_id), payload={"operator": operator_id})
     refresh_standing(invoice.organization_id, now=now)

@@ -136,16 +136,20 @@ def invariants() -> dict[str, int]:
     """What must be zero at any moment, counted by SQL over the whole database: see each key's query.
 
     `ledger` sums per currency; `invoice_totals` invoices whose lines do not sum to the total; `shares` lines whose parts do
-    not; `usage_overlaps` records that overlap; `unfounded` paid-out lines of unpaid invoices; `overpaid` currencies in which
-    more was paid out than collected, what operators owe back (carried negative) aside; `numbers` gaps in the invoice numbers;
-    `payout_totals` payouts that are not the sum of their lines.
+    not; `prepaid` contracts that drew down more than was paid at signing; `usage_overlaps` records that overlap; `unfounded`
+    paid-out lines of unpaid invoices; `overpaid` currencies in which more was paid out than collected, what operators owe back
+    (carried negative) aside; `numbers` gaps in the invoice numbers; `payout_totals` payouts that are not the sum of their lines.
     """
     queries = {
         "ledger": "SELECT COUNT(*) FROM (SELECT a.currency FROM billing_posting p JOIN billing_ledgeraccount a"
         " ON a.id = p.account_id GROUP BY a.currency HAVING SUM(p.amount_minor) <> 0) x",
         "invoice_totals": "SELECT COUNT(*) FROM billing_invoice i WHERE i.total_minor <>"
         " (SELECT COALESCE(SUM(l.amount_minor), 0) FROM billing_invoiceline l WHERE l.invoice_id = i.id)",
-        "shares": "SELECT COUNT(*) FROM billing_invoiceline WHERE operator_minor + platform_minor <> amount_minor",
+        "shares": "SELECT COUNT(*) FROM billing_invoiceline WHERE operator_minor + platform_minor <> amount_minor"
+        " AND kind NOT IN ('upfront', 'drawdown')",
+        "prepaid": "SELECT COUNT(*) FROM (SELECT l.contract_id FROM billing_invoiceline l JOIN billing_invoice i"
+        " ON i.id = l.invoice_id WHERE l.kind IN ('upfront', 'drawdown') AND i.state NOT IN ('draft', 'void')"
+        " GROUP BY 1 HAVING SUM(l.amount_minor) < 0) x",
         "usage_overlaps": "SELECT COUNT(*) FROM (SELECT start_s < lag(end_s) OVER (PARTITION BY placement_id, meter,"
         " revision ORDER BY start_s) AS crossing FROM billing_usagerecord) x WHERE crossing",
         "unfounded": "SELECT COUNT(*) FROM billing_payoutline p JOIN billing_invoiceline l ON l.id = p.invoice_line_id"

@@ -10,10 +10,11 @@ from billing.models import BillingAccount, DunningStep, Invoice
 from marketplace import outbox
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding
-from marketplace.services import accounts
+from marketplace.services import accounts, contracts, terms
 
 # What happens to an unpaid invoice, in days after it was issued. Each step is taken once (DunningStep).
-DUNNING = ((3, "notify"), (7, "notify"), (14, "suspend"))
+DUNNING = ((3, "notify"), (7, "notify"), (14, "suspend"), (terms.DEFAULT_AFTER_DAYS, "default"))
+DEFAULT = "billing.default_contracts"
 
 
 def refresh_standing(organization_id: int, *, now: datetime) -> None:
@@ -41,6 +42,9 @@ def dun(now: datetime) -> int:
     late = Invoice.objects.filter(
         state=Invoice.State.OPEN, due_minor__gt=0, finalized_at__lte=now - timedelta(days=DUNNING[0][0])
     ).filter(Q(pay_attempts__gt=0) | Q(account__payment_method=""))
+    late = late.exclude(
+        kind=Invoice.Kind.UPFRONT
+    )  # what is due at signing is no debt: its contract is cancelled instead
     for invoice in late.order_by("id")[:500]:
         assert invoice.finalized_at is not None
         for day, action in DUNNING:
@@ -61,8 +65,19 @@ def _dunning_step(invoice: Invoice, day: int, action: str, now: datetime) -> boo
             return False
         if action == "suspend":
             BillingAccount.objects.filter(pk=invoice.account_id).update(dunning=BillingAccount.Dunning.SUSPENDED)
+        elif action == "default":
+            outbox.emit(DEFAULT, key=str(invoice.pk), payload={"invoice": invoice.pk})
         else:
             outbox.emit("billing.notify", payload={"invoice": invoice.pk, "day": day})
     if action == "suspend":
         refresh_standing(invoice.organization_id, now=now)
     return True
+
+
+def default_contracts(invoice_id: int, *, now: datetime) -> list[int]:
+    """The last step: the organization's contracts end by default, unless the invoice was paid meanwhile. Returns those ended."""
+    invoice = Invoice.objects.get(pk=invoice_id)
+    if invoice.state not in {Invoice.State.OPEN, Invoice.State.UNCOLLECTIBLE}:
+        return []
+    reason = f"{invoice.display_number} stayed unpaid for {terms.DEFAULT_AFTER_DAYS} days"
+    return contracts.default(invoice.organization_id, now=now, reason=reason)

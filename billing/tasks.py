@@ -12,12 +12,13 @@ from django.core.mail import send_mail
 from django.db.models import F
 from django.utils import timezone
 
-from billing import events, invoices, payments, payouts, usage, webhooks
+from billing import events, invoices, payments, payouts, standing, upfront, usage, webhooks
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Contract, Membership, Organization
 from marketplace.outbox import handler
+from marketplace.services import contracts
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,21 @@ def open_account(payload: dict[str, Any]) -> None:
 
 @handler("billing.contract_accepted")
 def contract_accepted(payload: dict[str, Any]) -> None:
-    """A contract needs the customer's billing account, should it not be there yet."""
+    """A contract needs the customer's billing account, should it not be there yet, and what is due at signing is collected."""
     contract = Contract.objects.select_related("organization").get(pk=payload["contract"])
     invoices.account_of(contract.organization, now=timezone.now())
+    if contract.state == Contract.State.PENDING_PAYMENT:
+        upfront.issue(contract.pk, now=timezone.now())
+
+
+@handler(contracts.CANCELLED)
+def contract_cancelled(payload: dict[str, Any]) -> None:
+    upfront.withdraw(payload["contract"], now=timezone.now())
+
+
+@handler(standing.DEFAULT)
+def default_contracts(payload: dict[str, Any]) -> None:
+    standing.default_contracts(payload["invoice"], now=timezone.now())
 
 
 @handler("billing.notify")

@@ -22,7 +22,7 @@ from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.models import Meter, PriceVersion, UsageRecord
 from marketplace.locks import Lock, acquire
-from marketplace.models import Contract, Placement, PlacementEvent
+from marketplace.models import Amendment, Contract, Placement, PlacementEvent
 from marketplace.services.replicas import HELD
 
 SOURCE = "timeline"
@@ -92,7 +92,7 @@ def insert(rows: Sequence[Row]) -> set[str]:
 
 
 def price_versions(contract: Contract, kind: str = PriceVersion.Kind.RATE) -> list[PriceVersion]:
-    """The contract's versions of a price by `valid_from_s`; the frozen price of the contract is the first."""
+    """The contract's versions of a price by `valid_from_s`; the price that the contract was signed at is the first."""
     found = list(PriceVersion.objects.filter(contract=contract, kind=kind).order_by("valid_from_s"))
     if found:
         return found
@@ -105,6 +105,36 @@ def price_versions(contract: Contract, kind: str = PriceVersion.Kind.RATE) -> li
         defaults={"millionths": millionths, "created_at": contract.created_at},
     )
     return [first]
+
+
+_AGREED = {Amendment.Kind.PRICE: PriceVersion.Kind.RATE, Amendment.Kind.RESIZE: PriceVersion.Kind.ADDED}
+
+
+def keep_agreed_prices(contract_ids: Sequence[int]) -> None:
+    """Versions of the prices that amendments have agreed, where they are missing. Ask before metering or rating.
+
+    An amendment is accepted before its instant, so no second from it on is metered before its version stands here.
+    """
+    if not contract_ids:
+        return
+    agreed = Amendment.objects.filter(contract_id__in=contract_ids, state=Amendment.State.ACCEPTED, kind__in=_AGREED)
+    rows: list[PriceVersion] = []
+    first: set[int] = set()
+    for row in agreed.order_by("effective_at", "pk"):
+        if row.kind == Amendment.Kind.PRICE and row.contract_id not in first:
+            first.add(row.contract_id)  # the contract's own column may say the new price already
+            old = row.old_price or 0
+            rows.append(
+                PriceVersion(contract_id=row.contract_id, valid_from_s=0, millionths=old, created_at=row.created_at)
+            )
+        at, price = metering.floor_second(row.effective_at), row.price or 0
+        rows.append(
+            PriceVersion(
+                contract_id=row.contract_id, kind=_AGREED[Amendment.Kind(row.kind)], valid_from_s=at, millionths=price,
+                created_at=row.created_at,
+            )
+        )  # fmt: skip
+    PriceVersion.objects.bulk_create(rows, ignore_conflicts=True)
 
 
 def set_price(contract: Contract, millionths: int, *, at: datetime, now: datetime) -> PriceVersion:
@@ -240,6 +270,7 @@ def _plan(batch: Sequence[Placement], horizon: datetime) -> tuple[list[Row], dic
     records = UsageRecord.objects.filter(placement_id__in=ids, meter=Meter.GPU, source=SOURCE)
     for record in records.order_by("placement_id", "start_s", "revision"):
         known[record.placement_id][Interval(record.start_s, record.end_s)] = record
+    keep_agreed_prices(sorted({placement.contract_id for placement in batch}))
     prices: dict[int, list[PriceVersion]] = {}
     rows: list[Row] = []
     marks: dict[datetime, list[int]] = defaultdict(list)

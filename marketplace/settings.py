@@ -250,7 +250,6 @@ QUOTE_FIRM_SECONDS = env.int("QUOTE_FIRM_SECONDS", default=900)
 FAIR_SHARE_HALF_LIFE_SECONDS = env.int("FAIR_SHARE_HALF_LIFE_SECONDS", default=3600)
 QUOTE_HOLD_SECONDS = env.int("QUOTE_HOLD_SECONDS", default=120)
 QUOTE_LIVE_HOLDS = 3
-RESERVED_UPFRONT = env.bool("RESERVED_UPFRONT", default=False)  # reserved contracts wait for their payment
 
 # --- browser security: no host but our own. The admin (unfold) needs a weaker policy: marketplace.admin sets it, and only there.
 CONTENT_SECURITY_POLICY = {

@@ -28,3 +28,8 @@ def fetch_feeds() -> None:
 @outbox.handler("marketplace.end_contract_jobs")
 def end_contract_jobs(payload: dict[str, Any]) -> None:
     jobs.end_contract(payload["contract"], now=timezone.now())
+
+
+@outbox.handler(contracts.NOTICE)
+def contract_notice(payload: dict[str, Any]) -> None:
+    contracts.send_notice(payload["contract"], payload["what"], payload["detail"])

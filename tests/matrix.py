@@ -219,6 +219,7 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/contracts", "POST", "contracts:write"),
     R("api/v1/contracts/<str:contract>", "GET", "contracts:read", contract),
     R("api/v1/contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
+    R("api/v1/contracts/<str:contract>/termination", "GET", "contracts:read", contract),
     R("api/v1/contracts/<str:contract>/events", "GET", "contracts:read", contract),
     # --- jobs
     R("api/v1/jobs", "GET", "jobs:read"),

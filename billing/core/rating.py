@@ -6,12 +6,13 @@ does not change a line, because they are summed first.
 
 Kinds: `on_demand` and `spot` bill running seconds (spot with one price version per clearing price); `reserved` bills
 its commitment whether used or not, prorated by seconds, and what goes beyond the month's commitment as overage at the
-on-demand price; `flexible` is `reserved` less the curtailed time.
+on-demand price; `flexible` is `reserved` less the curtailed time. What was paid at signing (`upfront`) is drawn down by
+the commitment, first things first, and what is left of it at the end is given back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -24,6 +25,8 @@ class LineKind(StrEnum):
     USAGE = "usage"
     COMMITMENT = "commitment"
     OVERAGE = "overage"
+    UPFRONT = "upfront"
+    DRAWDOWN = "drawdown"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -59,8 +62,17 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """GPUs that joined a commitment later: `milli_gpus` over `term` at a price of their own."""
+
+    milli_gpus: int
+    term: Interval
+    price: Price
+
+
+@dataclass(frozen=True, slots=True)
 class Commitment:
-    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`.
+    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, and what was `added`.
 
     `curtailed` is empty for a reserved contract. `overage` prices what goes beyond the month's commitment.
     """
@@ -72,6 +84,11 @@ class Commitment:
     price: Price
     overage: Price
     curtailed: tuple[Interval, ...] = ()
+    added: tuple[Added, ...] = ()
+
+    def parts(self) -> tuple[Added, ...]:
+        """All that it holds, what was there from the beginning first."""
+        return (Added(self.milli_gpus, self.term, self.price), *self.added)
 
 
 def rated(kind: LineKind, group: UsageGroup, currency: str) -> Line:
@@ -93,8 +110,17 @@ def rate_usage(groups: Iterable[UsageGroup], currency: str, *, kind: LineKind = 
 
 def committed_quantity(commitment: Commitment, window: Interval) -> int:
     """Milli-GPU-seconds that the commitment promises and bills inside `window`, curtailed seconds taken out."""
-    held = subtract(clip((commitment.term,), window), commitment.curtailed)
-    return commitment.milli_gpus * sum(piece.seconds for piece in held)
+    return sum(committed_by_price(commitment, window).values())
+
+
+def committed_by_price(commitment: Commitment, window: Interval) -> dict[Price, int]:
+    """`committed_quantity` by the price that it is billed at."""
+    found: dict[Price, int] = {}
+    for part in commitment.parts():
+        held = subtract(clip((part.term,), window), commitment.curtailed)
+        quantity = part.milli_gpus * sum(piece.seconds for piece in held)
+        found[part.price] = found.get(part.price, 0) + quantity
+    return found
 
 
 def rate_commitment(
@@ -103,29 +129,35 @@ def rate_commitment(
     currency: str,
     *,
     used: int,
-    billed_commitment: int = 0,
-    billed_overage: int = 0,
+    billed: Mapping[Price, int] | None = None,
 ) -> tuple[Line, ...]:
     """The commitment and overage lines of `window`, which lies inside one UTC month.
 
-    `used` is the contract's milli-GPU-seconds from the month's start to the window's end; `billed_commitment` and
-    `billed_overage` are the quantities of that month that earlier invoices carry. Both lines are what is due to date
-    less what was billed, so a month invoiced in several windows comes to the same quantities as in one, and a
-    correction of the past appears as a smaller or negative line. Drawdown first: only what exceeds the commitment of
-    the whole month is overage.
+    `used` is the contract's milli-GPU-seconds from the month's start to the window's end; `billed` are the quantities of
+    that month that earlier invoices carry, by price. Each line is what is due to date less what was billed, so a month
+    invoiced in several windows comes to the same quantities as in one, and a correction of the past appears as a smaller
+    or negative line. Drawdown first: only what exceeds the commitment of the whole month is overage.
     """
     month = month_of(window.start)
     if window.end > month.end:
         raise ValueError("a commitment is rated inside one UTC month; cut the window with month_windows")
-    to_date = Interval(month.start, window.end)
-    committed = committed_quantity(commitment, to_date) - billed_commitment
-    over = max(0, used - committed_quantity(commitment, month)) - billed_overage
-    due = ((LineKind.COMMITMENT, commitment.price, committed), (LineKind.OVERAGE, commitment.overage, over))
+    earlier = billed or {}
+    to_date = committed_by_price(commitment, Interval(month.start, window.end))
+    over = max(0, used - committed_quantity(commitment, month))
+    due = [(LineKind.COMMITMENT, price, quantity) for price, quantity in to_date.items()]
+    due.append((LineKind.OVERAGE, commitment.overage, over))
     return tuple(
-        rated(kind, UsageGroup(commitment.contract, commitment.meter, price, window, quantity), currency)
+        rated(kind, UsageGroup(commitment.contract, commitment.meter, price, window, left), currency)
         for kind, price, quantity in due
-        if quantity
+        if (left := quantity - earlier.get(price, 0))
     )
+
+
+def drawn(prepaid: int, commitment: int, *, over: bool) -> int:
+    """Minor units that an invoice takes from what was paid at signing: as much as its `commitment` lines come to, while
+    there is any; all that is left, once the contract is `over` (curtailed time and an early end leave some, which goes back).
+    """
+    return max(0, prepaid if over else min(prepaid, commitment))
 
 
 def month_of(second: int) -> Interval:

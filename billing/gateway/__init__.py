@@ -28,6 +28,7 @@ from billing.gateway.invoices import (
     invoices_since,
     pay_invoice,
     payments_of,
+    void_invoice,
 )
 from billing.gateway.operators import create_recipient, find_transfer, onboarding_link, transfer, transfers_enabled
 from billing.gateway.wire import (
@@ -78,4 +79,5 @@ __all__ = [
     "transfer",
     "transfers_enabled",
     "verify",
+    "void_invoice",
 ]

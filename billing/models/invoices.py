@@ -31,6 +31,7 @@ class Invoice(TenantModel):
     class Kind(models.TextChoices):
         PERIOD = "period"
         INTERIM = "interim"
+        UPFRONT = "upfront"
 
     class State(models.TextChoices):
         DRAFT = "draft"
@@ -79,7 +80,11 @@ class Invoice(TenantModel):
     class Meta:
         ordering = ["-id"]
         constraints = [
-            models.UniqueConstraint(fields=["account", "period_start", "period_end", "kind"], name="invoice_once"),
+            models.UniqueConstraint(
+                fields=["account", "period_start", "period_end", "kind"],
+                condition=~Q(kind="upfront"),
+                name="invoice_once",
+            ),
             models.UniqueConstraint(fields=["legal_entity", "number"], name="invoice_number_once"),
             models.CheckConstraint(condition=Q(period_end__gt=F("period_start")), name="invoice_period"),
             models.CheckConstraint(
@@ -106,7 +111,10 @@ class InvoiceLineQuerySet(TenantQuerySet):
 
 
 class InvoiceLine(TenantModel):
-    """`quantity` milli-GPU-seconds of `contract` at one price version, rounded once; operator + platform = amount."""
+    """`quantity` milli-GPU-seconds of `contract` at one price version, rounded once; operator + platform = amount.
+
+    What is paid at signing (`upfront`) and drawn down later is nobody's share: it is held until the commitment is billed.
+    """
 
     PREFIX = "ivl"
 
@@ -114,6 +122,10 @@ class InvoiceLine(TenantModel):
         USAGE = "usage"
         COMMITMENT = "commitment"
         OVERAGE = "overage"
+        UPFRONT = "upfront"
+        DRAWDOWN = "drawdown"
+
+    HELD = ("upfront", "drawdown")
 
     invoice = models.ForeignKey(Invoice, on_delete=models.PROTECT, related_name="lines", db_index=False)
     position = models.PositiveIntegerField()
@@ -140,8 +152,11 @@ class InvoiceLine(TenantModel):
         constraints = [
             models.UniqueConstraint(fields=["invoice", "position"], name="invoice_line_once"),
             models.CheckConstraint(
-                condition=Q(amount_minor=F("operator_minor") + F("platform_minor")), name="invoice_line_shared_out"
+                condition=Q(kind__in=("upfront", "drawdown"), operator_minor=0, platform_minor=0)
+                | (~Q(kind__in=("upfront", "drawdown")) & Q(amount_minor=F("operator_minor") + F("platform_minor"))),
+                name="invoice_line_shared_out",
             ),
+            models.UniqueConstraint(fields=["contract"], condition=Q(kind="upfront"), name="invoice_line_one_upfront"),
         ]
         indexes = [models.Index(fields=["contract", "month_s"], name="invoice_line_of_contract")]
 

@@ -16,11 +16,15 @@ class Meter(models.IntegerChoices):
 
 
 class PriceVersion(models.Model):
-    """A price from an instant on, in millionths of the major unit per GPU-hour. Immutable; a change is a new row."""
+    """A price from an instant on, in millionths of the major unit per GPU-hour. Immutable; a change is a new row.
+
+    `added`: of the GPUs alone that joined a commitment at that instant.
+    """
 
     class Kind(models.TextChoices):
         RATE = "rate"
         OVERAGE = "overage"
+        ADDED = "added"
 
     contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="price_versions", db_index=False)
     kind = models.CharField(max_length=8, choices=Kind, default=Kind.RATE)

@@ -91,7 +91,8 @@ class ListingForm(DeskForm):
         model = Listing
         fields = (
             "site", "title", "description", "gpu_model", "visibility", "currency", "min_gpus", "min_term_hours", "max_term_days",
-            "eviction_notice_s", "flexible_hours_per_month", "flexible_notice_s", "available_from", "available_until", "interconnect",
+            "upfront_permille", "eviction_notice_s",
+            "flexible_hours_per_month", "flexible_notice_s", "available_from", "available_until", "interconnect",
             "fabric_gbps",
         )  # fmt: skip
 
@@ -100,6 +101,7 @@ class ListingForm(DeskForm):
             "min_gpus": "Least GPUs",
             "min_term_hours": "Shortest term, hours",
             "max_term_days": "Longest term, days",
+            "upfront_permille": "Due at signing (reserved, flexible), per mille",
             "eviction_notice_s": "Notice before eviction (spot), s",
             "flexible_hours_per_month": "Curtailment (flexible), hours a month",
             "flexible_notice_s": "Notice before curtailment (flexible), s",
@@ -167,8 +169,8 @@ class ListingAdmin(look.Shown, TenantAdmin):
         (None, {"fields": (("site", "gpu_model"), "title", "description", "hosts")}),
         ("Prices", {"fields": ("currency", ("on_demand_price", "reserved_price"), ("flexible_price", "spot_floor"))}),
         ("Terms", {"fields": (
-            ("min_gpus", "min_term_hours"), ("max_term_days", "eviction_notice_s"),
-            ("flexible_hours_per_month", "flexible_notice_s"), ("available_from", "available_until"),
+            ("min_gpus", "min_term_hours"), ("max_term_days", "upfront_permille"),
+            "eviction_notice_s", ("flexible_hours_per_month", "flexible_notice_s"), ("available_from", "available_until"),
         )}),
         ("Shown to buyers", {"fields": ("visibility", "partner_ids", ("interconnect", "fabric_gbps"))}),
     )  # fmt: skip

@@ -43,12 +43,24 @@ class ContractShape(serializers.Serializer):
     overage_price = shapes.PriceShape(allow_null=True)
     limit_price = shapes.PriceShape(allow_null=True)
     total = shapes.MoneyShape(allow_null=True, help_text="of the commitment as agreed; null: billed by use")
+    due_at_signing = shapes.MoneyShape(allow_null=True, help_text="drawn down first by the commitment; null: nothing")
+    pay_by = serializers.DateTimeField(allow_null=True, help_text="until then what is due at signing is waited for")
+    summary = serializers.CharField(help_text="where it stands and what comes next, for people")
     platform_fee_permille = serializers.IntegerField()
     terms = serializers.DictField(help_text="the order form as agreed; never changes")
     terminates_at = serializers.DateTimeField(allow_null=True, help_text="its end if it were terminated now")
     reference = serializers.CharField(required=False)
     metadata = serializers.DictField(required=False)
     actions = serializers.ListField(child=serializers.CharField())
+
+
+class TerminationShape(serializers.Serializer):
+    object = serializers.CharField()
+    contract = serializers.CharField()
+    ends_at = serializers.DateTimeField(help_text="its end if it were terminated now")
+    stays_due = shapes.MoneyShape(help_text="of the commitment, from now to that end")
+    released = shapes.MoneyShape(help_text="of the commitment, not owed any more")
+    accept = shapes.AcceptShape()
 
 
 class ContractResource(Resource):
@@ -59,6 +71,7 @@ class ContractResource(Resource):
     filters = {"state": "state", "kind": "kind", "listing": "listing", "reference": "reference"}
 
     def represent(self, row: Contract) -> dict[str, Any]:
+        now = timezone.now()
         actions = contracts.actions(row, self.actor)
         sold = self.actor.organization_id == row.operator_id != row.organization_id
         return {
@@ -81,9 +94,12 @@ class ContractResource(Resource):
             "overage_price": shapes.price(row.overage_price, row.currency),
             "limit_price": shapes.price(row.limit_price, row.currency),
             "total": shapes.amount(row.terms.get("total_minor"), row.currency),
+            "due_at_signing": shapes.amount(row.upfront_minor or None, row.currency),
+            "pay_by": row.pay_by,
+            "summary": contracts.sentence(row, now),
             "platform_fee_permille": row.fee_permille,
             "terms": row.terms,
-            "terminates_at": terms.termination(row, timezone.now()) if "terminate" in actions else None,
+            "terminates_at": terms.termination(row, now) if "terminate" in actions else None,
             # The customer's own notes are not the operator's business.
             **({} if sold else {"reference": row.reference, "metadata": row.metadata}),
             "actions": actions,
@@ -143,6 +159,27 @@ class ContractTerminate(ContractResource):
         return self.write(effect)
 
 
+class ContractTermination(ContractResource):
+    actions = {"GET": "contracts:read"}
+
+    @extend_schema(tags=["contracts"], operation_id="contracts_termination", responses={200: TerminationShape})
+    def get(self, request: Request, contract: str) -> Response:  # noqa: ARG002
+        """What an early end would cost now. Nothing is ended by asking."""
+        row = self.row(contract)
+        found = contracts.leaving(row, timezone.now())
+        path = f"/api/v1/contracts/{row.public_id}/terminate"
+        return Response(
+            {
+                "object": "termination",
+                "contract": row.public_id,
+                "ends_at": found.ends_at,
+                "stays_due": shapes.amount(found.stays_due_minor, row.currency),
+                "released": shapes.amount(found.released_minor, row.currency),
+                "accept": {"method": "POST", "path": path, "body": {}},
+            }
+        )
+
+
 class ContractEvents(ContractResource):
     actions = {"GET": "contracts:read"}
 
@@ -165,5 +202,6 @@ urlpatterns = [
     path("contracts", Contracts.as_view(), name="contracts"),
     path("contracts/<str:contract>", ContractDetail.as_view(), name="contract"),
     path("contracts/<str:contract>/terminate", ContractTerminate.as_view(), name="contract-terminate"),
+    path("contracts/<str:contract>/termination", ContractTermination.as_view(), name="contract-termination"),
     path("contracts/<str:contract>/events", ContractEvents.as_view(), name="contract-events"),
 ]

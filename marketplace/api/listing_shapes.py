@@ -75,6 +75,9 @@ class TermsShape(Shape):
     min_gpus = serializers.IntegerField(min_value=1, max_value=1_000_000, required=False)
     min_term_hours = serializers.IntegerField(min_value=1, max_value=26_304, required=False)
     max_term_days = serializers.IntegerField(min_value=1, max_value=1096, required=False)
+    upfront_permille = serializers.IntegerField(
+        min_value=0, max_value=1000, required=False, help_text="of a reserved or flexible commitment, due at signing"
+    )
     eviction_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
     flexible_hours_per_month = serializers.IntegerField(min_value=0, max_value=720, required=False)
     flexible_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)

@@ -70,6 +70,7 @@ class ListingResource(Resource):
                 "min_gpus": row.min_gpus,
                 "min_term_hours": row.min_term_hours,
                 "max_term_days": row.max_term_days,
+                "upfront_permille": row.upfront_permille,
                 "eviction_notice_s": row.eviction_notice_s,
                 "flexible_hours_per_month": row.flexible_hours_per_month,
                 "flexible_notice_s": row.flexible_notice_s,

@@ -57,6 +57,7 @@ class QuoteShape(serializers.Serializer):
     overage_price = shapes.PriceShape(allow_null=True)
     limit_price = shapes.PriceShape(allow_null=True)
     total = shapes.MoneyShape(allow_null=True, help_text="of the commitment; null: billed by use")
+    due_at_signing = shapes.MoneyShape(allow_null=True, help_text="drawn down first; null: nothing")
     items = serializers.DictField()
     held_until = serializers.DateTimeField(allow_null=True)
     firm_until = serializers.DateTimeField()
@@ -96,6 +97,7 @@ class QuoteResource(Resource):
             "overage_price": shapes.price(row.overage_price, row.currency),
             "limit_price": shapes.price(row.limit_price, row.currency),
             "total": shapes.amount(row.total_minor, row.currency),
+            "due_at_signing": shapes.amount(items["upfront_minor"] or None, row.currency),
             "items": {
                 "basis": items["basis"],
                 "gpu_seconds": items["gpu_seconds"],

@@ -9,6 +9,7 @@ from marketplace.models.accounts import (
     Organization,
     User,
 )
+from marketplace.models.agreements import Amendment, ContractDocument, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
@@ -41,11 +42,13 @@ from marketplace.models.sites import (
 __all__ = [
     "Agent",
     "AgentEvent",
+    "Amendment",
     "ApiKey",
     "AuditEvent",
     "BillingStanding",
     "Cell",
     "Contract",
+    "ContractDocument",
     "ContractEvent",
     "ControlPulse",
     "Curtailment",
@@ -80,5 +83,6 @@ __all__ = [
     "ShedClaim",
     "Site",
     "SiteMinute",
+    "TermsAcceptance",
     "User",
 ]

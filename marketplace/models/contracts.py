@@ -62,7 +62,13 @@ class Contract(TenantModel):
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     reference = models.CharField(max_length=80, blank=True)
     metadata = models.JSONField(default=dict, blank=True)
+    upfront_minor = models.BigIntegerField(default=0, help_text="due at signing; the commitment draws it down first")
+    pay_by = models.DateTimeField(null=True, blank=True, help_text="until then what is due at signing is waited for")
     created_at = models.DateTimeField()
+    began_at = models.DateTimeField(null=True, blank=True, help_text="its window has begun, and its customer was told")
+    terminated_at = models.DateTimeField(
+        null=True, blank=True, help_text="when somebody ended it before its agreed end"
+    )
     ended_at = models.DateTimeField(null=True, blank=True)
 
     objects = ContractQuerySet.as_manager()

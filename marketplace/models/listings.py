@@ -65,6 +65,9 @@ class Listing(TenantModel):
     min_gpus = models.PositiveIntegerField(default=1, help_text="minimum chunk")
     min_term_hours = models.PositiveIntegerField(default=1)
     max_term_days = models.PositiveIntegerField(default=365)
+    upfront_permille = models.PositiveIntegerField(
+        default=0, help_text="of a reserved or flexible commitment, due at signing"
+    )
     eviction_notice_s = models.PositiveIntegerField(default=120)
     flexible_hours_per_month = models.PositiveIntegerField(default=40)
     flexible_notice_s = models.PositiveIntegerField(default=600)

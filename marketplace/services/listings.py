@@ -33,7 +33,7 @@ from scheduler.core import economics
 # What an operator may set. The runtime is what the site's agent says it is; nobody types it in.
 EDITABLE = (
     "title", "description", "visibility", "gpu_model_id", "currency", "on_demand_price", "reserved_price", "flexible_price",
-    "spot_floor", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s", "flexible_hours_per_month",
+    "spot_floor", "min_gpus", "min_term_hours", "max_term_days", "upfront_permille", "eviction_notice_s", "flexible_hours_per_month",
     "flexible_notice_s", "available_from", "available_until", "interconnect", "fabric_gbps",
 )  # fmt: skip
 PRICES = ("on_demand_price", "reserved_price", "flexible_price", "spot_floor")
@@ -223,6 +223,8 @@ def _check_terms(listing: Listing) -> None:
         wrong["/max_term_days"] = "1 to 1096"
     elif not 1 <= listing.min_term_hours <= 24 * listing.max_term_days:
         wrong["/min_term_hours"] = "at least 1, at most the longest term"
+    if listing.upfront_permille > 1000:
+        wrong["/upfront_permille"] = "at most 1000: all of the commitment"
     if listing.flexible_hours_per_month > 720:
         wrong["/flexible_hours_per_month"] = "at most 720"
     opens, closes = listing.available_from, listing.available_until

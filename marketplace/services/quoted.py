@@ -7,7 +7,7 @@ from marketplace.models import Listing, Quote
 
 FROZEN = (
     "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
-    "flexible_hours_per_month", "flexible_notice_s",
+    "flexible_hours_per_month", "flexible_notice_s", "upfront_permille",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def terms_of(listing: Listing) -> dict[str, Any]:
 def hold_to(listing: Listing, quote: Quote) -> Listing:
     """`listing` with the terms that `quote` froze, for working out its capacity; not to be saved."""
     for name in FROZEN:
-        setattr(listing, name, quote.terms[name])
+        setattr(listing, name, quote.terms.get(name, getattr(listing, name)))
     return listing
 
 

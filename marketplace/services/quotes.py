@@ -6,6 +6,7 @@ Two locks, in order: the cell's (whose capacity moves) and the organization's (w
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 from django.conf import settings
@@ -328,6 +329,12 @@ def total_minor(gpus: int, starts_at: datetime, ends_at: datetime, price: int, c
     return money.round_half_away(money.exact_amount(gpus * 1000 * term, price, currency))
 
 
+def upfront_minor(total: int | None, permille: int, currency: str) -> int:
+    """What of a commitment is due at signing, minor units; nothing where it is too little to be charged."""
+    due = money.round_half_away(Fraction((total or 0) * permille, 1000))
+    return due if due >= money.MINIMUM_CHARGE.get(currency, 1) else 0
+
+
 def release(actor: Actor, quote_id: int, *, now: datetime) -> Quote:
     """Give a quote back before it lapses: the hold is free at once. MarketError("illegal_transition") unless it is open."""
     with transaction.atomic():
@@ -368,6 +375,7 @@ def itemise(row: Quote) -> dict[str, Any]:
         "operator_minor": parts.operator,
         "platform_fee_minor": parts.platform,
         "total_minor": total,
+        "upfront_minor": upfront_minor(row.total_minor, row.terms.get("upfront_permille", 0), row.currency),
         "currency": row.currency,
     }
 

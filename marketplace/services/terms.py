@@ -4,17 +4,22 @@ Early termination, as the terms of every contract say:
   on_demand, spot     at once: waiting jobs are cancelled, running ones drain with their checkpoint grace and are billed until then.
   reserved, flexible  a quarter of the time that is left stays due, at least 24 hours, never past the agreed end. The contract can
                       be used until then; `ends_at` says when that is, and the capacity after it is free at once.
+
+What is due at signing (`upfront_minor`, a share of the commitment) is drawn down by the first months' commitment; what is left
+when the contract is over comes back with the next invoice.
 """
 
 from datetime import datetime, timedelta
 from typing import Any
 
-from marketplace.models import Contract, Kind, Quote
+from marketplace.models import Amendment, Contract, Kind, Quote
 from marketplace.services import quotes
 from marketplace.services.availability import HOLDING, seconds
 
 STAYS_DUE = 4  # a reserved contract that is left early owes one part in this many of the time left
 STAYS_DUE_AT_LEAST = timedelta(hours=24)
+PRICE_NOTICE_DAYS = 30  # between an operator's proposal of a higher price and the day on which it would count
+DEFAULT_AFTER_DAYS = 28  # an invoice that stays unpaid so long ends the contracts
 
 
 def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
@@ -50,6 +55,8 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "currency": quote.currency,
         "fee_permille": quote.fee_permille,
         "total_minor": total,
+        "upfront_minor": quotes.upfront_minor(total, frozen.get("upfront_permille", 0), quote.currency),
+        "max_term_days": frozen["max_term_days"],
         "eviction_notice_s": frozen["eviction_notice_s"],
         "flexible_hours_per_month": frozen["flexible_hours_per_month"] if quote.kind == Kind.FLEXIBLE else 0,
         "flexible_notice_s": frozen["flexible_notice_s"],
@@ -60,6 +67,8 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
             "part": f"1/{STAYS_DUE}",
             "at_least_hours": STAYS_DUE_AT_LEAST // timedelta(hours=1),
         },
+        "price_rise": {"rule": "with_consent", "notice_days": PRICE_NOTICE_DAYS} if quote.ends_at is None else None,
+        "default": {"rule": "ended_when_unpaid", "after_days": DEFAULT_AFTER_DAYS},
     }
 
 
@@ -74,9 +83,13 @@ def termination(contract: Contract, now: datetime) -> datetime:
     return min(at.replace(microsecond=0), contract.ends_at)
 
 
-def ended_early(contract: Contract) -> bool:
-    """Is its end another than was agreed?"""
-    if "ends_at" not in contract.terms:
-        return False
-    agreed = contract.terms["ends_at"]
-    return bool((contract.ends_at.isoformat() if contract.ends_at else None) != agreed)
+def commitment_minor(contract: Contract, starts_at: datetime, ends_at: datetime) -> int:
+    """What a reserved or flexible contract commits to in [starts_at, ends_at), minor units, GPUs that joined later included."""
+    added = list(contract.amendments.filter(kind=Amendment.Kind.RESIZE, state=Amendment.State.ACCEPTED))
+    first = contract.gpu_count - sum(row.added_gpus for row in added)
+    parts = [(first, contract.starts_at, contract.price), *((a.added_gpus, a.effective_at, a.price) for a in added)]
+    return sum(
+        quotes.total_minor(gpus, max(begins, starts_at), ends_at, price or 0, contract.currency)
+        for gpus, begins, price in parts
+        if max(begins, starts_at) < ends_at
+    )

@@ -1,5 +1,7 @@
 """Contracts: the organization's own, one with its terms and jobs, and its early end."""
 
+from datetime import datetime
+
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import path, reverse
@@ -8,7 +10,6 @@ from django.utils import timezone
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Quote
 from marketplace.services import contracts as service
-from marketplace.services import terms
 from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
 from marketplace.web.forms import LEVEL_WORDS
@@ -59,7 +60,9 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "row": row,
             "mine": mine,
             "actions": actions,
-            "ends_if_left": terms.termination(row, now) if "terminate" in actions and row.kind in HOLDING else None,
+            "holds": row.kind in HOLDING,
+            "leaving": _leaving(row, now) if "terminate" in actions else None,
+            "summary": service.sentence(row, now),
             "level_words": LEVEL_WORDS.get(row.terms.get("level", "site"), ""),
             "total_minor": row.terms.get("total_minor"),
             "usable": row.state == Contract.State.ACTIVE and (row.ends_at is None or row.ends_at > now),
@@ -67,6 +70,14 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "events": row.events.order_by("-id")[:20],
         },
     )
+
+
+def _leaving(row: Contract, now: datetime) -> service.Leaving | str:
+    """What an early end would mean now, or why there is none."""
+    try:
+        return service.leaving(row, now)
+    except MarketError as error:
+        return error.detail
 
 
 @page(POST="contracts:write")

@@ -19,6 +19,7 @@ from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_o
 from marketplace.web.forms import LEVEL_WORDS, QuoteForm, millionths, refuse
 from marketplace.web.market import listing_of
 
+SIGNED = "Signed. The contract is yours; submit a job."
 ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
 
 
@@ -155,7 +156,8 @@ def accept(request: HttpRequest, quote: str) -> HttpResponse:
         return _show(
             request, row, error=error, options=alternatives(error, row.listing, asked), status=error.kind.status
         )
-    return done(request, "Signed. The contract is yours; submit a job.", reverse("web:contract", args=[made.public_id]))
+    signed = "Signed. " + contracts.sentence(made, timezone.now()) if made.upfront_minor else SIGNED
+    return done(request, signed, reverse("web:contract", args=[made.public_id]))
 
 
 @page(POST="quotes:write")

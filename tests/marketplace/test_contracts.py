@@ -242,26 +242,122 @@ def test_the_organizations_limit_counts_what_is_held_at_the_worst_instant(custom
     accept(customer, rate(customer, listing, gpus=16))
 
 
-def test_upfront_contracts_wait_for_their_payment(listing, customer, settings):
-    settings.RESERVED_UPFRONT = True
+# --- what is due at signing
+def upfront(listing, permille=250):
+    type(listing).objects.filter(pk=listing.pk).update(upfront_permille=permille)
+    listing.refresh_from_db()
+
+
+def test_what_is_due_at_signing_is_waited_for(listing, customer):
+    upfront(listing)
     contract = accept(customer, ask(customer, listing))
-    assert contract.state == "pending_payment"
+    due = 8 * 168 * 200 // 4
+    assert (contract.state, contract.upfront_minor, contract.pay_by) == ("pending_payment", due, NOW + HOUR)
+    assert contract.terms["upfront_minor"] == due
     assert contracts.actions(contract, factories.actor(customer)) == ["terminate"]
+    assert contracts.leaving(contract, NOW) == contracts.Leaving(NOW, 0, 0)
+    assert f"{due / 100:.2f} USD" in contracts.sentence(contract, NOW)
     refused("no_capacity", ask, factories.organization(), listing)
-    contracts.confirm_payment(contract.pk, now=NOW)
-    contracts.confirm_payment(contract.pk, now=NOW)
+    assert [contracts.confirm_payment(contract.pk, now=NOW + HOUR / 2) for _ in range(2)] == [True, False]
     assert history(contract) == [("", "pending_payment"), ("pending_payment", "active")]
-    assert accept(customer, rate(customer, listing)).state == "active"
+    assert AuditEvent.objects.get(verb="contract.activated").organization == customer
+    assert (contracts.NOTICE, contract.pk) in topics()
+    contract.refresh_from_db()
+    assert (contract.state, contract.starts_at, contract.pay_by) == ("active", START, None)
+    assert accept(customer, rate(customer, listing)).state == "active"  # nothing is due for a rate
 
 
-def test_an_upfront_payment_that_does_not_come_frees_the_capacity(listing, customer, settings):
-    settings.RESERVED_UPFRONT = True
+def test_who_waited_for_the_payment_does_not_pay_for_the_wait(listing, customer):
+    upfront(listing)
+    contract = accept(customer, ask(customer, listing, start=None, end=NOW + 10 * HOUR))
+    contracts.confirm_payment(contract.pk, now=NOW + timedelta(minutes=7, seconds=3))
+    contract.refresh_from_db()
+    assert contract.starts_at == contract.reservation.starts_at == NOW + timedelta(minutes=7, seconds=3)
+    assert contract.reservation.claims_at == NOW
+
+
+def test_a_payment_after_the_window_cancels(listing, customer):
+    upfront(listing)
+    contract = accept(customer, ask(customer, listing, start=None, end=NOW + HOUR))
+    Contract.objects.filter(pk=contract.pk).update(pay_by=NOW + 2 * HOUR)
+    assert not contracts.confirm_payment(contract.pk, now=NOW + HOUR)
+    contract.refresh_from_db()
+    assert (contract.state, contract.reservation.state) == ("cancelled", "released")
+
+
+def test_a_payment_that_does_not_come_frees_the_capacity(listing, customer):
+    upfront(listing)
     contract = accept(customer, ask(customer, listing))
     assert contracts.clock(NOW + HOUR - timedelta(seconds=1)).payments_lapsed == 0
     assert contracts.clock(NOW + HOUR).payments_lapsed == 1
     contract.refresh_from_db()
     assert (contract.state, contract.reservation.state) == ("cancelled", "released")
+    assert {(contracts.CANCELLED, contract.pk), (contracts.NOTICE, contract.pk)} <= set(topics())
+    assert AuditEvent.objects.filter(verb="contract.cancelled", organization=customer).count() == 1
     ask(factories.organization(), listing, now=NOW + HOUR)
+    assert not contracts.confirm_payment(contract.pk, now=NOW + HOUR)
+
+
+def test_too_little_to_be_charged_is_not_asked_for_at_signing(listing, customer):
+    upfront(listing, 1)
+    assert accept(customer, ask(customer, listing, gpus=1, end=START + 10 * HOUR)).upfront_minor == 0
+    assert accept(customer, ask(customer, listing, gpus=1)).upfront_minor == 0  # 33.6 of 33,600 cents
+    assert accept(customer, ask(customer, listing, gpus=2, end=START + 200 * HOUR)).state == "pending_payment"
+
+
+# --- begin and default
+def test_the_clock_says_once_that_a_window_has_begun(listing, customer):
+    contract = accept(customer, ask(customer, listing))
+    assert contracts.clock(START - timedelta(seconds=1)).contracts_begun == 0
+    assert [contracts.clock(START).contracts_begun for _ in range(2)] == [1, 0]
+    contract.refresh_from_db()
+    assert contract.began_at == START
+    assert contract.events.last().reason == "its window has begun: 8 GPUs"
+    assert AuditEvent.objects.get(verb="contract.began").organization == customer
+    assert OutboxMessage.objects.filter(topic=contracts.NOTICE, payload__what="began").count() == 1
+
+
+def test_who_does_not_pay_loses_all_contracts_and_owes_what_their_rules_leave(listing, customer):
+    job_of = accept(customer, rate(customer, listing))
+    factories.job(job_of, state="queued")
+    held = accept(customer, ask(customer, listing, gpus=4))
+    upfront(listing)
+    waiting = accept(customer, ask(customer, listing, gpus=4))
+    at = START + DAY
+    moved = contracts.default(customer.pk, now=at, reason="TR-000001 stayed unpaid for 28 days")
+    assert moved == [job_of.pk, held.pk]
+    for row in (job_of, held, waiting):
+        row.refresh_from_db()
+    assert [row.state for row in (job_of, held, waiting)] == ["defaulted", "defaulted", "cancelled"]
+    assert (job_of.ends_at, job_of.ended_at) == (at, at)
+    assert (held.ends_at, held.ended_at) == (at + 6 * DAY / 4, at)
+    assert held.reservation.state == waiting.reservation.state == "released"
+    assert (contracts.END_JOBS, job_of.pk) in topics()
+    assert held.events.last().reason == "TR-000001 stayed unpaid for 28 days"
+    assert AuditEvent.objects.filter(verb="contract.defaulted", organization=customer).count() == 2
+    assert contracts.actions(held, factories.actor(customer)) == []
+    assert contracts.default(customer.pk, now=at, reason="again") == []
+    ask(factories.organization(), listing, now=at, start=at + DAY)
+
+
+def test_every_state_has_its_customers_words(listing, customer):
+    contract = accept(customer, ask(customer, listing))
+    said = set()
+    for state in Contract.State.values:
+        contract.state = state
+        said.add(contracts.sentence(contract, NOW))
+    assert len(said) == len(Contract.State.values)
+
+
+def test_a_notice_is_a_mail_to_those_who_sign_and_pay(listing, customer, mailoutbox):
+    for role in ("owner", "billing", "viewer"):
+        factories.member(customer, role, factories.user(f"{role}@example.org"))
+    contract = accept(customer, ask(customer, listing))
+    contracts.send_notice(contract.pk, "began", "The day has come.")
+    (mail,) = mailoutbox
+    assert mail.to == ["billing@example.org", "owner@example.org"]
+    assert contract.public_id in mail.subject
+    assert "The day has come." in mail.body
 
 
 # --- the end
@@ -279,7 +375,8 @@ def test_the_clock_ends_a_contract_with_its_window_and_its_jobs_drain(listing, c
     job.refresh_from_db()
     assert job.state == "cancelled"
     assert contracts.clock(END + timedelta(seconds=20)).contracts_settled == 1
-    assert history(contract) == [("", "active"), ("active", "ending"), ("ending", "ended")]
+    begun = ("active", "active")
+    assert history(contract) == [("", "active"), begun, ("active", "ending"), ("ending", "ended")]
 
 
 def test_a_contract_without_jobs_is_over_in_one_tick(listing, customer):
@@ -288,7 +385,8 @@ def test_a_contract_without_jobs_is_over_in_one_tick(listing, customer):
     contracts.clock(END)
     contract.refresh_from_db()
     assert contract.state == "ended"
-    assert topics() == []
+    assert topics() == [(contracts.NOTICE, contract.pk)]  # nothing is left to end
+    assert AuditEvent.objects.get(verb="contract.over").organization == customer
     ask(customer, listing, now=END, start=END + DAY, end=END + 2 * DAY)
 
 
@@ -331,7 +429,13 @@ def test_a_rate_is_terminated_at_once_and_its_jobs_drain(listing, customer, kind
 )
 def test_a_reserved_contract_owes_a_quarter_of_the_time_left(listing, customer, at, ends_at):
     contract = accept(customer, ask(customer, listing))
+    found = contracts.leaving(contract, at)
+    assert found.ends_at == ends_at
+    begin = max(at, START)
+    assert found.stays_due_minor == 8 * 200 * (ends_at - begin) // HOUR
+    assert found.stays_due_minor + found.released_minor == 8 * 200 * (END - begin) // HOUR
     contract = contracts.terminate(factories.actor(customer), contract, now=at)
+    refused("illegal_transition", contracts.leaving, contract, at)
     assert (contract.state, contract.ends_at, contract.reservation.ends_at) == ("active", ends_at, ends_at)
     assert contract.terms["ends_at"] == END.isoformat()
     assert "early termination" in contract.events.last().reason
@@ -353,6 +457,8 @@ def test_only_the_customer_terminates(listing, customer):
         refused("forbidden", contracts.terminate, actor, contract, now=NOW)
         assert contracts.actions(contract, actor) == []
     assert contracts.actions(contract, factories.actor(customer)) == ["submit_job", "terminate"]
+    held = accept(customer, ask(customer, listing))
+    assert contracts.actions(held, factories.actor(customer)) == ["submit_job", "terminate"]
 
 
 @pytest.mark.parametrize("state", sorted(set(Contract.State.values) - {"active", "pending_payment"}))

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from billing.core.metering import Interval, floor_second
 from billing.core.rating import (
+    Added,
     Commitment,
     LineKind,
     Price,
     UsageGroup,
     committed_quantity,
+    drawn,
     month_of,
     month_windows,
     rate_commitment,
@@ -109,6 +111,33 @@ def test_what_goes_beyond_the_commitment_is_overage():
     assert lines[1].amount == 620
 
 
+def test_gpus_that_joined_later_are_billed_from_then_on_at_their_own_price():
+    half = Interval(MARCH.start + 10 * 86400, MARCH.end)
+    dearer = Price(3, 2_800_000)
+    joined = commitment(added=(Added(4000, half, dearer),))
+    first, second = rate_commitment(joined, MARCH, "USD", used=0)
+    assert (first.price, first.amount) == (H100, 8 * 31 * 24 * 249)
+    assert (second.kind, second.price, second.amount) == (LineKind.COMMITMENT, dearer, 4 * 21 * 24 * 280)
+    assert committed_quantity(joined, MARCH) == first.quantity + second.quantity
+    away = Interval(MARCH.start, MARCH.start + 11 * 86400)  # curtailed for all that it holds
+    first, second = rate_commitment(commitment(curtailed=(away,), added=joined.added), MARCH, "USD", used=0)
+    assert (first.quantity, second.quantity) == (8000 * 20 * 86400, 4000 * 20 * 86400)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 10_000), max_size=12), st.integers(0, 50_000))
+def test_what_was_paid_at_signing_is_drawn_down_first_and_comes_back_to_the_cent(months, prepaid):
+    left, paid = prepaid, 0
+    for due in months:
+        taken = drawn(left, due, over=False)
+        assert 0 <= taken <= due
+        assert taken == due or left == taken  # nothing is charged while some of it is left
+        left, paid = left - taken, paid + due - taken
+    assert paid == max(0, sum(months) - prepaid)
+    assert drawn(left, 0, over=True) == left
+    assert drawn(0, 10, over=True) == drawn(5, -3, over=False) == 0
+
+
 def test_curtailed_time_is_free_for_a_flexible_contract():
     away = Interval(MARCH.start + HOUR, MARCH.start + 3 * HOUR)
     (line,) = rate_commitment(commitment(curtailed=(away,)), MARCH, "USD", used=0)
@@ -121,14 +150,13 @@ def test_a_month_in_two_windows_comes_to_the_same_quantities_as_in_one(offset, u
     mark = MARCH.start + offset
     whole = rate_commitment(commitment(), MARCH, "USD", used=used_first + used_later)
     first = rate_commitment(commitment(), Interval(MARCH.start, mark), "USD", used=used_first)
-    billed = {kind: sum(line.quantity for line in first if line.kind == kind) for kind in LineKind}
+    billed = {line.price: line.quantity for line in first}
     second = rate_commitment(
         commitment(),
         Interval(mark, MARCH.end),
         "USD",
         used=used_first + used_later,
-        billed_commitment=billed[LineKind.COMMITMENT],
-        billed_overage=billed[LineKind.OVERAGE],
+        billed=billed,
     )
     for kind in (LineKind.COMMITMENT, LineKind.OVERAGE):
         together = sum(line.quantity for line in (*first, *second) if line.kind == kind)

@@ -1,0 +1,125 @@
+"""What reserved and flexible contracts owe for holding their GPUs, and what was paid for that at signing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+from django.db import connection
+
+from billing.core import metering, rating
+from billing.core.metering import Interval
+from billing.core.rating import LineKind
+from billing.models import InvoiceLine, PriceVersion
+from marketplace.models import Amendment, Contract, Curtailment, PlacementEvent
+
+HELD_KINDS = ("reserved", "flexible")
+
+
+def prepaid(contracts: Iterable[Contract]) -> dict[int, int]:
+    """What was paid at signing and is not drawn down yet, minor units by contract; nothing of what is still to be collected."""
+    asked = [contract.pk for contract in contracts if contract.upfront_minor]
+    if not asked:
+        return {}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT l.contract_id, SUM(l.amount_minor) FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
+            " WHERE l.contract_id = ANY(%s) AND l.kind = ANY(%s) AND (i.state IN ('open', 'paid', 'uncollectible')"
+            " AND (l.kind <> 'upfront' OR i.state = 'paid' OR i.due_minor = 0)) GROUP BY 1 HAVING SUM(l.amount_minor) > 0",
+            [asked, list(InvoiceLine.HELD)],
+        )
+        return {contract: int(amount) for contract, amount in cursor.fetchall()}
+
+
+def joined(contracts: Iterable[Contract]) -> dict[int, list[Amendment]]:
+    """GPUs that joined commitments later, per contract."""
+    found: dict[int, list[Amendment]] = defaultdict(list)
+    held = [contract.pk for contract in contracts if contract.kind in HELD_KINDS]
+    rows = Amendment.objects.filter(contract__in=held, kind=Amendment.Kind.RESIZE, state="accepted")
+    for row in rows.order_by("effective_at", "pk"):
+        found[row.contract_id].append(row)
+    return found
+
+
+def lines(
+    contract: Contract,
+    window: Interval,
+    billed: Mapping[tuple[int, int, str, int], int],
+    versions: Sequence[PriceVersion],
+    joined: Sequence[Amendment],
+    currency: str,
+    *,
+    used: int,
+) -> tuple[rating.Line, ...]:
+    """The commitment and overage of `window`, inside one month; `used`: milli-GPU-seconds of that month to the window's end.
+
+    `billed`: quantities on earlier invoices by (contract, month, kind, price version).
+    """
+    month = rating.month_of(window.start)
+    rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
+    overage = next(v for v in versions if v.kind == PriceVersion.Kind.OVERAGE)
+    later = {v.valid_from_s: v for v in versions if v.kind == PriceVersion.Kind.ADDED}
+    end = term_end(contract, month.end)
+
+    def priced(version: PriceVersion) -> rating.Price:
+        return rating.Price(version.pk, version.millionths)
+
+    def term(begins: datetime) -> Interval:
+        start = metering.floor_second(begins)
+        return Interval(start, max(start, end))
+
+    commitment = rating.Commitment(
+        contract=contract.pk,
+        meter="gpu",
+        milli_gpus=(contract.gpu_count - sum(row.added_gpus for row in joined)) * 1000,
+        term=term(contract.starts_at),
+        price=priced(rate),
+        overage=priced(overage),
+        curtailed=curtailed(contract, month) if contract.kind == "flexible" else (),
+        added=tuple(
+            rating.Added(
+                row.added_gpus * 1000, term(row.effective_at), priced(later[metering.floor_second(row.effective_at)])
+            )
+            for row in joined
+        ),
+    )
+    return rating.rate_commitment(
+        commitment,
+        window,
+        currency,
+        used=used,
+        billed={
+            priced(version): billed.get((contract.pk, month.start, kind.value, version.pk), 0)
+            for version, kind in [
+                (rate, LineKind.COMMITMENT), (overage, LineKind.OVERAGE), *((v, LineKind.COMMITMENT) for v in later.values())
+            ]
+        },
+    )  # fmt: skip
+
+
+def term_end(contract: Contract, otherwise: int) -> int:
+    """The second in which a commitment ends: agreed, or by its rule; a defaulted one is due to there though it is gone before."""
+    ends = [contract.ends_at] if contract.state == Contract.State.DEFAULTED else [contract.ends_at, contract.ended_at]
+    known = [metering.floor_second(moment) for moment in ends if moment is not None]
+    return min(known, default=otherwise)
+
+
+def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
+    """Seconds in which a curtailment of its site held the contract's jobs back: those calls that drained one of them."""
+    drained = PlacementEvent.objects.filter(
+        placement__contract=contract, to_state="draining", reason__istartswith="curtail"
+    ).values_list("at", flat=True)
+    moments = sorted(drained)
+    calls = Curtailment.objects.filter(
+        site_id=contract.site_id,
+        state__in=("active", "restoring", "completed"),
+        starts_at__lt=metering.instant(window.end),
+        ends_at__gt=metering.instant(window.start),
+    )
+    spans = [
+        metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at))
+        for call in calls
+        if any(call.created_at <= moment < call.ends_at for moment in moments)
+    ]
+    return metering.clip(spans, window)

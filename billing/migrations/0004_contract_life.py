@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     dependencies = [
         ("billing", "0003_longer_object_ids"),
-        ("marketplace", "0014_contract_life"),
+        ("marketplace", "0016_contract_life"),
     ]
 
     operations = [

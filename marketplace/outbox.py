@@ -35,7 +35,7 @@ _alone: set[str] = set()  # topics of which a worker takes one message at a time
 CLAIM_SECONDS = 150  # longer than a task's hard limit: a live handler is never claimed twice
 MAX_ATTEMPTS = 12
 CAUSE_WAIT_S = 10  # for a transaction that coalesced with a claimed message; then the message waits its turn again
-NUDGED_S = 5  # a message delayed by more than this waits for a sweep
+NUDGED_S = 10  # a message delayed by more than this waits for a sweep
 SOONER_S = 1  # a message delayed by more than this is brought forward by one delayed less
 DEAF_S = 5  # a broker that did not answer is let be for so long
 # What a worker waits out patiently, a request must not: one try, no retry, and a second for each answer.
@@ -198,14 +198,16 @@ def drain(*, limit: int = 50, topic: str | None = None) -> int:
         messages = _next(min(10, limit - tried), topic)
         if not messages:
             return done
+        taken = False
         for message in messages:
             tried += 1
             try:
                 done += _handle(message)
             except Busy as busy:
                 _hand_back(message)
-                if busy.still():
-                    return done
+                taken = busy.still() or taken
+        if taken:  # what we would claim next is what we have just handed back
+            return done
     if topic is not None:  # who hands messages back to us counts on it that we look again
         nudge(topic)
     return done

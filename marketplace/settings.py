@@ -225,6 +225,7 @@ ENERGY_PRICE_URL = env.str("ENERGY_PRICE_URL", default="http://127.0.0.1:8005/en
 POOL_FEE_PERMILLE = env.int("POOL_FEE_PERMILLE", default=10)
 SITE_LEASE_SECONDS = env.int("SITE_LEASE_SECONDS", default=900)
 POWER_FREEZE = env.bool("POWER_FREEZE", default=False)
+SHED_RECORD_DAYS = max(1, env.int("SHED_RECORD_DAYS", default=30))
 
 # --- recorded cycles (scheduler.record)
 CYCLE_RECORDS = env.str("CYCLE_RECORDS", default="all")

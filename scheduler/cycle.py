@@ -1,12 +1,14 @@
 """One cycle of one cell: snapshot, plan, commit, record. One at a time per cell (advisory lock), fenced by the cell's generation."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from time import monotonic, perf_counter_ns, sleep
 
 import numpy as np
-from django.db import connection, transaction
+from django.db import DatabaseError, connection, transaction
 from django.db.models import F
 from django.utils import timezone
 
@@ -23,6 +25,7 @@ from scheduler.core.types import Decision as Decided
 from scheduler.core.types import Plan, Reason
 from scheduler.models import Cycle
 
+log = logging.getLogger(__name__)
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
 REST_S = 0.05  # a worker's, at most, after a cycle
 # Refused for what nobody's leaving would change.
@@ -40,8 +43,19 @@ def alone(cell_id: int) -> Iterator[bool]:
         yield mine
     finally:
         if mine:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_advisory_unlock(%s)", [number])
+            _let_go(number)
+
+
+def _let_go(number: int) -> None:
+    """Gives up the lock. It is the session's: where it cannot be asked any more, the session ends and the lock with it, and
+    whatever broke the cycle is what its caller hears of.
+    """
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_unlock(%s)", [number])
+    except DatabaseError:
+        log.exception("the lock of cell %s goes with its session", number & 0xFFFFFFFF)
+        connection.close()
 
 
 def run(cell_id: int, *, now: datetime | None = None) -> Cycle | None:
@@ -71,10 +85,11 @@ def attempt(cell_id: int, *, now: datetime | None = None, rest_s: float = 0) -> 
             return None
         Cell.objects.filter(pk=cell_id).update(generation=F("generation") + 1)
         cell = Cell.objects.get(pk=cell_id)
-        made = _run(cell, moment)
+        made, keep = _run(cell, moment)
         if rest_s and made.jobs_considered < snapshot.MAX_JOBS:  # else more waits already
             sleep(min(rest_s, monotonic() - began))
-        return made
+    keep()  # nobody waits for it: the next cycle may have begun
+    return made
 
 
 def runs(cell_id: int) -> bool:
@@ -83,7 +98,8 @@ def runs(cell_id: int) -> bool:
         return not mine
 
 
-def _run(cell: Cell, now: datetime) -> Cycle:
+def _run(cell: Cell, now: datetime) -> tuple[Cycle, Callable[[], object]]:
+    """The cycle, and what writes its record when the cell is free again."""
     t0 = perf_counter_ns()
     hungry = _left_somebody(cell)
     taken = picture(cell, now, running=hungry)
@@ -116,8 +132,7 @@ def _run(cell: Cell, now: datetime) -> Cycle:
             outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
         elif outcome.placed and len(taken.requests) >= snapshot.MAX_JOBS:  # more than one cycle's worth waits
             job_service.nudge_cell(cell.pk)
-    records.keep(record, taken, made, outcome.conflicts)  # after the commit: nobody waits for it
-    return record
+    return record, partial(records.keep, record, taken, made, outcome.conflicts)
 
 
 def picture(cell: Cell, now: datetime, *, running: bool) -> snapshot.Snapshot:

@@ -1,17 +1,28 @@
 """Start times promised to waiting jobs, from one cycle to the next: written with the job's decision, read back into its request."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 import numpy as np
 from django.db import connection
 
-from scheduler.core.types import Decision, Fleet, Request
+from marketplace.models import Job
+from scheduler.core.types import Decision as Decided
+from scheduler.core.types import Fleet, Request
+from scheduler.models import Decision
 
 _PROMISED = """
 SELECT d.job_id, floor(extract(epoch FROM d.earliest_start))::bigint, d.held_hosts
 FROM scheduler_decision d JOIN marketplace_job j ON j.id = d.job_id
 WHERE d.held_hosts IS NOT NULL AND d.earliest_start IS NOT NULL AND j.cell_id = %s AND j.state IN ('queued', 'requeued')
 """
+
+
+def due(after: datetime, by: datetime) -> list[tuple[int, datetime]]:
+    """(cell, start) of what was promised for a moment of (after, by], each once, earliest first."""
+    rows = Decision.objects.filter(held_hosts__isnull=False, earliest_start__gt=after, earliest_start__lte=by)
+    rows = rows.filter(job__state__in=Job.WAITING).order_by("earliest_start", "job__cell_id")
+    return list(rows.values_list("job__cell_id", "earliest_start").distinct())
 
 
 def bind(cell_id: int, requests: Sequence[Request], fleet: Fleet, host_of: Sequence[int]) -> None:
@@ -35,6 +46,6 @@ def bind(cell_id: int, requests: Sequence[Request], fleet: Fleet, host_of: Seque
             r.promised_hosts = tuple(rows.get((host, min(0, r.pool)), -1) for host in hosts)
 
 
-def held_hosts(decisions: Sequence[Decision], host_of: Sequence[int]) -> list[str]:
+def held_hosts(decisions: Sequence[Decided], host_of: Sequence[int]) -> list[str]:
     """What each decision holds, as an array literal of host ids; empty for no promise."""
     return ["{" + ",".join(str(host_of[row]) for row in d.held) + "}" for d in decisions]

@@ -1,16 +1,18 @@
 """Thin: ids in, one domain call."""
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 from celery import shared_task
+from django.db import transaction
 from django.utils import timezone
 
 from marketplace import outbox
 from marketplace.models import Site
-from marketplace.services import leases
+from marketplace.services import leases, power
 from marketplace.services.jobs import CYCLE, nudge_cell
-from scheduler import cycle, defrag, record, site_loop, usage
+from scheduler import cycle, defrag, promises, record, site_loop, usage
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +34,16 @@ def run_site_loop(payload: dict[str, Any]) -> None:
 
 @shared_task
 def tick_cells() -> None:
-    """The safety net under the nudges: every cell in which something waits."""
-    from django.db import transaction
-
+    """The safety net under the nudges: every cell in which something waits; and whoever was promised a start until the next
+    tick but one is started in that second, by a message of its own.
+    """
+    now = timezone.now()
     with transaction.atomic():
-        for cell_id in cycle.waiting_cells(timezone.now()):
+        for cell_id in cycle.waiting_cells(now):
             nudge_cell(cell_id)
+        for cell_id, start in promises.due(now, now + timedelta(seconds=outbox.NUDGED_S)):
+            delay_s = (start - now).total_seconds()
+            outbox.emit(CYCLE, key=f"{cell_id}@{start:%T}", payload={"cell": cell_id}, delay_s=delay_s)
 
 
 @shared_task
@@ -48,8 +54,9 @@ def tick_defrag() -> None:
 
 @shared_task
 def forget_records() -> int:
-    """Recorded cycles that are too old or too many."""
-    return record.forget(timezone.now())
+    """Recorded cycles that are too old or too many, and sheds that are long over."""
+    now = timezone.now()
+    return record.forget(now) + power.forget(now)
 
 
 @shared_task

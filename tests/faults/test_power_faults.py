@@ -1,13 +1,15 @@
 """Every row of the failure table in design/power.md, played on a site whose physics, not our books, say what was drawn."""
 
 from datetime import timedelta
+from importlib import import_module
 
 import pytest
+from django.apps import apps
 from django.db import transaction
 
 from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
 from marketplace.locks import Lock, acquire
-from marketplace.models import AuditEvent, Curtailment, Miner, Placement, PowerNode, ShedClaim, Site
+from marketplace.models import AuditEvent, Curtailment, Miner, Placement, PowerNode, ShedBatch, ShedClaim, Site
 from marketplace.services import curtailments, power
 from scheduler import cycle, site_loop
 from tests import factories as f
@@ -275,3 +277,35 @@ def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
     assert Curtailment.objects.get().state == "completed"
     verbs = set(AuditEvent.objects.filter(subject=call.public_id).values_list("verb", flat=True))
     assert verbs == {f"curtailment.{v}" for v in ("announced", "active", "restoring", "completed")}
+
+
+# --- the history of sheds
+def test_a_lowering_from_before_there_were_batches_is_no_failure(yard):
+    """Its machine sleeps honestly; nothing is left to compare the meters with. It is believed like one that slept before."""
+    job, asleep = asked(yard)
+    ShedClaim.objects.update(batch=None, target_w=0)
+    migration = import_module("marketplace.migrations.0016_open_sheds")
+    migration.close_without_batch(apps, None)
+    assert not ShedClaim.objects.filter(state="commanded").exists()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    assert {yard.miner(name).state for name in asleep} == {"ok"}
+    assert all(yard.miner(name).reserved_w >= yard.miner(name).commanded_w > 0 for name in asleep)
+
+
+def test_what_is_long_over_of_sheds_is_forgotten(yard, settings):
+    job, asleep = asked(yard)
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.end(job)
+    yard.until(lambda: not Miner.objects.filter(desired_mode=0).exists(), seconds=400)
+    yard.turn()
+    assert ShedBatch.objects.exclude(closed_at=None).exists()
+    later = yard.now + timedelta(days=settings.SHED_RECORD_DAYS, seconds=1)
+    assert power.forget(later - timedelta(days=1)) == 0
+    doubted = yard.miner(asleep[0])
+    ShedClaim.objects.filter(miner=doubted).update(state="failed")
+    Miner.objects.filter(pk=doubted.pk).update(state="unresponsive")
+    assert power.forget(later) == 0
+    Miner.objects.filter(pk=doubted.pk).update(state="ok")
+    assert power.forget(later) == 1
+    assert not ShedBatch.objects.exists()
+    assert not ShedClaim.objects.exists()

@@ -360,6 +360,23 @@ def test_busy_hands_the_message_back_and_leaves_it_to_whoever_is_at_it(heard):
 
 
 @pytest.mark.django_db(transaction=True)
+def test_who_is_busy_does_not_keep_what_was_claimed_with_it_from_its_handler(heard):
+    """Of any topic, not only of those taken one at a time: what lies claimed beside it would wait until its claim is over."""
+    emit("a", n=1)
+    emit("b", n=2)
+
+    def handle(payload):
+        if payload["n"] == 1:
+            raise outbox.Busy(lambda: True)
+        heard(payload)
+
+    outbox._handlers[TOPIC] = handle
+    assert outbox.drain(topic=TOPIC) == 1
+    assert heard == [{"n": 2}]
+    assert [(m.key, m.claimed_until) for m in OutboxMessage.objects.all()] == [("a", None)]
+
+
+@pytest.mark.django_db(transaction=True)
 def test_who_was_at_it_may_have_ended_meanwhile_then_the_message_is_taken_again(heard):
     """The other looked for more before we handed ours back: nobody but us is left to take it."""
     emit("k", n=1)

@@ -4,8 +4,9 @@ from datetime import timedelta
 
 import pytest
 
-from marketplace.models import Host, Placement
-from scheduler import cycle, snapshot
+from marketplace import outbox
+from marketplace.models import Host, OutboxMessage, Placement
+from scheduler import cycle, snapshot, tasks
 from scheduler.models import Decision
 from tests import factories as f
 from tests.factories import NOW
@@ -98,3 +99,23 @@ def test_usage_and_limits_reach_the_planner(market):  # noqa: F811
     assert request.limit_milli == contract.organization.gpu_limit * 1000 - 2000
     assert request.quota_milli == contract.gpu_count * 1000 - 2000
     assert taken.policy.usage_scale == 8000
+
+
+def test_a_cycle_runs_in_the_second_of_a_promised_start(market, monkeypatch):  # noqa: F811
+    _, _, _, _, contract = market
+    first = submit(contract, max_seconds=600)
+    cycle.run(first.cell_id, now=NOW)
+    submit(contract, max_seconds=300)
+    cycle.run(first.cell_id, now=later(10))
+    start = Decision.objects.get(held_hosts__isnull=False).earliest_start
+    for early, told in ((outbox.NUDGED_S + 1, False), (3, True), (0, False)):
+        OutboxMessage.objects.all().delete()
+        monkeypatch.setattr(tasks.timezone, "now", lambda early=early: start - timedelta(seconds=early))
+        tasks.tick_cells()
+        tasks.tick_cells()
+        mine = OutboxMessage.objects.exclude(key=str(first.cell_id))
+        assert mine.count() == told
+        if told:
+            assert mine.get().payload == {"cell": first.cell_id}
+            ahead = mine.get().available_at - OutboxMessage.objects.get(key=str(first.cell_id)).available_at
+            assert timedelta(seconds=2.9) < ahead <= timedelta(seconds=3.1)

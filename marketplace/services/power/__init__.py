@@ -7,7 +7,7 @@ grant_pending (host's watts booked, its limits raised) -> start; and back: relea
 
 from marketplace.services.power.grants import book_nodes, books, grant_pending, limits, lower_hosts, release
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts, may_grant, may_wake
-from marketplace.services.power.miners import Command, command_miners, settle_miners
+from marketplace.services.power.miners import Command, command_miners, forget, settle_miners
 from marketplace.services.power.recovery import tests_due
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "book_nodes",
     "books",
     "command_miners",
+    "forget",
     "grant_pending",
     "limits",
     "lower_hosts",

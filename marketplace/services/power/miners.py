@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from django.conf import settings
 from django.db import connection
 from django.db.models import F
 
@@ -16,6 +17,7 @@ from scheduler.core import power_proof as proof
 
 STALE_METER = "stale_meter"  # told as stale_telemetry, but not the machine's fault
 SETTLE_S = 20  # a lowering not confirmed by then is commanded once more, then the miner counts as unresponsive
+FORGOTTEN = 1000  # batches that are deleted at a time
 AGREEING_S = 60  # while the meters agree now and then (hosts ramp under them), it is waited for so long
 
 
@@ -289,6 +291,18 @@ def _close_batches(site_id: int, now: datetime) -> None:
             " AND (c.state = 'commanded' OR (c.state = 'confirmed' AND c.generation = m.desired_generation)))",
             [now, site_id],
         )
+
+
+def forget(now: datetime) -> int:
+    """Deletes batches that have been over for longer than the settings allow, with their claims; how many went. Those by which
+    a machine is still doubted stay (`_doubts`). Needs no lock: nobody reads what is over.
+    """
+    cut = now - timedelta(days=settings.SHED_RECORD_DAYS)
+    doubted = ShedClaim.objects.filter(state=ShedClaim.State.FAILED, miner__state=Miner.State.UNRESPONSIVE)
+    old = ShedBatch.objects.filter(closed_at__lt=cut).exclude(claims__in=doubted).order_by("pk")
+    batches = list(old.values_list("pk", flat=True)[:FORGOTTEN])
+    ShedBatch.objects.filter(pk__in=batches).delete()
+    return len(batches)
 
 
 def _margins(look: Look, miners: Sequence[Miner]) -> None:

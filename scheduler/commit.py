@@ -42,7 +42,7 @@ _STATE: Final = {
     fit.CPU: "cpu_free", fit.RAM: "ram_free", fit.NVME: "nvme_free", fit.NGPU: "gpu_count", fit.ACTIVE: "gpu_active",
     fit.CPU_ONLY: "cpu_only", fit.POOL: "pool", fit.SITE: "site", fit.FLAGS: "flags", fit.STANDBY: "standby_w", fit.PARKED: "parked_w",
     fit.BASE: "base_w", fit.GMIN: "gpu_min_w", fit.GMAX: "gpu_max_w", fit.CAPCTL: "cap_control", fit.TAINTS: "taints",
-    fit.LEAVES: "leaves",
+    fit.LEAVES: "leaves", fit.VRAM: "vram_total",
 }  # fmt: skip
 
 

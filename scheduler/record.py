@@ -120,7 +120,7 @@ def load(row: CycleRecord) -> Recorded:
     try:
         values = notes["values"]
         case = Case(
-            fleet=Fleet(**{f.name: sections["hosts"][f.name] for f in fields(Fleet)}),
+            fleet=Fleet(**{f.name: sections["hosts"][f.name] for f in fields(Fleet) if f.name in sections["hosts"]}),
             requests=from_table(Request, sections["jobs"], values["jobs"]),
             running=from_table(Running, sections["running"], values["running"]),
             policy=restored(notes["policy"]),

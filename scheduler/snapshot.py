@@ -219,7 +219,7 @@ class _Reserved:
 
 _SAME = (
     "host_id", "gpu_count", "leaf", "spine", "site", "standby_w", "parked_w", "base_w", "gpu_min_w", "gpu_max_w", "cap_control",
-    "gpu_active", "cpu_only", "nvlink", "taints", "leaves",
+    "gpu_active", "cpu_only", "nvlink", "taints", "leaves", "vram_total",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core import gang
-from scheduler.core.fit_kernels import REQUEST_WIDTH, fit_kernel
+from scheduler.core.fit_kernels import REQUEST_WIDTH, fit_kernel, vram_kernel
 from scheduler.core.jit import kernel
 from scheduler.core.pack import copy_state
 from scheduler.core.preempt import Held
@@ -117,7 +117,7 @@ def reduce_kernel(
                     for g in range(n):
                         if (em[v] >> g) & 1:
                             at[3 + g] += ev[v, fit.Q_MILLI]
-                            at[19 + g] += ev[v, fit.Q_VRAM]
+                            at[19 + g] += vram_kernel(s.rows[h], ev[v])
             for k in range(len(hs)):
                 if hr[k] == h and hs[k] <= hs[j] < he[k]:
                     at[0] -= hv[k, fit.Q_CPU]
@@ -126,7 +126,7 @@ def reduce_kernel(
                     for g in range(n):
                         if (hm[k] >> g) & 1:
                             at[3 + g] -= hv[k, fit.Q_MILLI]
-                            at[19 + g] -= hv[k, fit.Q_VRAM]
+                            at[19 + g] -= vram_kernel(s.rows[h], hv[k])
             for c in range(3):
                 low[c] = min(low[c], at[c])
             for g in range(n):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.core.fit import rounded_end
+from scheduler.core.fit import rounded_end, vram_of
 from scheduler.core.plan import plan
 from scheduler.core.types import I64, WHOLE, Fleet, HostFlag, Plan, Policy, Request, Running, Tie
 
@@ -51,9 +51,10 @@ class Case:
                 continue
             placed.add(p.job)
             r = asked[p.job]
+            vram = vram_of(r.vram, r.gpu_milli, int(fleet.vram_total[p.host])) if p.gpus else 0
             began = Running(
                 placement=0, job=r.job, org=r.org, kind=r.kind, host=p.host, gpus=p.gpus, gpu_milli=p.gpu_milli, cpu=r.cpu,
-                ram=r.ram, nvme=r.nvme, vram=r.vram if p.gpus else 0, priority=r.priority, gang_size=r.replicas,
+                ram=r.ram, nvme=r.nvme, vram=vram, priority=r.priority, gang_size=r.replicas,
                 ends_at=self.now_s + self.policy.lag_s + r.duration_s if r.duration_s else 0,
             )  # fmt: skip
             begun.append(began)

@@ -19,9 +19,9 @@ from scheduler.core.fit_kernels import (
     Q_MILLI,
     Q_NVME,
     Q_RAM,
-    Q_VRAM,
     RAM,
     fit_kernel,
+    vram_kernel,
 )
 from scheduler.core.jit import kernel
 from scheduler.core.state import State
@@ -71,7 +71,7 @@ def look_kernel(s: State, q: I64, allowed: Bools, hosts: I64, short: I64, nodes:
             most = 0
             for i in range(row[NGPU]):
                 most = max(most, s.vfree[h, i])
-            lack = max(np.int64(1), q[Q_VRAM] - most)
+            lack = max(np.int64(1), vram_kernel(row, q) - most)
         elif reason == 14:
             lack = (delta * s.k[node] - s.budget[node] + s.k[node] - 1) // s.k[node]
             nodes[node] += 1

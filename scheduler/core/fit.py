@@ -45,6 +45,7 @@ class HostRow(NamedTuple):
     cap_control: bool
     taints: int = 0
     leaves: int = 0
+    vram_total: int = 0
 
 
 class Fit(NamedTuple):
@@ -95,6 +96,7 @@ def host_row(fleet: Fleet, host: int) -> HostRow:
         cap_control=bool(fleet.cap_control[host]),
         taints=at("taints"),
         leaves=at("leaves"),
+        vram_total=at("vram_total"),
     )
 
 
@@ -131,6 +133,11 @@ def host_watts(host: HostRow, gpu_active: int, cpu_only: int) -> int:
     return host.base_w + active * host.gpu_max_w + (host.gpu_count - active) * host.gpu_min_w
 
 
+def vram_of(vram: int, gpu_milli: int, total: int) -> int:
+    """MiB that a request for `vram` of `gpu_milli` holds of a GPU that has `total`: a share that names none, the same share."""
+    return vram if vram or gpu_milli >= WHOLE else total * gpu_milli // WHOLE
+
+
 def request_error(request: Request) -> str:
     """What is wrong with the request itself, or ''."""
     if request.replicas < 1:
@@ -150,7 +157,7 @@ def request_error(request: Request) -> str:
 
 def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...]]:
     """Which GPUs of the host the request gets, or the reason why none (NO_GPU, NO_GPU_SHARE, NO_VRAM, TOPOLOGY)."""
-    count = host.gpu_count
+    count, vram = host.gpu_count, vram_of(request.vram, request.gpu_milli, host.vram_total)
     if request.gpus == 0:
         return Reason.OK, ()
     if request.gpu_milli < WHOLE:
@@ -158,7 +165,7 @@ def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...
         if not roomy:
             total = sum(host.gpu_free[:count])
             return (Reason.NO_GPU_SHARE if total >= request.gpu_milli else Reason.NO_GPU), ()
-        roomy = [i for i in roomy if host.vram_free[i] >= request.vram]
+        roomy = [i for i in roomy if host.vram_free[i] >= vram]
         if not roomy:
             return Reason.NO_VRAM, ()
         best = min(roomy, key=lambda i: (not host.gpu_active >> i & 1, host.gpu_free[i], i))
@@ -166,7 +173,7 @@ def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...
     idle = [i for i in range(count) if host.gpu_free[i] >= WHOLE and not host.gpu_active >> i & 1]
     if len(idle) < request.gpus:
         return Reason.NO_GPU, ()
-    idle = [i for i in idle if host.vram_free[i] >= request.vram]
+    idle = [i for i in idle if host.vram_free[i] >= vram]
     if len(idle) < request.gpus:
         return Reason.NO_VRAM, ()
     wish = request.topology.nvlink
@@ -246,10 +253,11 @@ def _check_gpus(host: HostRow, request: Request, gpus: tuple[int, ...]) -> Reaso
     if len(gpus) != request.gpus or len(set(gpus)) != len(gpus) or any(not 0 <= i < host.gpu_count for i in gpus):
         return Reason.NO_GPU
     share = request.gpu_milli < WHOLE
+    vram = vram_of(request.vram, request.gpu_milli, host.vram_total)
     for i in gpus:
         if host.gpu_free[i] < request.gpu_milli or (not share and host.gpu_active >> i & 1):
             return Reason.NO_GPU_SHARE if share else Reason.NO_GPU
-        if host.vram_free[i] < request.vram:
+        if host.vram_free[i] < vram:
             return Reason.NO_VRAM
     if len(gpus) > 1 and request.topology.nvlink == 2:
         domains = {host.nvlink[i] for i in gpus}

@@ -11,8 +11,8 @@ from scheduler.core.types import BLOCKING, I16, I32, I64, HostFlag, Request
 
 # Columns of a state row (int64) and of a request vector (int64).
 CPU, RAM, NVME, MODEL, NGPU, ACTIVE, CPU_ONLY, POOL, SITE, OWNER, NODE, FLAGS = range(12)
-STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, TAINTS, LEAVES = range(12, 24)
-HOST_WIDTH: Final = 24
+STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, TAINTS, LEAVES, VRAM = range(12, 25)
+HOST_WIDTH: Final = 25
 Q_POOL, Q_SITE, Q_MODELS, Q_CPU, Q_RAM, Q_NVME, Q_GPUS, Q_MILLI, Q_VRAM, Q_ORG, Q_NVLINK, Q_HOLD = range(12)
 Q_TOLERATES, Q_UNTIL = range(12, 14)
 REQUEST_WIDTH: Final = 14
@@ -44,6 +44,14 @@ def popcount(x: int) -> int:
         x &= x - 1
         n += 1
     return n
+
+
+@inlined
+def vram_kernel(row: I64, q: I64) -> int:
+    """`fit.vram_of` on a state row, MiB."""
+    if q[Q_VRAM] > 0 or q[Q_MILLI] >= 1000:
+        return q[Q_VRAM]  # type: ignore[no-any-return]
+    return row[VRAM] * q[Q_MILLI] // 1000  # type: ignore[no-any-return]
 
 
 @kernel
@@ -98,7 +106,7 @@ def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[i
     if need == 0:
         return 0, 0
     n = row[NGPU]
-    milli, vram, active = q[Q_MILLI], q[Q_VRAM], row[ACTIVE]
+    milli, vram, active = q[Q_MILLI], vram_kernel(row, q), row[ACTIVE]
     if milli < 1000:
         best, best_key, roomy, total = -1, np.int64(1 << 40), False, np.int64(0)
         for i in range(n):

@@ -32,11 +32,11 @@ from scheduler.core.fit_kernels import (
     Q_NVLINK,
     Q_NVME,
     Q_RAM,
-    Q_VRAM,
     RAM,
     choose_kernel,
     delta_kernel,
     static_kernel,
+    vram_kernel,
     watts_bind,
 )
 from scheduler.core.jit import kernel
@@ -67,7 +67,7 @@ class Gang(NamedTuple):
 @kernel
 def room_kernel(s: State, q: I64, out: I64) -> None:
     """How many replicas of q each host holds by everything but watts, out [H]."""
-    need, milli, vram = q[Q_GPUS], q[Q_MILLI], q[Q_VRAM]
+    need, milli = q[Q_GPUS], q[Q_MILLI]
     for h in range(len(s.rows)):
         row = s.rows[h]
         out[h] = 0
@@ -81,7 +81,7 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
         if q[Q_NVME] > 0:
             n = min(n, row[NVME] // q[Q_NVME])
         if n > 0 and need > 0:
-            g, v, nvl = s.gfree[h], s.vfree[h], s.nvl[h]
+            g, v, nvl, vram = s.gfree[h], s.vfree[h], s.nvl[h], vram_kernel(row, q)
             gpus = np.int64(0)
             if milli < 1000:
                 for i in range(row[NGPU]):

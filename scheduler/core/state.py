@@ -27,6 +27,7 @@ from scheduler.core.fit_kernels import (
     TOTAL,
     choose_kernel,
     delta_kernel,
+    vram_kernel,
 )
 from scheduler.core.jit import inlined, inlined_sum, kernel
 from scheduler.core.score import TABLE_SCALE, Tables
@@ -39,7 +40,7 @@ _SCALE: Final = TABLE_SCALE
 class State(NamedTuple):
     """Hosts and nodes as they stand in the plan, mutable. Columns of `rows` are named in `fit`."""
 
-    rows: I64  # [H, 24]
+    rows: I64  # [H, HOST_WIDTH]
     gfree: I32  # [H, 16]
     vfree: I32  # [H, 16]
     nvl: I16  # [H, 16]
@@ -142,10 +143,10 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
             return np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0))), 0
         return np.int64(np.floor(_SCALE * (base + t.w_frag * gain) + 0.5)), 0
     best, best_i = np.int64(NO), -1
-    last = -1
+    last, vram = -1, vram_kernel(rows[h], q)
     for i in range(n):
         gi = g[h, i]
-        if gi < milli or gi == last or s.vfree[h, i] < q[Q_VRAM]:
+        if gi < milli or gi == last or s.vfree[h, i] < vram:
             continue
         last = gi
         rest = gi - milli
@@ -194,11 +195,11 @@ def take(h: int, q: I64, mask: int, s: State) -> int:
     row[ACTIVE] |= mask
     if mask == 0:
         row[CPU_ONLY] += 1
-    g, v = s.gfree[h], s.vfree[h]
+    g, v, vram = s.gfree[h], s.vfree[h], vram_kernel(row, q)
     for i in range(row[NGPU]):
         if (mask >> i) & 1:
             g[i] -= q[Q_MILLI]
-            v[i] -= q[Q_VRAM]
+            v[i] -= vram
     if delta:
         node = row[NODE]
         while node >= 0:
@@ -217,11 +218,11 @@ def give(h: int, q: I64, mask: int, s: State) -> int:
     row[TOTAL] += q[Q_GPUS] * q[Q_MILLI]
     if mask == 0:
         row[CPU_ONLY] -= 1
-    g, v = s.gfree[h], s.vfree[h]
+    g, v, vram = s.gfree[h], s.vfree[h], vram_kernel(row, q)
     for i in range(row[NGPU]):
         if (mask >> i) & 1:
             g[i] += q[Q_MILLI]
-            v[i] += q[Q_VRAM]
+            v[i] += vram
             if g[i] >= 1000:
                 row[ACTIVE] &= ~(1 << i)
     delta = delta_kernel(row, mask)

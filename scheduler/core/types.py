@@ -11,21 +11,16 @@ Units everywhere: CPU milli-cores, RAM and VRAM MiB, NVMe GiB, GPU shares milli-
 node budgets mW, time integer seconds, prices and bids integer millionths of the major unit per GPU-hour.
 
 `Fleet` is one cell as columns (structure of arrays), H hosts x up to 16 GPUs, N power nodes. Host indices in placements
-are positions in these columns. `Fleet.build(hosts, nodes)` makes one from lists of dicts (tests, benchmarks); a
-snapshot
-fills the columns with numpy and calls `Fleet(...)`, which checks shapes and dtypes and never copies. The planner copies
-what it changes: a Fleet is read-only to it.
+are positions in these columns. `Fleet.build(hosts, nodes)` makes one from lists of dicts (tests, benchmarks); a snapshot fills
+the columns with numpy and calls `Fleet(...)`, which checks shapes and dtypes and never copies. A Fleet is read-only to the planner.
 
 Watts of a host with `a` of `n` GPUs active (bit set in `gpu_active`: some placement holds a share of it):
     not cap_control: base_w + n*gpu_max_w, always
     a == 0 and cpu_only == 0: standby_w when HostFlag.OFF is set, else parked_w
     else: base_w + a*gpu_max_w + (n-a)*gpu_min_w
-A placement is admitted when at every ancestor node of its host delta_w * node_k_gpu <= node_free_mw +
-node_reclaimable_mw
-(W x per mille = mW, exact). `node_free_mw` is what is admissible now; `node_reclaimable_mw` what putting every
-sleepable
-miner below the node to sleep would give back (hashing only: what evicting spot gives back is found by preemption,
-exactly).
+A placement is admitted when at every ancestor node of its host delta_w * node_k_gpu <= node_free_mw + node_reclaimable_mw
+(W x per mille = mW, exact). `node_free_mw` is what is admissible now; `node_reclaimable_mw` what putting every sleepable miner
+below the node to sleep would give back (hashing only: what evicting spot gives back is found by preemption, exactly).
 """
 
 from __future__ import annotations
@@ -139,7 +134,7 @@ class Request:
     nvme: int = 0  # GiB
     gpus: int = 0
     gpu_milli: int = WHOLE  # of each GPU; below 1000 only with gpus == 1
-    vram: int = 0  # MiB held on each GPU
+    vram: int = 0  # MiB held on each GPU; 0 = of a share the same share of the device's (`fit.vram_of`)
     models: int = 0  # bit i = GPU model id i (< 63) is acceptable; 0 = any
     site: int = -1  # -1 = any
     topology: Topology = ANYWHERE
@@ -216,10 +211,8 @@ class Preemption(NamedTuple):
 class Decision(NamedTuple):
     """What became of a job and why.
 
-    `stages`: hosts that survive each stage of the fit rule, in its order (only for waiting jobs). `binding`: the
-    reason that
-    stopped most of the hosts that came furthest. `node`: the power node that binds, or -1. `short`: by how much the
-    best host
+    `stages`: hosts that survive each stage of the fit rule, in its order (only for waiting jobs). `binding`: the reason that
+    stopped most of the hosts that came furthest. `node`: the power node that binds, or -1. `short`: by how much the best host
     misses (unit of the binding resource). `change`: the smallest change that would make it fit, in words.
     `earliest_start`: seconds, 0 = not known. `held`: the host (index of the fleet) held for each replica from then on; with it
     the start is a promise, and comes back in the next plan's request as `promised_start` and `promised_hosts`.
@@ -289,6 +282,7 @@ _HOST_COLUMNS: Final[dict[str, Any]] = {
     "cpu_only": np.int32,
     "taints": np.int64,
     "leaves": np.int64,
+    "vram_total": np.int32,
 }
 _GPU_COLUMNS: Final[dict[str, Any]] = {"gpu_free": np.int32, "vram_free": np.int32, "nvlink": np.int16}
 _NODE_COLUMNS: Final[dict[str, Any]] = {
@@ -303,8 +297,7 @@ _NODE_COLUMNS: Final[dict[str, Any]] = {
 class Fleet:
     """One cell. Host columns have shape [H], `gpu_free`, `vram_free` and `nvlink` [H, 16], node columns [N].
 
-    Raises ValueError for a column of another shape or dtype, a GPU beyond `gpu_count` with something free, a host or
-    node
+    Raises ValueError for a column of another shape or dtype, a GPU beyond `gpu_count` with something free, a host or node
     whose parent is out of range, or a node that stands before its parent would be reached in a cycle.
     """
 
@@ -338,11 +331,13 @@ class Fleet:
     node_reclaimable_mw: I64
     taints: I64 = None  # type: ignore[assignment]  # bit i: only requests that tolerate taint i; none when left out
     leaves: I64 = None  # type: ignore[assignment]  # seconds: what may run longer does not start here; 0 = stays
+    vram_total: I32 = None  # type: ignore[assignment]  # MiB of each GPU; left out: the most that is free on one
 
     def __post_init__(self) -> None:
         hosts = len(self.host_id)
         self.taints = np.zeros(hosts, np.int64) if self.taints is None else self.taints
         self.leaves = np.zeros(hosts, np.int64) if self.leaves is None else self.leaves
+        self.vram_total = self.vram_free.max(axis=1) if self.vram_total is None else self.vram_total
         nodes = len(self.node_parent)
         for columns, shape in ((_HOST_COLUMNS, (hosts,)), (_GPU_COLUMNS, (hosts, MAX_GPUS)), (_NODE_COLUMNS, (nodes,))):
             for name, dtype in columns.items():
@@ -372,8 +367,7 @@ class Fleet:
     def build(cls, hosts: Sequence[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]] = ()) -> Fleet:
         """A fleet from dicts (tests, benchmarks).
 
-        Host keys are column names, all optional but `host_id`; `gpus` = count gives whole free devices of `vram` MiB
-        each.
+        Host keys are column names, all optional but `host_id`; `gpus` = count gives whole free devices of `vram` MiB each.
         Node keys: parent, k_gpu, free_mw, reclaimable_mw.
         """
         size, count = len(hosts), len(nodes)
@@ -386,7 +380,12 @@ class Fleet:
             row = dict(host)
             gpus, vram = row.pop("gpus", None), row.pop("vram", 0)
             if gpus is not None:
-                row = {"gpu_count": gpus, "gpu_free": [WHOLE] * gpus, "vram_free": [vram] * gpus} | row
+                row = {
+                    "gpu_count": gpus,
+                    "gpu_free": [WHOLE] * gpus,
+                    "vram_free": [vram] * gpus,
+                    "vram_total": vram,
+                } | row
             for name, value in row.items():
                 if name in _GPU_COLUMNS:
                     columns[name][i, : len(value)] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 
-from scheduler.core.fit import host_row, host_watts
+from scheduler.core.fit import host_row, host_watts, vram_of
 from scheduler.core.types import FOREVER, Fleet, HostFlag, Kind, Level, Plan, Request, Running, Topology
 
 
@@ -109,7 +109,7 @@ def settle(fleet: Fleet, nodes: list[dict], plan: Plan, requests: list[Request])
         after.nvme_free[p.host] -= r.nvme
         for g in p.gpus:
             after.gpu_free[p.host, g] -= p.gpu_milli
-            after.vram_free[p.host, g] -= r.vram
+            after.vram_free[p.host, g] -= vram_of(r.vram, r.gpu_milli, int(fleet.vram_total[p.host]))
             after.gpu_active[p.host] |= 1 << g
         if not p.gpus:
             after.cpu_only[p.host] += 1
@@ -132,7 +132,7 @@ def settle(fleet: Fleet, nodes: list[dict], plan: Plan, requests: list[Request])
                 cpu=r.cpu,
                 ram=r.ram,
                 nvme=r.nvme,
-                vram=r.vram if p.gpus else 0,
+                vram=vram_of(r.vram, r.gpu_milli, int(fleet.vram_total[p.host])) if p.gpus else 0,
                 bid=r.job % 5,
                 priority=r.priority,
                 work_lost_s=(r.job * 37) % 100,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core.backfill import Horizon, reduce_kernel
-from scheduler.core.fit import rounded_end
+from scheduler.core.fit import rounded_end, vram_of
 from scheduler.core.fit_kernels import request_vector
 from scheduler.core.pack import copy_state, make_state
 from scheduler.core.plan import plan
@@ -210,7 +210,9 @@ def reduced_in_plain_python(state, horizon, rows, until):
                 for g in range(n):
                     if mask >> g & 1:
                         free[3 + g] += sign * int(q[fit.Q_MILLI])
-                        free[3 + n + g] += sign * int(q[fit.Q_VRAM])
+                        free[3 + n + g] += sign * vram_of(
+                            int(q[fit.Q_VRAM]), int(q[fit.Q_MILLI]), int(state.rows[h, fit.VRAM])
+                        )
             return free
 
         now = [

@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.fit import budgets_of, choose_gpus, fits_one, host_row, host_watts
+from scheduler.core.fit import budgets_of, choose_gpus, fits_one, host_row, host_watts, vram_of
 from scheduler.core.fit_kernels import HELD, fit_kernel, request_vector
 from scheduler.core.gang import room
 from scheduler.core.pack import bits, make_state
@@ -62,7 +63,7 @@ def test_room_is_how_many_replicas_go_on_one_after_another(seed):
             fleet.nvme_free[h] -= request.nvme
             for g in fit.gpus:
                 fleet.gpu_free[h, g] -= request.gpu_milli
-                fleet.vram_free[h, g] -= request.vram
+                fleet.vram_free[h, g] -= vram_of(request.vram, request.gpu_milli, int(fleet.vram_total[h]))
                 fleet.gpu_active[h] |= 1 << g
         assert placed == min(64, counts[h])
 
@@ -77,6 +78,21 @@ def test_a_share_needs_one_gpu_with_enough_free():
     assert fits_one(host_row(fleet, 0), Request(job=1, gpus=1, gpu_milli=300), ()).gpus == (0,)
     fleet = one(gpu_free=[0, 100, 100, 0])
     assert fits_one(host_row(fleet, 0), Request(job=1, gpus=1, gpu_milli=400), ()).reason == Reason.NO_GPU
+
+
+def test_a_share_that_names_no_memory_needs_its_share_of_it():
+    """Half a GPU is half its memory: where somebody holds more than the other half it does not fit, in no form of the rule."""
+    fleet = one(gpu_free=[750, 0, 0, 750], vram_free=[400, 0, 0, 500], gpu_active=0b1001)
+    half = Request(job=1, gpus=1, gpu_milli=500)
+    assert choose_gpus(host_row(fleet, 0), half) == (Reason.OK, (3,))
+    assert fits_one(host_row(fleet, 0), half, (), (0,)).reason == Reason.NO_VRAM
+    state = make_state(fleet)
+    assert room(state, request_vector(half)).tolist() == [1]
+    assert [p.gpus for p in plan(fleet, [half]).placements] == [(3,)]
+    two = plan(fleet, [half, replace(half, job=2, queued_at=1)])
+    assert len(two.placements) == 1  # the second is not planned where the commit would refuse it
+    assert two.decisions[-1].reason == Reason.NO_VRAM
+    assert plan(fleet, [replace(half, vram=100)]).placements[0].gpus == (0,)  # who names less gets by with less
 
 
 def test_a_share_prefers_an_active_gpu_then_the_tightest():

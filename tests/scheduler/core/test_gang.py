@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.core import gang
-from scheduler.core.fit import fits_one, host_row, rounded_end
+from scheduler.core.fit import fits_one, host_row, rounded_end, vram_of
 from scheduler.core.fit_kernels import request_vector
 from scheduler.core.pack import make_state
 from scheduler.core.plan import plan
@@ -35,7 +35,10 @@ def fits_how_often(fleet, host, request):
     while count < request.replicas and (found := fits_one(row, request, ())).reason == Reason.OK:
         count += 1
         free = [f - request.gpu_milli * (i in found.gpus) for i, f in enumerate(row.gpu_free)]
-        vram = [v - request.vram * (i in found.gpus) for i, v in enumerate(row.vram_free)]
+        vram = [
+            v - vram_of(request.vram, request.gpu_milli, row.vram_total) * (i in found.gpus)
+            for i, v in enumerate(row.vram_free)
+        ]
         active = row.gpu_active | sum(1 << i for i in found.gpus)
         row = row._replace(
             gpu_free=free, vram_free=vram, gpu_active=active, cpu_free=row.cpu_free - request.cpu,

@@ -284,7 +284,7 @@ def test_a_lowering_from_before_there_were_batches_is_no_failure(yard):
     """Its machine sleeps honestly; nothing is left to compare the meters with. It is believed like one that slept before."""
     job, asleep = asked(yard)
     ShedClaim.objects.update(batch=None, target_w=0)
-    migration = import_module("marketplace.migrations.0016_open_sheds")
+    migration = import_module("marketplace.migrations.0017_open_sheds")
     migration.close_without_batch(apps, None)
     assert not ShedClaim.objects.filter(state="commanded").exists()
     yard.until(lambda: yard.state(job) == "running", seconds=120)

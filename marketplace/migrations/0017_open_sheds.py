@@ -15,7 +15,7 @@ def close_without_batch(apps: Any, _editor: Any) -> None:
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("marketplace", "0015_lighter_commits"),
+        ("marketplace", "0016_contract_life"),
     ]
 
     operations = [

@@ -18,7 +18,8 @@ from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
 from scheduler import promises, rules, standing, usage
-from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Policy, Request, Running
+from scheduler.core import gang
+from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Level, Policy, Request, Running
 from scheduler.standing import KINDS, LAG_S
 
 CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
@@ -116,6 +117,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     ruled = [job.id for job in jobs if job.ruled]
     taints = hosts.names.taints
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, lag_s=LAG_S)
+    _pack(requests, fleet, hosts, reserved)
     usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
@@ -284,6 +286,36 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     taints = taken.names.taints
     rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, lag_s=LAG_S)
     return made
+
+
+def _pack(requests: list[Request], fleet: Fleet, hosts: cells.Hosts, reserved: _Reserved) -> None:
+    """Gangs without GPUs that wait for the closest place get its level: the smallest at which their pool, all of it free, could
+    hold them. (The core knows GPUs of a host in all, but of CPU, RAM and NVMe only what is free.)
+    """
+    asks = [
+        r
+        for r in requests
+        if not r.gpus and r.topology.required and r.replicas > 1 and not (r.topology.pack or r.topology.spread)
+    ]
+    if not asks:
+        return
+    mine, count = np.array([len(gpus) for gpus in reserved.gpus], np.int64), hosts["gpu_count"][reserved.rows]
+    own = {
+        name: np.concatenate([hosts[name], hosts[name][reserved.rows] * mine // np.maximum(1, count)])
+        for name in ("cpu_total", "ram_total", "nvme_total")
+    }
+    host_of = np.unique(fleet.host_id, return_inverse=True)[1]
+    domain_of = {Level.HOST: host_of}
+    for level, column in ((Level.LEAF, fleet.leaf), (Level.SPINE, fleet.spine)):
+        domain_of[level] = np.unique(column, return_inverse=True)[1]
+    for r in asks:
+        needs = ((own["cpu_total"], r.cpu), (own["ram_total"], r.ram), (own["nvme_total"], r.nvme))
+        fits = [total // need for total, need in needs if need] or [np.full(len(fleet), r.replicas)]
+        here = ((r.pool == 0) | (fleet.pool == r.pool)) & ((r.site < 0) | (fleet.site == r.site))
+        counts = np.where(here, np.minimum.reduce(fits), 0)
+        r.topology = replace(
+            r.topology, pack=gang.smallest_level(counts, domain_of.__getitem__, r.replicas + len(r.members))
+        )
 
 
 def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:

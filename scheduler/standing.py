@@ -33,6 +33,7 @@ class Row(NamedTuple):
     limit: int
     grace_end: int | None  # of one that drains
     saved: int  # newest checkpoint, 0 = it told of none
+    contract: int
     least: int  # replicas with which its gang goes on, 0 = it goes whole
 
 
@@ -42,7 +43,7 @@ SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gp
   p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
   j.replicas, coalesce(j.max_seconds, 0),
   CASE WHEN p.state = 'draining' THEN floor(extract(epoch FROM p.release_requested_at))::bigint + j.checkpoint_grace_s END,
-  coalesce(floor(extract(epoch FROM j.checkpointed_at)), 0)::bigint,
+  coalesce(floor(extract(epoch FROM j.checkpointed_at)), 0)::bigint, p.contract_id,
   CASE WHEN j.on_replica_loss = 'shrink' AND j.state = 'running' AND j.cancel_requested_at IS NULL THEN
     greatest(1, j.min_replicas - (SELECT count(*) FROM marketplace_placement d WHERE d.job_id = j.id AND d.attempt = j.attempt
       AND d.state = 'released' AND d.exit_code = 0 AND NOT d.rank = ANY(j.lost_ranks))) ELSE 0 END
@@ -94,6 +95,7 @@ def _running(p: Row, reserved: Mapping[tuple[int, int], int], row: int, now_s: i
         gang_size=p.replicas,
         gang_min=p.least,
         ends_at=ends,
+        quota_id=p.contract,
         preemptible=p.grace_end is None,
     )
 

@@ -7,6 +7,7 @@ snapshot where it was not recorded. A customer learns of others only that someth
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,12 +18,9 @@ import numpy as np
 from django.core.cache import cache
 from django.utils import timezone
 
-from billing.models import PriceVersion
 from marketplace import ids
 from marketplace.models import (
-    BillingStanding,
     Cell,
-    Contract,
     GpuModel,
     Job,
     Listing,
@@ -31,12 +29,13 @@ from marketplace.models import (
     ReservationBlock,
     Site,
 )
+from marketplace.services import job_rules
 from marketplace.tenancy import Actor
-from scheduler import record, snapshot, words
+from scheduler import record, said, snapshot, words
 from scheduler.core.case import Case, Window
-from scheduler.core.changes import Change, changes
+from scheduler.core.changes import Change, changes, reserved
 from scheduler.core.choice import Choice, choice
-from scheduler.core.types import Reason, Request
+from scheduler.core.types import Request
 from scheduler.models import CycleRecord, Decision
 from scheduler.packed import UnreadableError
 
@@ -66,8 +65,8 @@ def explain(job: Job, *, staff: bool = False, deep: bool = True, fresh: bool = F
     alone, without suggestions; `fresh`: computed now, not taken from the cache.
     """
     decision: Decision | None = getattr(job, "decision", None)
-    answer = _said(job, decision, staff=staff)
-    if not deep or decision is None or not (_queues(job) or answer["outcome"] == "placed"):
+    answer = said.answer(job, decision, staff=staff)
+    if not deep or decision is None or not (said.queues(job) or answer["outcome"] == "placed"):
         return answer
     key = f"why:{job.pk}:{int(staff)}"
     known = None if fresh else _cached(key)
@@ -77,7 +76,7 @@ def explain(job: Job, *, staff: bool = False, deep: bool = True, fresh: bool = F
         and known["outcome"] == answer["outcome"]
         and (known["cycle"] == decision.cycle_id or known["until"] > now)
     ):
-        return {**answer, **known["more"]}
+        return _joined(job, answer, known["more"])
     try:
         more = _placed(job, decision, staff) if answer["outcome"] == "placed" else _waits(job, decision, staff, now)
     except UnreadableError as error:
@@ -86,6 +85,13 @@ def explain(job: Job, *, staff: bool = False, deep: bool = True, fresh: bool = F
         until = now + timedelta(seconds=FRESH_S)
         kept = {"cycle": decision.cycle_id, "outcome": answer["outcome"], "until": until, "more": more}
         cache.set(key, kept, KEPT_S)
+    return _joined(job, answer, more)
+
+
+def _joined(job: Job, answer: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The answer with what was found out beside it. How the job ended is said first, and is never from the cache."""
+    if end := said.end(job) if "text" in more else "":
+        more = {**more, "text": f"{end} {more['text']}"}
     return {**answer, **more}
 
 
@@ -95,107 +101,29 @@ def _cached(key: str) -> Any:
     return None
 
 
-def _queues(job: Job) -> bool:
-    """Whether all of it, or replicas that it lost, wait for a place."""
-    return job.state in Job.WAITING or (
-        job.repair_since is not None and job.lost_ranks != [] and job.state in Job.ON_HOSTS
-    )
-
-
-# --- what the decision row says
-def _said(job: Job, decision: Decision | None, *, staff: bool) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "object": "explanation",
-        "job": job.public_id,
-        "state": job.state,
-        "stages": [],
-        "changes": [],
-        "placed": None,
-    }
-    waits = _queues(job)
-    outside = _outside(job) if waits else ""
-    if decision is None:
-        text = "The job is not waiting." if not waits else outside or "No cycle has looked at the job yet."
-        return {**base, "outcome": job.state, "reason": None, "text": text}
-    outcome = "waiting" if waits else decision.outcome
-    stages = [
-        {"stage": s, "label": words.stage(s), "hosts_left": n}
-        for s, n in zip(decision.stages, decision.candidates, strict=False)
-    ]
-    text = outside or "The job has been placed."
-    if waits and not outside:
-        text = _waiting_text(decision, staff=staff)
-        if decision.held_hosts and (room := _room(job)):
-            text += f" For it, {room}."
-    elif not waits and decision.outcome != "placed":
-        text = "The job ended before it was placed."
-    return {
-        **base,
-        "outcome": outcome,
-        "reason": decision.reason.lower(),
-        "binding": decision.binding if staff else words.REASONS[words.reason(decision.reason)][0],
-        "stages": stages,
-        "suggestion": decision.suggestion if staff else "",
-        "earliest_start": decision.earliest_start if waits else None,
-        "at": decision.at,
-        "text": text,
-    }
-
-
-def _room(job: Job) -> str:
-    """What the job's history says last, if that is of room being made for it."""
-    said = job.events.order_by("-id").values_list("reason", flat=True).first() or ""
-    return said if said.startswith(words.ROOM) else ""
-
-
-def _waiting_text(decision: Decision, *, staff: bool) -> str:
-    if decision.outcome == "placed":  # it stood somewhere, and queues again
-        return "The job waits: no cycle has looked at it since it was queued again."
-    found = words.reason(decision.reason)
-    head, _, short = decision.binding.partition(", short by ")
-    name = head.partition(" at power node ")[0].upper()
-    text = words.binds(found, words.reason(name) if name in Reason.__members__ else found, int(short or 0))
-    if staff and decision.suggestion:
-        text += f"; {decision.suggestion}"
-    return f"The job waits: {text}."
-
-
-def _outside(job: Job) -> str:
-    """Why no cycle considers the job at all, or ''."""
-    contract = Contract.objects.get(pk=job.contract_id)
-    now = timezone.now()
-    if job.cancel_requested_at:
-        return "The job is being cancelled."
-    if contract.state != "active":
-        return f"The job waits: its contract is {contract.state.replace('_', ' ')}."
-    if contract.starts_at > now:
-        return f"The job waits: its contract begins at {_moment(contract.starts_at)}."
-    if contract.ends_at and contract.ends_at <= now:
-        return "The job waits: its contract is over."
-    if BillingStanding.objects.filter(organization=job.organization_id, state="suspended").exists():
-        return "The job waits: the organization is suspended until its invoices are paid."
-    return ""
-
-
 # --- a job that waits
 def _waits(job: Job, decision: Decision, staff: bool, now: datetime) -> dict[str, Any]:
+    if said.outside(job):
+        return {}
     scene = _scene(job, decision, now)
     request = next((r for r in scene.case.requests if r.job == job.pk), None)
     if request is None:
         return {"note": "The last cycle did not consider it: it is not among those that may be placed now."}
     mine = {r.job for r in scene.case.running if r.org == job.organization_id}
-    listings = _listings(job)
+    listings, windows = _listings(job), _windows(scene.case, now)
     found = changes(
         scene.case,
         job.pk,
         pools=list(listings),
-        windows=_windows(scene.case, now),
+        windows=windows,
         may_name=(lambda _: True) if staff else mine.__contains__,
     )
     told = _Told(job, scene, request, listings, None if staff else mine)
+    held = words.reason(decision.reason) in said.ROOM and reserved(scene.case, job.pk, windows)
     return {
+        **(said.reserved(job, staff=staff) if held else {}),
         "changes": [told.change(c) for c in found if _holds(c, scene.case, now)],
-        "note": "" if scene.recorded else "The last cycle was not recorded: this is the cell as it is now.",
+        "note": "" if scene.recorded else "The last cycle was not recorded: this is how things stand now.",
     }
 
 
@@ -224,17 +152,26 @@ def _listings(job: Job) -> dict[int, Listing]:
 
 
 def _windows(case: Case, now: datetime) -> list[Window]:
-    """When the reserved rows of the fleet are anybody's again."""
-    rows = np.flatnonzero(case.fleet.pool < 0)
-    if not len(rows):
+    """When the reserved rows of the fleet are anybody's again: once no reservation on any of their GPUs is in force or near."""
+    rows = np.flatnonzero(case.fleet.pool < 0).tolist()
+    if not rows:
         return []
-    ends = dict(
-        ReservationBlock.objects.filter(
-            reservation__state="firm", reservation__contract_id__in=[-int(p) for p in np.unique(case.fleet.pool[rows])]
-        ).values_list("reservation__contract_id", "reservation__ends_at")
-    )
-    pools = {int(row): -int(case.fleet.pool[row]) for row in rows}
-    return [Window(row, int(ends[c].timestamp())) for row, c in pools.items() if c in ends and ends[c] > now]
+    blocks = ReservationBlock.objects.filter(
+        host_id__in={int(case.fleet.host_id[row]) for row in rows}, reservation__state="firm", reservation__ends_at__gt=now,
+        reservation__claims_at__lte=now + AHEAD,
+    )  # fmt: skip
+    on: dict[int, list[tuple[int, set[int], datetime]]] = defaultdict(list)
+    found = blocks.values_list("host_id", "reservation__contract_id", "gpu_indices", "reservation__ends_at")
+    for host, contract, gpus, ends in found:
+        on[host].append((contract, set(gpus), ends))
+    windows = []
+    for row in rows:
+        here = on[int(case.fleet.host_id[row])]
+        mine = set().union(*(gpus for contract, gpus, _ in here if contract == -int(case.fleet.pool[row])))
+        if mine:
+            last = max(ends for _, gpus, ends in here if gpus & mine)
+            windows.append(Window(row, int(last.timestamp())))
+    return windows
 
 
 def _holds(c: Change, case: Case, now: datetime) -> bool:
@@ -262,7 +199,7 @@ class _Told:
         names = self._where(c)
         starts = datetime.fromtimestamp(c.start, UTC) if c.start else None
         if starts:
-            names["when"] = _moment(starts)
+            names["when"] = words.moment(starts)
         jobs = [j for j in c.jobs if self.mine is None or j in self.mine][:MAX_SHOWN]
         names["jobs"] = self._jobs(jobs, all_of=len(jobs) == len(c.jobs))
         fields = {api: getattr(c.request, name) for name, api in _API.items() if self._differs(c.request, name)}
@@ -279,8 +216,8 @@ class _Told:
             fields["nvlink"] = Job.Nvlink.PREFERRED.value
         if c.kind == "spread":
             fields["max_per_domain"] = c.request.topology.max_per_domain
-        if c.kind == "affinity":
-            fields["affinity"] = []
+        if c.kind in {"near", "apart", "affinity"}:
+            fields |= job_rules.without(self.job, c.kind)
         if c.kind == "listing":
             fields["listing"] = self.listings[c.request.pool].public_id
         return {
@@ -302,7 +239,7 @@ class _Told:
         at = int(fleet.gpu_model[h])
         model = self.models.get(self.model_at[at]) if 0 <= at < len(self.model_at) else None
         listing = self.listings.get(c.request.pool)
-        price = _price(self.job.contract) if c.kind == "price" else None
+        price = said.price(self.job.contract) if c.kind == "price" else None
         return {
             "site": site.name if site else "another site",
             "site_id": site.public_id if site else "",
@@ -363,15 +300,3 @@ def _placed_text(why: Choice, replicas: int) -> str:
     inside = f"one {words.level(why.level)}"
     room = f"the tightest of {why.domains} with room" if why.domains > 1 else "the only one with room"
     return f"The job has been placed: {fitted} could take a replica; all {replicas} stand in {inside}, {room}.{made}"
-
-
-def _price(contract: Contract) -> int:
-    """What a GPU-hour costs under it now, millionths: what its jobs' limits are compared with."""
-    now_s = int(timezone.now().timestamp())
-    rows = PriceVersion.objects.filter(contract=contract, kind=PriceVersion.Kind.RATE, valid_from_s__lte=now_s)
-    newest = rows.order_by("-valid_from_s").values_list("millionths", flat=True).first()
-    return int(contract.price if newest is None else newest)
-
-
-def _moment(at: datetime) -> str:
-    return at.strftime("%-d %b %Y %H:%M:%S UTC")

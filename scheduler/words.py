@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from scheduler.core.changes import Change
@@ -13,11 +14,11 @@ ROOM: Final = "room is being made"
 # What stops it, and what the hosts left after the stage have.
 REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.OK: ("it fits", "fit"),
-    Reason.NOT_IN_POOL: ("no host of its contract is in this cell", "belong to its contract"),
+    Reason.NOT_IN_POOL: ("its contract's listing has no host here", "belong to its contract's listing"),
     Reason.WRONG_SITE: ("the site asked for has no host that would do", "at the site asked for"),
     Reason.WRONG_MODEL: ("no host has a GPU model that it accepts", "of a GPU model that it accepts"),
     Reason.HOST_UNSCHEDULABLE: (
-        "the hosts that would do take no work now (draining, in maintenance, unreachable, or without grants)",
+        "the hosts that would do take no work now (they leave for maintenance, are in it, or their site is silent or starts nothing)",
         "taking work",
     ),
     Reason.HOST_RESERVED_FOR_OWNER: ("the hosts that would do are reserved", "not reserved for others"),
@@ -29,26 +30,39 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.NO_RAM: ("memory", "with the memory free"),
     Reason.NO_NVME: ("local NVMe", "with the NVMe free"),
     Reason.NO_GPU: ("idle GPUs on one host", "with the idle GPUs"),
-    Reason.NO_GPU_SHARE: ("room on one GPU", "with room on one GPU"),
+    Reason.NO_GPU_SHARE: ("a large enough share of one GPU", "with room on one GPU"),
     Reason.NO_VRAM: ("GPU memory", "with the GPU memory free"),
     Reason.TOPOLOGY: ("where the replicas must stand (topology)", "in the right NVLink domain"),
-    Reason.NO_WATTS: ("watts", "with watts for it"),
+    Reason.NO_WATTS: ("power at the site", "with power for it"),
     Reason.GANG_INCOMPLETE: ("room for all replicas at once", "with room for all"),
     Reason.OVER_QUOTA: ("its contract's or organization's ceiling of GPUs", "under the ceiling"),
     Reason.PRICE_LIMIT: ("its price limit", "within the price limit"),
-    Reason.INVALID: ("the job as it stands", "valid"),
-    Reason.EMPTY_CELL: ("the cell has no host", "in the cell"),
-    Reason.TAINTED: ("the hosts that would do are set apart (tainted)", "open to it (taints)"),
+    Reason.INVALID: ("the job as it stands cannot be placed", "valid"),
+    Reason.EMPTY_CELL: ("its region has no host", "in its region"),
+    Reason.TAINTED: ("the hosts that would do have taints that it does not tolerate", "whose taints it tolerates"),
     Reason.LEAVES_TOO_SOON: (
         "the hosts that would do leave for maintenance before it would end",
         "staying long enough",
     ),
     Reason.AFFINITY: ("its affinity rules", "where its affinity rules let it go"),
 }
-UNITS: Final[dict[Reason, str]] = {
-    Reason.NO_CPU: "milli-vCPU", Reason.NO_RAM: "MiB", Reason.NO_NVME: "GiB", Reason.NO_GPU: "GPUs", Reason.NO_GPU_SHARE: "milli-GPU",
-    Reason.NO_VRAM: "MiB", Reason.TOPOLOGY: "replicas", Reason.NO_WATTS: "W", Reason.GANG_INCOMPLETE: "replicas",
-}  # fmt: skip
+# Why a job lost its place or ended: first words of a reason (docs/agent-protocol.md, services.jobs.FAULTS), as its owner reads them.
+_LEFT: Final[dict[str, str]] = {
+    "host_lost": "its host was lost",
+    "site_lost": "its site was silent for too long",
+    "start_failed": "a replica could not be started",
+    "supervisor_lost": "a replica vanished from its host",
+    "lease_expired": "its site could not be reached for too long",
+    "power_shed": "its site had to shed power",
+    "power_lost": "its host lost power",
+    "gang_member_failed": "another of its replicas failed",
+    "drained": "it was asked to leave its host",
+    "host drained": "its host leaves",
+    "killed_after_grace": "a replica did not stop within its grace",
+    "stopped": "it was stopped",
+    "not_started": "the power for it did not come free in time",
+    "max_seconds": "its time limit was reached",
+}
 TERMS: Final[dict[str, str]] = {
     "fragmentation": "free GPU that typical jobs can no longer use there",
     "hole": "worth of the rest of the GPU that it shares",
@@ -79,7 +93,35 @@ def binds(found: Reason, binding: Reason, short: int = 0) -> str:
     text = REASONS[found][0]
     if binding not in {found, Reason.OK}:
         text += f" (most hosts lack {REASONS[binding][0]})"
-    return f"{text}, short by {short} {UNITS.get(found, '')}".rstrip() if short else text
+    return f"{text}, short by {_lack(found, short)}" if short else text
+
+
+def _lack(found: Reason, short: int) -> str:
+    if found is Reason.NO_CPU:
+        return f"{short / 1000:g} vCPU"
+    if found in {Reason.NO_RAM, Reason.NO_VRAM}:
+        return _size(short)
+    if found is Reason.NO_GPU_SHARE:
+        return f"{short / 1000:g} of a GPU"
+    unit = {Reason.NO_GPU: "GPU", Reason.TOPOLOGY: "replica", Reason.GANG_INCOMPLETE: "replica"}.get(found)
+    return count(short, unit) if unit else f"{short} {'GiB' if found is Reason.NO_NVME else 'W'}"
+
+
+def left(reason: str) -> str:
+    """A reason of a job's or a placement's end, without our own short words for it."""
+    head, _, rest = reason.partition(": ")
+    if head == "preempted" and rest:
+        return rest
+    said = _LEFT.get(head, head)
+    return f"{said}: {rest}" if rest else said
+
+
+def moment(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%-d %b %Y %H:%M:%S UTC")
+
+
+def amount(millionths: int) -> str:
+    return f"{millionths / 1_000_000:g}"
 
 
 def level(of: Level) -> str:
@@ -92,11 +134,12 @@ def change(c: Change, was: Request, names: dict[str, Any]) -> str:
     each = "a replica " if was.replicas > 1 else ""
     t, text = r.topology, ""
     if c.kind == "gpus":
-        text = f"With {_n(r.gpus, 'GPU')} {each}instead of {was.gpus}"
+        text = f"With {count(r.gpus, 'GPU')} {each}instead of {was.gpus}"
     elif c.kind == "split":
-        text = f"As {_n(r.replicas, 'replica')} of {_n(r.gpus, 'GPU')} instead of {was.replicas} of {was.gpus}, the rest in proportion"
+        split = f"{count(r.replicas, 'replica')} of {count(r.gpus, 'GPU')}"
+        text = f"As {split} instead of {was.replicas} of {was.gpus}, the rest in proportion"
     elif c.kind == "replicas":
-        text = f"With {_n(r.replicas, 'replica')} instead of {was.replicas}"
+        text = f"With {count(r.replicas, 'replica')} instead of {was.replicas}"
     elif c.kind == "share":
         text = f"With {r.gpu_milli} thousandths of a GPU {each}instead of {was.gpu_milli}"
     elif c.kind == "cpu":
@@ -122,10 +165,16 @@ def change(c: Change, was: Request, names: dict[str, Any]) -> str:
         text = (
             f"With up to {t.max_per_domain} replicas in one {level(t.spread)} instead of {was.topology.max_per_domain}"
         )
-    elif c.kind == "affinity":
-        text = "Without its affinity rules"
+    elif c.kind in {"near", "apart", "affinity"}:
+        text = {
+            "near": "Without its rules to stand close to others",
+            "apart": "Without its rules to stand apart, and without the labels for which others stand apart from it",
+            "affinity": "Without its affinity rules and labels",
+        }[c.kind]
+    elif c.kind == "taints":
+        text = "With tolerations for the taints of the hosts that would do"
     elif c.kind == "duration":
-        text = f"With a time limit of {_span(r.duration_s)} or less"
+        text = f"With a time limit of {span(r.duration_s)} or less"
     elif c.kind == "price":
         price = names.get("price")
         text = f"With a price limit of {price} or more per GPU-hour" if price else "With a higher price limit"
@@ -147,15 +196,16 @@ def change(c: Change, was: Request, names: dict[str, Any]) -> str:
     return f"{text} it would fit now."
 
 
-def _n(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(mib: int) -> str:
     return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib} MiB"
 
 
-def _span(seconds: int) -> str:
+def span(time: float) -> str:
+    seconds = int(time)
     if seconds >= 7200:
         return f"{seconds // 3600} h" + (f" {seconds % 3600 // 60} min" if seconds % 3600 >= 60 else "")
     return f"{seconds // 60} min" if seconds >= 120 else f"{seconds} s"

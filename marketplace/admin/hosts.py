@@ -13,11 +13,21 @@ from marketplace.admin.base import RowsInline, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
 from marketplace.models import Gpu, Host
-from marketplace.services import job_rules, sites
+from marketplace.services import drains, job_rules, sites
 
 
 class DrainForm(forms.Form):
-    reason = forms.CharField(max_length=200, help_text="Stands on the host and in the audit trail")
+    reason = forms.CharField(max_length=120, help_text="Stands on the host and in the audit trail.")
+    public = forms.BooleanField(
+        required=False,
+        label="Customers whose jobs run there may read the reason",
+        help_text="Otherwise they read the kind of work and the hours alone.",
+    )
+    category = forms.ChoiceField(
+        label="Kind of work",
+        required=False,
+        choices=[(key, said[0].upper() + said[1:]) for key, said in drains.CATEGORIES.items()],
+    )
     evict = forms.BooleanField(
         required=False,
         label="Ask what runs to leave, too",
@@ -28,8 +38,22 @@ class DrainForm(forms.Form):
         widget=forms.DateTimeInput(attrs={"type": "datetime-local"}, format="%Y-%m-%dT%H:%M"),
     )  # fmt: skip
 
+    until = forms.DateTimeField(
+        required=False, label="Likely back at (UTC)", help_text="Customers read it; nothing happens at that hour by itself.",
+        widget=forms.DateTimeInput(attrs={"type": "datetime-local"}, format="%Y-%m-%dT%H:%M"),
+    )  # fmt: skip
+
+    def clean_category(self) -> str:
+        return self.cleaned_data["category"] or "other"
+
     def clean_by(self) -> datetime | None:
-        given: datetime | None = self.cleaned_data["by"]
+        return self._utc("by")
+
+    def clean_until(self) -> datetime | None:
+        return self._utc("until")
+
+    def _utc(self, name: str) -> datetime | None:
+        given: datetime | None = self.cleaned_data[name]
         return given.replace(tzinfo=UTC) if given is not None else None
 
 

@@ -6,7 +6,7 @@ from rest_framework import serializers
 
 from marketplace.api.base import Shape
 from marketplace.models import Host, Miner, PowerNode, Site
-from marketplace.services import imports, job_rules
+from marketplace.services import drains, imports, job_rules
 from marketplace.services.columns import MAX_W
 
 TIMEZONES = frozenset(available_timezones())
@@ -194,7 +194,16 @@ class HostShape(serializers.Serializer):
 
 
 class DrainShape(Shape):
-    reason = serializers.CharField(max_length=120)
+    reason = serializers.CharField(max_length=120, help_text="for you: on the host and in the audit trail")
+    category = serializers.ChoiceField(
+        list(drains.CATEGORIES), required=False, default="other", help_text="the kind of work, as customers read it"
+    )
+    public = serializers.BooleanField(
+        required=False, default=False, help_text="those whose jobs run there may read the reason, too"
+    )
+    until = serializers.DateTimeField(
+        required=False, allow_null=True, default=None, help_text="when it is likely back, as customers read it"
+    )
     evict = serializers.BooleanField(
         required=False, default=False, help_text="ask what runs to leave too: checkpoint signal, grace, requeue"
     )

@@ -4,10 +4,14 @@ A host that drains takes nothing new. With an hour (`by`) it goes on taking what
 told when it is announced, and who is still there at the hour is asked to leave: checkpoint signal, grace, queued again, and
 none of it counts against max_restarts. Once it is empty it is in maintenance, until it is put back to work. A gang that may
 replace or do without a replica loses only those that stand there.
+
+What the operator writes as the reason stands on the host and in the audit trail. Customers read the kind of work and the hours,
+and the reason only where it is marked as public.
 """
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -21,56 +25,87 @@ from marketplace.services import audit, jobs, placements, replicas
 from marketplace.tenancy import Actor
 
 ABLE = (Host.State.ACTIVE, Host.State.DRAINING)
+# Kinds of work, as customers read them.
+CATEGORIES = {
+    "other": "maintenance",
+    "hardware": "work on hardware",
+    "network": "work on the network",
+    "power": "work on its power",
+    "cooling": "work on its cooling",
+    "software": "a software update",
+}
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Why and when hosts leave. With `evict`, what runs is asked to leave at once; `by`: at that hour, and until then they take
+    what is sure to end before. `category`: of CATEGORIES; `until`: when they are likely back; `public`: customers may read `reason`.
+    """
+
+    reason: str
+    evict: bool = False
+    by: datetime | None = None
+    category: str = "other"
+    until: datetime | None = None
+    public: bool = False
+
+    def check(self, now: datetime) -> None:
+        if self.by is not None and self.by <= now:
+            raise MarketError("invalid_request", "by is past: give a later time, or evict.", {"/by": "in the past"})
+        if self.by is not None and self.evict:
+            raise MarketError(
+                "invalid_request", "evict asks what runs to leave now, by at that time.", {"/evict": "one of the two"}
+            )
+        if self.until is not None and self.until <= (self.by or now):
+            raise MarketError(
+                "invalid_request", "until is when they are back: after they leave.", {"/until": "too early"}
+            )
+
+    @property
+    def words(self) -> str:
+        """The kind of work and when it ends, for customers."""
+        until = f", until about {self.until:%F %R} UTC" if self.until else ""
+        return CATEGORIES[self.category] + until + (f" ({self.reason})" if self.public else "")
 
 
 @transaction.atomic
-def drain_host(
-    host: Host, *, reason: str, actor: Actor, now: datetime, evict: bool = False, by: datetime | None = None
-) -> Host:
-    """Place nothing new here, or with `by` nothing that may outlast it. With `evict`, what runs is asked to leave at once."""
+def drain_host(host: Host, *, actor: Actor, now: datetime, **leave: Any) -> Host:
+    """Place nothing new here, or with `by` nothing that may outlast it. `leave`: the fields of `Leave`."""
     host = _host(host, expected=ABLE)
-    _drain([host], reason=reason, actor=actor, now=now, evict=evict, by=by)
+    _drain([host], Leave(**leave), actor=actor, now=now)
     return host
 
 
 @transaction.atomic
-def drain_site(
-    site: Site, *, reason: str, actor: Actor, now: datetime, evict: bool = False, by: datetime | None = None
-) -> list[Host]:
+def drain_site(site: Site, *, actor: Actor, now: datetime, **leave: Any) -> list[Host]:
     """As `drain_host`, every host of the site that works; returns them."""
     acquire((Lock.SITE, site.pk))
     rows = Host.objects.filter(site=site, state__in=ABLE).order_by("pk").select_for_update(no_key=True, of=("self",))
     hosts = list(rows.select_related("site"))
     if not hosts:
         raise MarketError("illegal_transition", f"{site.name} has no host that is active or draining.")
-    _drain(hosts, reason=reason, actor=actor, now=now, evict=evict, by=by)
+    _drain(hosts, Leave(**leave), actor=actor, now=now)
     return hosts
 
 
-def _drain(
-    hosts: Collection[Host], *, reason: str, actor: Actor, now: datetime, evict: bool, by: datetime | None
-) -> None:
-    if by is not None and by <= now:
-        raise MarketError("invalid_request", "by is past: give a later time, or evict.", {"/by": "in the past"})
-    if by is not None and evict:
-        raise MarketError(
-            "invalid_request", "evict asks what runs to leave now, by at that time.", {"/evict": "one of the two"}
-        )
+def _drain(hosts: Collection[Host], wanted: Leave, *, actor: Actor, now: datetime) -> None:
+    wanted.check(now)
+    told = {name: value for name, value in asdict(wanted).items() if name != "by"} | {"until": _text(wanted.until)}
     for host in hosts:
         before = {"state": host.state, "leaves_at": _text(host.leaves_at)}
-        host.state, host.state_reason, host.leaves_at = Host.State.DRAINING, reason[:200], by
-        after = {"state": host.state, "reason": reason, "evict": evict, "leaves_at": _text(by)}
+        host.state, host.state_reason, host.leaves_at = Host.State.DRAINING, wanted.reason[:200], wanted.by
+        after = {"state": host.state, "leaves_at": _text(wanted.by), **told}
         _audit(host, actor, "host.drained", now, before=before, after=after)
     Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
     ids = {host.pk for host in hosts}
-    if evict:
-        leave(ids, now=now, actor=actor.label, reason=f"host drained: {reason}"[:200])
-    elif by is not None:
-        _announce(hosts, by, reason, now=now, actor=actor.label)
+    if wanted.evict:
+        leave(ids, now=now, actor=actor.label, reason=f"host drained: {wanted.words}"[:200])
+    elif wanted.by is not None:
+        _announce(hosts, wanted.by, wanted.words, now=now, actor=actor.label)
     _changed(hosts)
 
 
-def _announce(hosts: Collection[Host], by: datetime, reason: str, *, now: datetime, actor: str) -> None:
+def _announce(hosts: Collection[Host], by: datetime, why: str, *, now: datetime, actor: str) -> None:
     """Those who run there read it in their job's story."""
     name = {host.pk: host.name for host in hosts}
     on: dict[int, set[str]] = defaultdict(set)
@@ -78,7 +113,7 @@ def _announce(hosts: Collection[Host], by: datetime, reason: str, *, now: dateti
         on[job_id].add(name[host_id])
     for job in Job.objects.filter(pk__in=on).order_by("pk"):
         which = ", ".join(sorted(on[job.pk]))
-        words = f"notice: {which} leaves at {by:%F %R} UTC ({reason}); what runs there then is asked to leave"
+        words = f"notice: {which} leaves at {by:%F %R} UTC for {why}; what runs there then is asked to leave"
         replicas.note([job], words, now=now, actor=actor[:120])
 
 

@@ -43,6 +43,15 @@ def sentence(rule: dict[str, Any]) -> str:
     return f"no replica {_NONE[rule['level']]} where {who} runs"
 
 
+def without(job: Job, side: str) -> dict[str, Any]:
+    """What the job would be submitted with so that its rules of one side (near, apart), or all (affinity), no longer bind it.
+    Others keep apart from it for its labels.
+    """
+    kept = [] if side == "affinity" else [rule for rule in job.affinity if rule["rule"] != side]
+    fields: dict[str, Any] = {"affinity": [{**rule, "labels": labels(rule["labels"])} for rule in kept]}
+    return fields if side == NEAR or not job.labels else fields | {"labels": {}}
+
+
 def check(job: Job, contract: Contract) -> None:
     """Refuse rules that contradict each other, and what the contract can never give; say whether there are any."""
     problems = _contradictions(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class Case:
             began = Running(
                 placement=0, job=r.job, org=r.org, kind=r.kind, host=p.host, gpus=p.gpus, gpu_milli=p.gpu_milli, cpu=r.cpu,
                 ram=r.ram, nvme=r.nvme, vram=vram, priority=r.priority, gang_size=r.replicas,
-                ends_at=self.now_s + self.policy.lag_s + r.duration_s if r.duration_s else 0,
+                ends_at=self.now_s + self.policy.lag_s + r.duration_s if r.duration_s else 0, quota_id=r.quota_id,
             )  # fmt: skip
             begun.append(began)
         shift(fleet, begun, -1)
@@ -66,6 +67,7 @@ class Case:
                 stands.setdefault(group, set()).add(p.host)
         promised = {d.job: (d.earliest_start, d.held) for d in made.decisions if d.held}
         waiting = [_tied(r, stands) for r in self.requests if r.job not in placed]
+        waiting = _charged(waiting, begun, -1)
         # Who was refused at the commit keeps the promise of before.
         waiting = [r if r.job in refused else _promised(r, *promised.get(r.job, (0, ()))) for r in waiting]
         if leaving:
@@ -76,23 +78,43 @@ class Case:
         """The cell without the running placements that `gone` names, and with these windows over."""
         fleet = copied(self.fleet)
         left = [r for r in self.running if not gone(r)]
-        shift(fleet, [r for r in self.running if gone(r)], 1)
+        ended = [r for r in self.running if gone(r)]
+        shift(fleet, ended, 1)
         for window in windows:
             _open(fleet, window.row)
-        return replace(self, fleet=fleet, running=left)
+        return replace(self, fleet=fleet, running=left, requests=_charged(self.requests, ended, 1))
 
     def at(self, time: int, windows: Sequence[Window] = ()) -> Case:
         """The cell at a later time by what is known: what has a limit has ended by it, windows are over, nothing else
         moved.
         """
         later = self.without(lambda r: 0 < r.ends_at <= time, [w for w in windows if w.ends_at <= time])
-        return replace(later, now_s=time, requests=[self.lasting(r, r.duration_s, time) for r in self.requests])
+        return replace(later, now_s=time, requests=[self.lasting(r, r.duration_s, time) for r in later.requests])
 
     def lasting(self, r: Request, duration_s: int, now_s: int | None = None) -> Request:
         """The request with another time limit, or begun at another time: hosts that leave are refused accordingly."""
         deadlines = sorted({int(t) for t in self.fleet.leaves if t > 0})
         until = rounded_end(self.now_s if now_s is None else now_s, duration_s, deadlines, self.policy.lag_s)
         return replace(r, duration_s=duration_s, until=until)
+
+
+def _charged(requests: Sequence[Request], rows: Sequence[Running], sign: int) -> list[Request]:
+    """The requests with what placements came to hold (-1) or gave back (1) off, or on, what is free under shared ceilings."""
+    held: Counter[tuple[str, int]] = Counter()
+    for row in rows:
+        milli = len(row.gpus) * row.gpu_milli
+        held["quota", row.quota_id] += milli
+        held["org", row.org] += milli
+    if not any(held.values()):
+        return list(requests)
+
+    def left(r: Request) -> Request:
+        quota, org = held["quota", r.quota_id] if r.quota_id else 0, held["org", r.org]
+        free = r.quota_milli if r.quota_milli < 0 else max(0, r.quota_milli + sign * quota)
+        limit = r.limit_milli if r.limit_milli < 0 else max(0, r.limit_milli + sign * org)
+        return r if (free, limit) == (r.quota_milli, r.limit_milli) else replace(r, quota_milli=free, limit_milli=limit)
+
+    return [left(r) for r in requests]
 
 
 def _promised(r: Request, start: int, hosts: tuple[int, ...]) -> Request:

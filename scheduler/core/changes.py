@@ -23,6 +23,9 @@ MORE_TRIES: Final = 3  # smaller values tried with the whole queue when the firs
 MAX_OTHERS: Final = 5  # other models, sites and listings named
 MAX_LIMITS: Final = 16  # time limits tried
 MAX_ENDS: Final = 12  # single jobs whose end is tried
+KNOWN_TAINTS: Final = (
+    1 << 62
+) - 1  # all that can be tolerated; the bit above stands for those without a bit of their own
 _ROUND: Final = {"cpu": 500, "ram": 1024, "nvme": 10, "vram": 1024, "gpu_milli": 10}  # what is said is a round number
 
 
@@ -31,8 +34,8 @@ class Change(NamedTuple):
     it goes. `jobs`: whose end it waits for, `rows`: reserved rows whose window must be over.
 
     Kinds: gpus, split (as many GPUs in smaller replicas), replicas, share, cpu, ram, nvme, vram (less of it); model, site,
-    listing (elsewhere); topology, nvlink, spread, affinity (looser); duration (a time limit); price; quota; contract (on demand
-    instead of spot); ends, window, job (later).
+    listing (elsewhere); topology, nvlink, spread, near, apart, affinity (looser; the last is both of those before it); taints
+    (tolerated); duration (a time limit); price; quota; contract (on demand instead of spot); ends, window, job (later).
     """
 
     kind: str
@@ -71,6 +74,14 @@ def changes(
     return [change for change in found if change is not None]
 
 
+def reserved(case: Case, job: int, windows: Sequence[Window]) -> bool:
+    """Whether `job` would fit now if these reservations were over: then they are what it waits for, whatever its hosts lack."""
+    if not windows:
+        return False
+    search = _Search(case.without(lambda _: False, windows), next(r for r in case.requests if r.job == job))
+    return search.alone(search.as_it_is)
+
+
 class _Search:
     def __init__(self, case: Case, request: Request) -> None:
         self.case, self.as_it_is = case, request
@@ -79,6 +90,10 @@ class _Search:
         self.quick = replace(
             self.quiet, packer="best_fit", shapes=ONE_SHAPE
         )  # one job alone: the score decides nothing
+
+    def among(self, case: Case) -> Request:
+        """The job as another case has it: with what is free under its ceilings there."""
+        return next(r for r in case.requests if r.job == self.as_it_is.job)
 
     # --- the two tests
     def alone(self, request: Request, case: Case | None = None) -> bool:
@@ -191,9 +206,19 @@ class _Search:
             firm = replace(me, kind=Kind.ON_DEMAND)
             if hosts := self.in_queue(firm, evict=True):
                 yield Change("contract", firm, hosts=hosts)
-        if me.near or me.apart:
-            yield self.least("affinity", [replace(me, near=(), apart=())])
+        yield from self._untied()
+        if self.case.fleet.taints.any():
+            yield self.least("taints", [replace(me, tolerates=KNOWN_TAINTS)])
         yield self._limited()
+
+    def _untied(self) -> Iterable[Change | None]:
+        """Without the rules of one side, or without all. Who keeps apart from it does so for its labels, so these go, too."""
+        me = self.me
+        near = self.least("near", [replace(me, near=())]) if me.near else None
+        apart = self.least("apart", [replace(me, apart=(), joins=())]) if me.apart else None
+        yield from (near, apart)
+        if me.near and me.apart and near is None and apart is None:
+            yield self.least("affinity", [replace(me, near=(), apart=(), joins=())])
 
     def _limited(self) -> Change | None:
         """With a time limit, so that it ends before a held host is needed or a host leaves: the longest that does."""
@@ -210,12 +235,13 @@ class _Search:
     # --- later
     def later(self, windows: Sequence[Window]) -> Change | None:
         """The first known end, of running work or of a window, after which it is placed as it is."""
-        case, me = self.case, self.as_it_is
+        case = self.case
         times = sorted({r.ends_at for r in case.running if r.ends_at > case.now_s} | {w.ends_at for w in windows})
         low, high = 0, len(times) - 1
 
         def then(time: int) -> tuple[Request, Case]:
-            return case.lasting(me, me.duration_s, time), case.at(time, windows)
+            later = case.at(time, windows)
+            return self.among(later), later
 
         if not times or not self.alone(*then(times[-1])):
             return None
@@ -229,7 +255,7 @@ class _Search:
             if hosts := self.in_queue(*then(time)):
                 jobs = tuple(dict.fromkeys(r.job for r in case.running if r.ends_at == time))
                 rows = tuple(w.row for w in windows if w.ends_at == time)
-                return Change("window" if rows and not jobs else "ends", me, time, hosts, jobs, rows)
+                return Change("window" if rows and not jobs else "ends", self.as_it_is, time, hosts, jobs, rows)
         return None
 
     def one_end(self, may_name: Callable[[int], bool]) -> Change | None:
@@ -244,7 +270,8 @@ class _Search:
         able = sorted((s, job) for job, s in size.items() if s + free >= need)[:MAX_ENDS]
         for _, job in able:
             ended = self.case.without(_of(job))
-            if self.alone(me, ended) and (hosts := self.in_queue(me, ended)):
+            mine = self.among(ended)
+            if self.alone(mine, ended) and (hosts := self.in_queue(mine, ended)):
                 return Change("job", me, 0, hosts, (job,))
         return None
 

@@ -12,6 +12,7 @@ tried.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -218,9 +219,15 @@ def _ideal_level(state: State, q: I64, replicas: int) -> Level:
     if q[fit.Q_MODELS]:
         fits &= (rows[:, fit.MODEL] >= 0) & (q[fit.Q_MODELS] >> np.maximum(rows[:, fit.MODEL], 0) & 1 == 1)
     each = rows[:, NGPU] * (1000 // q[Q_MILLI]) if q[Q_MILLI] < 1000 else rows[:, NGPU] // q[Q_GPUS]
-    counts = np.where(fits, each, 0)
+    return smallest_level(np.where(fits, each, 0), lambda level: domains(state, level), replicas)
+
+
+def smallest_level(counts: I64, domain_of: Callable[[Level], I64], replicas: int) -> Level:
+    """The smallest level with a domain that holds so many replicas; `counts` [H]: how many each host holds, `domain_of`: the
+    domain of each host at each level.
+    """
     for level in _LADDER[:-1]:
-        if len(counts) and np.bincount(domains(state, level), weights=counts).max() >= replicas:
+        if len(counts) and np.bincount(domain_of(level), weights=counts).max() >= replicas:
             return level
     return Level.SITE
 

@@ -183,6 +183,7 @@ class Running:
     gang_size: int = 1
     gang_min: int = 0  # replicas that its gang may shrink to (0 = it goes whole)
     ends_at: int = 0  # seconds, 0 = unknown
+    quota_id: int = 0  # the ceiling that it counts towards, as `Request.quota_id`
     preemptible: bool = True
 
 

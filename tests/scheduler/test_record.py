@@ -7,9 +7,10 @@ from datetime import timedelta
 import numpy as np
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import transaction
 
-from marketplace.models import BillingStanding, Cell, Job
-from marketplace.services import jobs
+from marketplace.models import BillingStanding, Cell, Job, Placement, Reservation
+from marketplace.services import jobs, placements
 from scheduler import cycle, record
 from scheduler.core.case import Case
 from scheduler.core.types import Decision, Fleet, Plan, Policy, Reason
@@ -78,6 +79,70 @@ def test_a_cycle_is_recorded_and_replayed_to_the_same_plan(market):
     assert f"generation {row.generation}" in said
 
 
+def test_cycles_with_gangs_evictions_promises_ceilings_and_reservations_are_replayed_to_the_same_plan():
+    """A day in the life of one cell, cycle by cycle; each record plans the same again, after all that came since."""
+    site = f.site()
+    hosts = [f.host(site, leaf=f"leaf-{i // 2}") for i in range(5)]
+    agent, _ = f.agent(site, last_sync_at=NOW, lease_until=NOW + timedelta(days=30))
+    listing = f.listing(site, hosts=hosts)
+
+    def book(kind, **fields):
+        made = f.contract(listing, f.organization(), kind=kind, **{"gpu_count": 64, **fields})
+        BillingStanding.objects.update_or_create(
+            organization=made.organization, defaults={"state": "good", "updated_at": NOW}
+        )
+        return made
+
+    spot, firm, tight = book("spot", limit_price=9_000_000), book("on_demand"), book("on_demand", gpu_count=4)
+    holder = book("reserved", gpu_count=8, starts_at=NOW, ends_at=NOW + timedelta(days=2))
+    promise = Reservation.objects.create(
+        listing=listing, contract=holder, starts_at=NOW, ends_at=holder.ends_at, claims_at=NOW, state="firm"
+    )
+    promise.blocks.create(host=hosts[4], gpu_indices=list(range(8)))
+    rows = []
+
+    def cycle_at(seconds):
+        now = NOW + timedelta(seconds=seconds)
+        type(agent).objects.update(last_sync_at=now)
+        rows.append(cycle.run(site.cell_id, now=now))
+        live = Placement.objects.filter(state__in=("granted", "starting"))
+        with transaction.atomic():
+            placements.lock_sites([site.pk])
+            reports = [{"pk": p.pk, "generation": p.generation, "state": "running", "running_at": now} for p in live]
+            placements.observe(agent, reports, now=now)
+
+    gang = submit(spot, replicas=3, on_replica_loss="shrink", min_replicas=1, topology="spread", topology_required=True)
+    submit(holder, gpus=4, max_seconds=3600)
+    submit(tight, gpus=4)
+    cycle_at(0)
+    submit(firm, replicas=2, topology="leaf", topology_required=True, max_seconds=7200)  # two of the spot gang leave
+    submit(firm, gpus=1, labels=["app=db"])
+    submit(firm, gpus=1, affinity=[{"rule": "apart", "level": "leaf", "labels": ["app=db"]}])
+    cycle_at(10)
+    leaving = Placement.objects.filter(state="draining")
+    assert {p.job_id for p in leaving} == {gang.pk}
+    with transaction.atomic():
+        placements.lock_sites([site.pk])
+        placements.finish([p.pk for p in leaving], to="released", now=NOW, actor="agent", reason="drained")
+    cycle_at(20)
+    submit(firm, gpus=8, replicas=2)  # promised a start when the limits end
+    submit(holder, gpus=8)
+    submit(tight, gpus=1)
+    cycle_at(30)
+    cycle_at(40)
+    known = [record.load(row.record) for row in rows]
+    assert any(k.plan.preemptions for k in known)
+    assert any(len([p for p in k.plan.placements if p.job == gang.pk]) == 3 for k in known)
+    assert any(r.gang_min for k in known for r in k.case.running)
+    assert any(d.held for k in known for d in k.plan.decisions)
+    assert any(r.promised_start for k in known for r in k.case.requests)
+    assert any((k.case.fleet.pool < 0).any() for k in known)
+    assert any(d.reason is Reason.OVER_QUOTA for k in known for d in k.plan.decisions)
+    for row in rows:
+        status, said = replay(row.public_id)
+        assert status == 0, said
+
+
 def test_later_records_lean_on_the_first_and_read_back_the_same(market):
     sizes = []
     for at in range(5):
@@ -132,13 +197,15 @@ def test_a_plan_that_differs_is_told_placement_by_placement_and_ends_with_1(mark
     known.plan.decisions.append(Decision(99, False, Reason.NO_GPU))
     sections, notes = record._sections(known.case, known.plan, {}, known.nodes, known.models)
     CycleRecord.objects.filter(pk=row.pk).update(body=record._written(sections, notes, None), code="core of last year")
-    status, said = replay(row.pk)
+    with pytest.raises(CommandError, match=r"planned by other code \(core of last year\) than this"):
+        replay(row.pk)
+    status, said = replay(row.pk, "--anyway")
     assert status == 1
     assert "ANOTHER PLAN" in said
     assert f"placement ({placed.pk}, 0): recorded" in said
     assert "decision 99" in said
     assert "recorded by other code (core of last year)" in said
-    status, said = replay(row.pk, "--json")
+    status, said = replay(row.pk, "--json", "--anyway")
     assert status == 1
     assert json.loads(said)["same"] is False
     assert len(json.loads(said)["differences"]) == 2

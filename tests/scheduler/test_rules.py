@@ -250,7 +250,7 @@ def test_who_runs_is_told_and_asked_to_leave_at_the_hour_and_it_costs_no_restart
     assert (notice.from_state, notice.to_state) == ("running", "running")
     assert (
         notice.reason
-        == f"notice: {host.name} leaves at 2026-11-02 12:10 UTC (new fans); what runs there then is asked to leave"
+        == f"notice: {host.name} leaves at 2026-11-02 12:10 UTC for maintenance; what runs there then is asked to leave"
     )
     site_loop.run(market.site.pk, now=at(599))
     job.refresh_from_db()
@@ -319,7 +319,28 @@ def test_a_whole_site_leaves_and_comes_back():
         drains.undrain_site(market.site, actor=market.boss, now=at(5))
 
 
-@pytest.mark.parametrize("fields", [{"by": at(-1)}, {"by": at(60), "evict": True}])
+def test_customers_read_the_kind_of_work_and_the_hours_and_the_reason_only_where_it_is_public():
+    market = Market()
+    job = market.submit(gpus=8)
+    market.cycle()
+    host = Placement.objects.get(job=job).host
+    wanted = {"reason": "rack 7 stinks", "category": "cooling", "by": at(3600), "until": at(7200)}
+    for public, said in ((False, ""), (True, " (rack 7 stinks)")):
+        drains.drain_host(host, actor=market.boss, now=at(10), public=public, **wanted)
+        assert job.events.last().reason == (
+            f"notice: {host.name} leaves at {at(3600):%F %R} UTC for work on its cooling, until about {at(7200):%F %R} UTC{said};"
+            " what runs there then is asked to leave"
+        )
+        host.refresh_from_db()
+        assert host.state_reason == "rack 7 stinks"
+    drains.drain_host(host, actor=market.boss, now=at(20), reason="rack 7 stinks", category="network", evict=True)
+    job.refresh_from_db()
+    assert (job.state_reason, Placement.objects.get(job=job).reason) == ("host drained: work on the network",) * 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"by": at(-1)}, {"by": at(60), "evict": True}, {"by": at(60), "until": at(60)}, {"until": at(-1)}]
+)
 def test_a_drain_that_makes_no_sense_is_refused(fields):
     host = f.host(f.site())
     with pytest.raises(MarketError):

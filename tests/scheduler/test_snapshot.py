@@ -7,9 +7,10 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from marketplace.models import Agent, Host, Reservation, ReservationBlock
+from marketplace.models import Agent, BillingStanding, Host, Reservation, ReservationBlock
+from marketplace.services import jobs
 from scheduler import cycle, fleet, snapshot
-from scheduler.core.types import HostFlag
+from scheduler.core.types import HostFlag, Level
 from scheduler.models import Cycle
 from tests import factories as f
 from tests.factories import NOW
@@ -113,3 +114,31 @@ def test_the_columns_of_a_cell_without_hosts(market):
     assert len(taken.fleet) == 0
     assert taken.host_of == []
     assert taken.fleet.gpu_free.dtype == np.int32
+
+
+def test_a_gang_without_gpus_waits_for_the_smallest_part_of_the_fabric_that_could_ever_hold_it():
+    """Two leaves of two hosts, 192 vCPU each: four replicas of 96 vCPU go into one leaf or nowhere, two into one host."""
+    site = f.site()
+    for i in range(4):
+        f.host(site, f"h{i}", leaf=f"leaf-{i // 2}", vcpu_milli=192_000)
+    f.agent(site, last_sync_at=NOW, lease_until=NOW + timedelta(minutes=15))
+    listing = f.listing(site, hosts=Host.objects.all())
+    contract = f.contract(listing, f.organization(), gpu_count=64)
+    BillingStanding.objects.filter(organization=contract.organization).update(state="good")
+    spec = {"command": ["true"], "gpus": 0, "vcpu_milli": 96_000, "ram_mib": 1024, "topology_required": True}
+
+    def levels():
+        taken = snapshot.take(site.cell, now=NOW)
+        return {taken.jobs[r.job].replicas: r.topology.pack for r in taken.requests}
+
+    jobs_of = {
+        n: jobs.submit(f.actor(contract.organization), contract, {**spec, "replicas": n}, now=NOW) for n in (2, 4, 6)
+    }
+    assert levels() == {2: Level.HOST, 4: Level.LEAF, 6: Level.SPINE}
+    Host.objects.filter(name__in=["h0", "h2"]).update(vcpu_free=100_000)
+    fleet.forget()
+    cycle.run(site.cell_id, now=NOW)
+    where = {n: set(job.placements.values_list("host__name", flat=True)) for n, job in jobs_of.items()}
+    assert (len(where[2]), where[4], where[6]) == (1, set(), set())
+    waits = jobs_of[4].decision
+    assert (waits.reason, waits.binding) == ("TOPOLOGY", "topology, short by 1")

@@ -149,7 +149,7 @@ def test_without_a_record_it_says_so_and_looks_at_the_cell_as_it_is(market, sett
     assert "no longer on record" in answer["note"]
     heard_just_now()
     answer = why.explain(waiting)
-    assert "as it is now" in answer["note"]
+    assert "how things stand now" in answer["note"]
     assert "replicas" in by_kind(answer)
 
 

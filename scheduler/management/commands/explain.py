@@ -54,6 +54,8 @@ def text(job: Job, answer: dict[str, Any]) -> str:
         lines.append(
             f"  decided {answer['at']:%Y-%m-%d %H:%M:%S} UTC, reason {answer['reason']}, binding {answer['binding'] or '-'}"
         )
+    if answer.get("suggestion"):
+        lines.append(f"  in detail: {answer['suggestion']}")
     if answer.get("earliest_start"):
         lines.append(f"  earliest start {answer['earliest_start']:%Y-%m-%d %H:%M:%S} UTC")
     if answer["stages"]:

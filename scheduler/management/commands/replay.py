@@ -33,8 +33,9 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("cycle", help="cyc_... or its number")
         parser.add_argument("--json", action="store_true", help="one JSON object")
+        parser.add_argument("--anyway", action="store_true", help="compare with what other code planned, too")
 
-    def handle(self, *, cycle: str, json: bool, **_: Any) -> None:
+    def handle(self, *, cycle: str, json: bool, anyway: bool, **_: Any) -> None:
         row = find(cycle)
         kept = CycleRecord.objects.filter(cycle=row).first()
         if kept is None:
@@ -45,6 +46,11 @@ class Command(BaseCommand):
             known = record.load(kept)
         except UnreadableError as error:
             raise CommandError(f"The record of cycle {row.public_id} cannot be read: {error}") from error
+        if known.code != record.code() and not anyway:
+            raise CommandError(
+                f"Cycle {row.public_id} was planned by other code ({known.code}) than this ({record.code()}): another plan would say"
+                " nothing. Replay it with that version, or compare all the same with --anyway."
+            )
         began = perf_counter()
         lines = record.replay(known)
         answer = {

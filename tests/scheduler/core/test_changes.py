@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.core.case import Case, Window
-from scheduler.core.changes import changes
+from scheduler.core.changes import changes, reserved
 from scheduler.core.types import Fleet, Kind, Level, Policy, Reason, Request, Running, Tie, Topology
 from tests.scheduler.core import cells
 
@@ -96,9 +96,33 @@ def test_a_looser_topology_nvlink_or_affinity():
     near = Request(job=1, gpus=4, topology=Topology(nvlink=2))
     assert kinds(changes(case_of(fleet, [near]), 1))["nvlink"].request.topology.nvlink == 1
     apart = Request(job=1, gpus=4, apart=(Tie(Level.SPINE, 5, (0,)),))
-    assert "affinity" in kinds(changes(case_of(fleet, [apart]), 1))
+    assert "apart" in kinds(changes(case_of(fleet, [apart]), 1))
     spread = Request(job=1, replicas=5, gpus=1, topology=Topology(spread=Level.HOST, max_per_domain=1))
     assert kinds(changes(case_of(fleet, [spread]), 1))["spread"].request.topology.max_per_domain == 2
+
+
+def test_each_side_of_the_affinity_is_tried_by_itself_and_both_only_where_neither_helps():
+    fleet = Fleet.build([busy(1, range(8), leaf=1), one_host(host_id=2, leaf=2), one_host(host_id=3, leaf=3)])
+    there, elsewhere = Tie(Level.LEAF, 5, (0,)), Tie(Level.LEAF, 6, (1, 2))
+    found = kinds(changes(case_of(fleet, [Request(job=1, gpus=8, near=(there,))]), 1))
+    assert (found["near"].request.near, "apart" in found, "affinity" in found) == ((), False, False)
+    found = kinds(
+        changes(case_of(fleet, [Request(job=1, gpus=8, near=(elsewhere,), apart=(elsewhere,), joins=(6,))]), 1)
+    )
+    assert (found["apart"].request.apart, found["apart"].request.joins, found["apart"].request.near) == (
+        (),
+        (),
+        (elsewhere,),
+    )
+    found = kinds(changes(case_of(fleet, [Request(job=1, gpus=8, near=(there,), apart=(elsewhere,))]), 1))
+    assert ("near" in found, "apart" in found, "affinity" in found) == (False, False, True)
+
+
+def test_tolerating_taints_is_tried_but_not_those_that_nobody_can_tolerate():
+    fleet = Fleet.build([busy(1, range(8)), one_host(host_id=2, taints=1 << 3)])
+    assert kinds(changes(case_of(fleet, [Request(job=1, gpus=8)]), 1))["taints"].hosts == (1,)
+    fleet = Fleet.build([busy(1, range(8)), one_host(host_id=2, taints=1 << 62)])
+    assert "taints" not in kinds(changes(case_of(fleet, [Request(job=1, gpus=8)]), 1))
 
 
 def test_quota_price_and_spot():
@@ -241,3 +265,25 @@ def test_the_cell_after_a_plan_is_what_the_placements_leave(seed):
     ended = after.without(lambda _: True)
     for name in Fleet.__dataclass_fields__:
         assert (getattr(ended.fleet, name) == getattr(fleet, name)).all(), name
+
+
+def test_what_the_plan_placed_counts_towards_the_ceiling_and_what_ends_no_more():
+    fleet = Fleet.build([one_host(), one_host(host_id=2)])
+    first = Request(job=1, org=1, gpus=4, quota_id=3, quota_milli=8000, limit_milli=9000, duration_s=600)
+    over = Request(job=2, org=1, gpus=8, quota_id=3, quota_milli=8000, limit_milli=9000)
+    case = case_of(fleet, [first, over])
+    after = case.after(case.plan())
+    (waits,) = after.requests
+    assert (waits.job, waits.quota_milli, waits.limit_milli) == (2, 4000, 5000)
+    found = kinds(changes(after, 2))
+    assert "now" not in found
+    assert found["gpus"].request.gpus == 4
+    assert (found["ends"].start, found["ends"].jobs, found["job"].jobs) == (600, (1,), (1,))
+
+
+def test_reservations_are_named_as_what_stops_it_where_it_would_fit_without_them():
+    closed = one_host(host_id=2, gpu_free=[0] * 8, vram_free=[0] * 8, cpu_free=0)
+    fleet = Fleet.build([busy(1, range(8)), closed, one_host(host_id=2, pool=-5)])
+    case = case_of(fleet, [Request(job=1, gpus=8, cpu=8000, pool=7), Request(job=2, gpus=9, cpu=8000, pool=7)])
+    assert [reserved(case, job, [Window(2, 150)]) for job in (1, 2)] == [True, False]
+    assert not reserved(case, 1, [])

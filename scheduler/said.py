@@ -1,0 +1,180 @@
+"""What a job's rows say of it by themselves: the last decision in words, how it lost a place, how it ended, what keeps it out."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from django.db.models import F, Max, Min, Sum
+from django.utils import timezone
+
+from billing.models import PriceVersion
+from marketplace.models import BillingStanding, Contract, Job, Organization, Placement
+from scheduler import words
+from scheduler.core.types import WHOLE, Reason
+from scheduler.models import Decision
+
+
+def answer(job: Job, decision: Decision | None, *, staff: bool) -> dict[str, Any]:
+    """The explanation without what must be computed. `binding` and `suggestion` of a customer name nothing of the operator's."""
+    base: dict[str, Any] = {
+        "object": "explanation",
+        "job": job.public_id,
+        "state": job.state,
+        "stages": [],
+        "changes": [],
+        "placed": None,
+    }
+    waits = queues(job)
+    if decision is None:
+        text = end(job) or (
+            "The job is not waiting." if not waits else outside(job) or "No cycle has looked at the job yet."
+        )
+        return {**base, "outcome": job.state, "reason": None, "text": text}
+    outcome = "waiting" if waits else decision.outcome
+    if job.state == Job.State.PREEMPTING:
+        outcome, text = "leaving", _leaves(job)
+    elif waits:
+        text = " ".join(part for part in (outside(job) or _waits(job, decision), _left(job)) if part)
+    elif outcome == "placed":
+        text = " ".join(part for part in (end(job), "The job has been placed.") if part)
+    else:
+        text = f"{end(job)} It ended before it was placed.".strip()
+    return {
+        **base,
+        "outcome": outcome,
+        "reason": decision.reason.lower(),
+        "binding": decision.binding if staff else words.REASONS[words.reason(decision.reason)][0],
+        "stages": [
+            {"stage": s, "label": words.stage(s), "hosts_left": n}
+            for s, n in zip(decision.stages, decision.candidates, strict=False)
+        ],
+        "suggestion": decision.suggestion if staff else "",
+        "earliest_start": decision.earliest_start if waits else None,
+        "at": decision.at,
+        "text": text,
+    }
+
+
+def queues(job: Job) -> bool:
+    """Whether all of it, or replicas that it lost, wait for a place."""
+    return job.state in Job.WAITING or (
+        job.repair_since is not None and job.lost_ranks != [] and job.state in Job.ON_HOSTS
+    )
+
+
+def end(job: Job) -> str:
+    """How a job that is over ended, or ''."""
+    return f"The job {_ENDED[job.state]}: {words.left(job.state_reason)}." if job.state in Job.FINAL else ""
+
+
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
+
+
+# --- it waits
+def _waits(job: Job, decision: Decision) -> str:
+    if decision.outcome == "placed":  # it stood somewhere, and queues again
+        return "The job waits: no cycle has looked at it since it was queued again."
+    found = words.reason(decision.reason)
+    if found is Reason.OVER_QUOTA and (ceiling := _ceiling(job)):
+        text = ceiling
+    elif found is Reason.PRICE_LIMIT and job.price_limit is not None:
+        now, unit = words.amount(price(job.contract)), f"{job.contract.currency} per GPU-hour"
+        text = f"its price limit of {words.amount(job.price_limit)} {unit}; it costs {now} now"
+    else:
+        head, _, short = decision.binding.partition(", short by ")
+        name = head.partition(" at power node ")[0].upper()
+        text = words.binds(found, words.reason(name) if name in Reason.__members__ else found, int(short or 0))
+    if decision.held_hosts and (room := _room(job)):
+        text += f". For it, {room}"
+    return f"The job waits: {text}."
+
+
+# Reasons behind which a reservation may stand: its host's open row shows what goes with reserved GPUs as taken.
+ROOM: Final = {Reason(n) for n in range(Reason.NO_CPU, Reason.NO_VRAM + 1)} | {Reason.TOPOLOGY, Reason.GANG_INCOMPLETE}
+
+
+def reserved(job: Job, *, staff: bool) -> dict[str, Any]:
+    """What is said in place of the decision's own words where reservations of others are all that stands in the way."""
+    found = Reason.HOST_RESERVED_FOR_OWNER
+    text = f"The job waits: {words.REASONS[found][0]}."
+    return {
+        "reason": found.name.lower(),
+        "text": " ".join(part for part in (text, _left(job)) if part),
+        **({} if staff else {"binding": words.REASONS[found][0]}),
+    }
+
+
+def _room(job: Job) -> str:
+    """What the job's history says last, if that is of room being made for it."""
+    told = job.events.order_by("-id").values_list("reason", flat=True).first() or ""
+    return told if told.startswith(words.ROOM) else ""
+
+
+def _ceiling(job: Job) -> str:
+    """Which ceiling stops it, with its figures; '' when none does by now."""
+    live = Placement.objects.exclude(state__in=Placement.FINAL)
+    held = live.annotate(milli=F("gpu_indices__len") * F("gpu_milli"))
+    need = job.total_gpus * job.gpu_milli
+    contract = Contract.objects.get(pk=job.contract_id)
+    limit = Organization.objects.values_list("gpu_limit", flat=True).get(pk=job.organization_id)
+    for whose, most, rows in (
+        ("contract", contract.gpu_count, held.filter(contract=contract)),
+        ("organization", limit, held.filter(organization=job.organization_id)),
+    ):
+        used = rows.aggregate(sum=Sum("milli"))["sum"] or 0
+        if used + need > most * WHOLE:
+            return f"its {whose}'s ceiling of {words.count(most, 'GPU')}, of which {used / WHOLE:g} are in use; it needs {need / WHOLE:g}"
+    return ""
+
+
+def outside(job: Job) -> str:
+    """Why no cycle considers the job at all, or ''."""
+    contract = Contract.objects.get(pk=job.contract_id)
+    now = timezone.now()
+    if job.cancel_requested_at:
+        return "The job is being cancelled."
+    if contract.state != "active":
+        return f"The job waits: its contract is {contract.state.replace('_', ' ')}."
+    if contract.starts_at > now:
+        return f"The job waits: its contract begins at {words.moment(contract.starts_at)}."
+    if contract.ends_at and contract.ends_at <= now:
+        return "The job waits: its contract is over."
+    if BillingStanding.objects.filter(organization=job.organization_id, state="suspended").exists():
+        return "The job waits: the organization is suspended until its invoices are paid."
+    return ""
+
+
+# --- it loses its place
+def _leaves(job: Job) -> str:
+    last = Placement.objects.filter(job=job, attempt=job.attempt).aggregate(asked=Max("release_requested_at"))["asked"]
+    by = f" until {words.moment(last + timedelta(seconds=job.checkpoint_grace_s))}" if last else ""
+    return f"The job gives way: {words.left(job.state_reason)}. It has{by} to save its work, is not billed, and queues again."
+
+
+def _left(job: Job) -> str:
+    """How a job that queues again lost its last place, and what of its work with it."""
+    if job.state != Job.State.REQUEUED:
+        return ""
+    rows = Placement.objects.filter(job=job, attempt=job.attempt)
+    seen = rows.aggregate(began=Min("running_at"), ended=Max("finished_at"))
+    began, ended = seen["began"], seen["ended"]
+    if ended is None:
+        return ""
+    text = f"It left its last place at {words.moment(ended)}: {words.left(job.state_reason)}."
+    return text if began is None else f"{text} {_work(job, began, ended)}"
+
+
+def _work(job: Job, began: datetime, ended: datetime) -> str:
+    saved = job.checkpointed_at
+    if saved is None or saved < began:
+        return f"It told of no checkpoint in the {words.span((ended - began).total_seconds())} that it ran there."
+    return f"Its newest checkpoint is of {words.span((ended - saved).total_seconds())} before that."
+
+
+def price(contract: Contract) -> int:
+    """What a GPU-hour costs under it now, millionths: what its jobs' limits are compared with."""
+    now_s = int(timezone.now().timestamp())
+    rows = PriceVersion.objects.filter(contract=contract, kind=PriceVersion.Kind.RATE, valid_from_s__lte=now_s)
+    newest = rows.order_by("-valid_from_s").values_list("millionths", flat=True).first()
+    return int(contract.price if newest is None else newest)

@@ -130,6 +130,7 @@ def test_cycles_with_gangs_evictions_promises_ceilings_and_reservations_are_repl
     submit(tight, gpus=1)
     cycle_at(30)
     cycle_at(40)
+    cycle_at(50)
     known = [record.load(row.record) for row in rows]
     assert any(k.plan.preemptions for k in known)
     assert any(len([p for p in k.plan.placements if p.job == gang.pk]) == 3 for k in known)

@@ -20,7 +20,7 @@ from scheduler.core.jit import kernel
 from scheduler.core.kernels import Cache, note_change
 from scheduler.core.pack import Packer, Run, classes_of
 from scheduler.core.score import Tables, tables_for
-from scheduler.core.state import NO, State, refresh_host, score_host, take
+from scheduler.core.state import NO, State, score_host, take
 from scheduler.core.types import F64, I32, I64, Fleet
 
 SIZES = {"per_s_1213": 1213, "per_s_10k": 10_000, "per_s_100k": 100_000}
@@ -48,8 +48,7 @@ def full_scan(seq: I32, qs: I64, s: State, t: Tables, c: Cache, host: I32) -> No
                         best_mask |= 1 << g
                         need -= 1
             take(best_h, q, best_mask, s)
-            refresh_host(best_h, s, t)
-            note_change(best_h, c)
+            note_change(best_h, s, t, c)
 
 
 def cell(nodes: Nodes, hosts: int, seed: int) -> Fleet:

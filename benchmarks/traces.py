@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scheduler.core.score import Shape, typical
+from scheduler.core.score import Shape, cut, mix_of
 from scheduler.core.types import I64, Fleet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,16 +75,16 @@ class Trace:
     specs: tuple[str, ...] = ()  # gpu_spec of each pod as written: the published mix counts spellings apart
     orders: dict[int, tuple[I64, list[int]]] = field(default_factory=dict)  # seed -> arrivals, node permutation
 
-    def shapes(self, coverage: float = 0.95, ties: int = 0) -> list[Shape]:
+    def shapes(self, ties: int = 0) -> list[Shape]:
         """The mix of the original list. `ties`: a seed that orders shapes asked for equally often (0: first seen, first)."""
         order = np.random.default_rng(ties).permutation(len(self.pods)) if ties else np.arange(len(self.pods))
         specs = [self.specs[i] for i in order] if self.specs else ()
-        return typical(((c, m, n, g, y, 1) for c, m, n, g, y in self.pods[order].tolist()), coverage, specs)
+        return mix_of(((c, m, n, g, y, 1) for c, m, n, g, y in self.pods[order].tolist()), specs)
 
     def tied(self) -> bool:
         """Whether the mix is cut among shapes asked for equally often, so that its order decides which are in."""
-        mix = self.shapes()
-        every = self.shapes(1.0)
+        every = self.shapes()
+        mix = cut(every)
         return len(mix) < len(every) and every[len(mix)].weight == mix[-1].weight
 
 

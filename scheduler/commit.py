@@ -29,7 +29,7 @@ from scheduler.core import fit_kernels as fit
 from scheduler.core import recheck
 from scheduler.core.fit import rounded_end
 from scheduler.core.pack import bits, classes_of
-from scheduler.core.state import State
+from scheduler.core.state import State, unscored
 from scheduler.core.types import I64, HostFlag, Plan, Preemption, Reason
 from scheduler.core.types import Placement as Planned
 from scheduler.snapshot import Snapshot, reserved_gpus
@@ -241,8 +241,7 @@ def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[
         parent=nodes.parent.astype(np.int32),
         k=nodes.k_gpu.astype(np.int32),
         budget=nodes.free_mw + nodes.reclaimable_mw,
-        frag=np.zeros(len(hosts), np.int64),
-        balance=np.zeros(len(hosts), np.float64),
+        **unscored(len(hosts)),
     )
 
 

@@ -68,6 +68,7 @@ TERMS: Final[dict[str, str]] = {
     "hole": "worth of the rest of the GPU that it shares",
     "balance": "free GPU left without the CPU or memory to serve it",
     "spec": "others insist on this GPU model",
+    "slots": "idle GPUs together that jobs of several GPUs will want",
     "opening": "breaks into an empty host",
     "best fit": "fuller is better",
     "fgd": "score of fragmentation gradient descent",

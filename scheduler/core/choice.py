@@ -14,7 +14,7 @@ from scheduler.core.jit import kernel
 from scheduler.core.pack import make_state
 from scheduler.core.preempt import held
 from scheduler.core.score import TABLE_SCALE, Shape, Tables, shapes_of, tables_for
-from scheduler.core.state import NO, State, balance, fragmentation, give, refresh_all, score_host, take
+from scheduler.core.state import IDLE, NO, State, balance, fragmentation, give, refresh_all, score_host, take
 from scheduler.core.ties import Ties
 from scheduler.core.types import FIT_STAGES, I64, NO_NODE, WHOLE, Level, Placement, Plan, Reason, Request
 
@@ -128,7 +128,8 @@ def score_terms(state: State, q: I64, host: int, mask: int, t: Tables) -> tuple[
 
     fragmentation: free GPU that the typical mix can no longer use. hole: what the free share of the GPU was worth,
     less what is left of it (shares). balance: GPU left without the CPU or memory to serve it. spec: how much others
-    insist on this model. opening: breaking into an empty host. Other packers have one term of their own.
+    insist on this model. slots: idle GPUs together that requests for several will want. opening: breaking into an empty
+    host. Other packers have one term of their own.
     """
     row, gfree = state.rows[host], state.gfree[host]
     need, milli, count = int(q[fit.Q_GPUS]), int(q[fit.Q_MILLI]), int(row[fit.NGPU])
@@ -156,10 +157,12 @@ def score_terms(state: State, q: I64, host: int, mask: int, t: Tables) -> tuple[
         before = int(gfree[mask.bit_length() - 1])
         terms["hole"] = float(t.hole[before - milli] - t.hole[before])
     terms["balance"] = was - float(balance(float(left[fit.TOTAL]), float(left[fit.CPU]), float(left[fit.RAM]), t))
+    idle, left_idle = int(state.counted[host, IDLE]), int((after.gfree[0, :count] >= WHOLE).sum())
+    terms["slots"] = float(state.worth[min(idle, left_idle, int(left[fit.CPU]) // t.slot_cpu)] - state.worth[idle])
     model = max(int(row[fit.MODEL]), 0)
     terms["spec"] = -float(t.spec[model]) * need * milli
     empty = count > 0 and int((gfree[:count] >= WHOLE).sum()) == count and row[fit.CPU_ONLY] == 0
-    terms["opening"] = -float(t.opening[model, count]) if need <= 1 and empty else 0.0
+    terms["opening"] = -t.opening if need <= 1 and empty else 0.0
     return tuple(Term(name, value) for name, value in terms.items())
 
 

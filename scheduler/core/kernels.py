@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scheduler.core.fit_kernels import NODE, Q_GPUS, Q_MILLI, choose_kernel, delta_kernel, static_kernel, watts_bind
 from scheduler.core.jit import inlined, kernel
 from scheduler.core.score import Tables
-from scheduler.core.state import NO, State, give, refresh_host, score_host, take
+from scheduler.core.state import IDLE, NO, State, give, price_slots, refresh_host, score_host, take
 from scheduler.core.types import I32, I64
 
 NEVER: Final = -(2**31)
@@ -51,7 +51,20 @@ class Cache(NamedTuple):
 
 
 @inlined
-def note_change(h: int, c: Cache) -> None:
+def note_change(h: int, s: State, t: Tables, c: Cache) -> None:
+    """After every change of a host: what the score remembers of it, and the log, with all whose score changes with it."""
+    refresh_host(h, s, t)
+    _log(h, c)
+    c.group[h] = -1
+    least = price_slots(s, t)
+    if least:
+        for i in range(len(s.rows)):
+            if s.counted[i, IDLE] >= least and i != h:
+                _log(i, c)
+
+
+@inlined
+def _log(h: int, c: Cache) -> None:
     """Appends a host to the change log. A full log starts over, and every slot fills itself anew."""
     if c.meta[META_LOG] == len(c.log):
         c.meta[META_LOG] = 0
@@ -59,7 +72,6 @@ def note_change(h: int, c: Cache) -> None:
     c.log[c.meta[META_LOG]] = h
     c.changed[h] = c.meta[META_LOG]
     c.meta[META_LOG] += 1
-    c.group[h] = -1
 
 
 @kernel
@@ -245,8 +257,7 @@ def place_run(
                 return i + 1
             continue
         delta[i] = take(h, q, m, s)
-        refresh_host(h, s, t)
-        note_change(h, c)
+        note_change(h, s, t, c)
         sweep(qs, s, t, c)
     return len(seq)
 
@@ -257,7 +268,6 @@ def undo_run(start: int, end: int, seq: I32, qs: I64, s: State, t: Tables, c: Ca
     for i in range(end - 1, start - 1, -1):
         if host[i] >= 0:
             give(host[i], qs[seq[i]], mask[i], s)
-            refresh_host(host[i], s, t)
-            note_change(host[i], c)
+            note_change(host[i], s, t, c)
             host[i] = -1
     c.meta[META_EPOCH] += 1  # watts came back: hosts marked NO for want of them count again

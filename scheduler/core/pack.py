@@ -13,7 +13,7 @@ from scheduler.core.fit_kernels import HOST_WIDTH, REQUEST_WIDTH, request_vector
 from scheduler.core.jit import inlined, kernel
 from scheduler.core.kernels import BLOCK, META_WIDTH, Cache
 from scheduler.core.score import Tables
-from scheduler.core.state import State, give, refresh_all, refresh_host, take
+from scheduler.core.state import State, give, refresh_all, take, unscored
 from scheduler.core.types import I16, I32, I64, MAX_GPUS, Fleet, Request
 
 TABLE_CELLS: Final = 48_000_000  # int32 scores kept at most (192 MB); classes beyond that share slots
@@ -64,8 +64,7 @@ def make_state(fleet: Fleet, order: I64 | None = None) -> State:
         parent=np.ascontiguousarray(fleet.node_parent),
         k=np.ascontiguousarray(fleet.node_k_gpu),
         budget=fleet.node_free_mw + fleet.node_reclaimable_mw,
-        frag=np.zeros(hosts, np.int64),
-        balance=np.zeros(hosts, np.float64),
+        **unscored(hosts),
     )
 
 
@@ -175,7 +174,7 @@ class Packer:
             epoch=np.full(slots, -1, np.int64),
             slot_of=np.full(count, -1, np.int64),
             class_of=np.full(slots, -1, np.int64),
-            log=np.empty(max(64, steps), np.int32),
+            log=np.empty(max(64, steps) + hosts, np.int32),  # and one for each host: prices change seldom
             changed=np.full(hosts, -1, np.int64),
             group=group,
             memo=np.zeros(max(1, groups), np.int32),
@@ -228,8 +227,7 @@ class Packer:
 
     def touched(self, row: int) -> None:
         """Tells the table that a row changed."""
-        refresh_host(row, self.state, self.tables)
-        kernels.note_change(row, self.cache)
+        kernels.note_change(row, self.state, self.tables, self.cache)
 
     def watts_returned(self) -> None:
         """Tells the table that budgets grew, or that holds changed: every class looks at every host again."""

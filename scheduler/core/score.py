@@ -1,6 +1,6 @@
 """What a free remainder is worth: the tables that the score reads, made once per mix of typical shapes.
 
-A mix is a list of shapes with integer weights (how often each is asked for). From it:
+A mix is a list of shapes with integer weights (how often each is asked for). From its most frequent 95 % (`cut`):
 - F, the fragmentation of FGD (Weng et al., ATC'23): free milli-GPU of a host that a shape drawn from the mix cannot
 use,
   in exact integers (times the sum of weights). Free capacity splits by (model, CPU rank, share rank), so that one host
@@ -10,7 +10,8 @@ the
   best unbounded knapsack of them in a remainder of r milli (0..1000): what the hole is really worth.
 - Spec price q[y] of GPU model y: how much of y the shapes that insist on it will want, 0..1.
 - Balance: milli-GPU that the free CPU (and memory) of a host could never serve.
-- s[z]: share of the mix's GPU demand that comes from shapes of 2..z GPUs: what opening an empty host of z GPUs costs.
+From the whole of it, since requests for several GPUs are few and large:
+- Slots: how often a request needs z idle GPUs of one host; `state.price_slots` weighs that against what is left.
 Formulas, weights and ablation: the experiment `python -m benchmarks packing` (weights are in `Weights`).
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -52,10 +53,7 @@ class Weights(NamedTuple):
     spec: float = 1.0  # per milli-GPU of a model that others insist on
     cpu_scarce: float = 12.0  # x (CPU load - 0.9) more of cpu_balance: near the end CPU is what runs out
     open_host: float = 150.0  # milli-GPU for opening an empty host with a small shape
-    open_multi: float = (
-        1000.0  # and so much more, times min(1, scarcity x captive demand for several GPUs of such a host)
-    )
-    scarcity: float = 0.25
+    slot: float = 600.0  # milli-GPU for a slot of several GPUs that a request will want before the cell is full
 
 
 DEFAULT_WEIGHTS: Final = Weights()
@@ -74,7 +72,12 @@ class Tables(NamedTuple):
     sigma: F64  # [M] milli-GPU per MiB
     weight: F64  # [M] w_m, sums to <= 1
     spec: F64  # [MODELS] q_y x weight
-    opening: F64  # [MODELS, 17] what opening an empty host of that model and so many GPUs costs
+    opening: float  # what opening an empty host costs
+    slot_size: I64  # [Z] sizes z of requests for several GPUs, ascending
+    slot_rate: F64  # [Z] how many z idle GPUs of one host are wanted, for each milli-GPU asked for
+    slot_cpu: int  # milli-CPU that each of those GPUs needs
+    slot_price: float  # of a slot that is sure to be wanted
+    gpu_per_cpu: float  # milli-GPU that the whole mix asks for with each milli-CPU
     w_frag: float
     w_cpu: float
     w_mem: float
@@ -86,10 +89,8 @@ class Tables(NamedTuple):
 MODES: Final = {"tailrace": 0, "fgd": 1, "best_fit": 2}
 
 
-def typical(
-    requests: Iterable[tuple[int, int, int, int, int, int]], coverage: float = 0.95, apart: Sequence[str] = ()
-) -> list[Shape]:
-    """Typical shapes of a list of (cpu, ram, gpus, gpu_milli, models, count), most frequent first until `coverage` of them.
+def mix_of(requests: Iterable[tuple[int, int, int, int, int, int]], apart: Sequence[str] = ()) -> list[Shape]:
+    """The mix of a list of (cpu, ram, gpus, gpu_milli, models, count), most frequent first.
 
     Shapes equal but for memory are one, with the mean memory, unless `apart` (a label of each request) tells them apart.
     Ties keep the order of first appearance.
@@ -100,19 +101,23 @@ def typical(
         key = (cpu, gpus, milli if gpus else 0, models if gpus else 0, apart[i] if apart else "")
         count[key] += n
         ram[key] += mib * n
-    need, got, shapes = coverage * count.total(), 0, []
-    for key, n in count.most_common():
+    return [Shape(key[0], ram[key] / n, key[1], key[2], key[3], n) for key, n in count.most_common()]
+
+
+def cut(mix: Sequence[Shape], coverage: float = 0.95) -> list[Shape]:
+    """The typical shapes: the first of a mix, until so much of its weight is covered."""
+    need, got, shapes = coverage * sum(s.weight for s in mix), 0, []
+    for shape in mix:
         if got >= need:
             break
-        got += n
-        shapes.append(Shape(key[0], ram[key] / n, key[1], key[2], key[3], n))
+        got += shape.weight
+        shapes.append(shape)
     return shapes
 
 
-def shapes_of(requests: Iterable[Request], coverage: float = 0.95) -> list[Shape]:
+def shapes_of(requests: Iterable[Request]) -> list[Shape]:
     """The mix in a queue."""
-    rows = ((r.cpu, r.ram, r.gpus, r.gpu_milli, r.models, r.replicas) for r in requests)
-    return typical(rows, coverage)
+    return mix_of((r.cpu, r.ram, r.gpus, r.gpu_milli, r.models, r.replicas) for r in requests)
 
 
 class MixEstimate:
@@ -135,11 +140,10 @@ class MixEstimate:
                 self.counts = {k: v / self.step for k, v in self.counts.items() if v / self.step > 1e-9}
                 self.step = 1.0
 
-    def shapes(self, coverage: float = 0.95) -> list[Shape]:
-        """Typical shapes now; weights are scaled to integers of 1/1000 replica (1/1 while nothing decays)."""
+    def shapes(self) -> list[Shape]:
+        """The mix now; weights are scaled to integers of 1/1000 replica (1/1 while nothing decays)."""
         scale = 1.0 if not self.half_life else 1000.0 / self.step
-        rows = ((*key, max(1, round(v * scale))) for key, v in self.counts.items())
-        return typical(rows, coverage)
+        return mix_of((*key, max(1, round(v * scale))) for key, v in self.counts.items())
 
 
 def hole_prices(demand: dict[int, float]) -> dict[int, float]:
@@ -222,7 +226,7 @@ def capacity_of(fleet: Fleet) -> F64:
 
 
 def make_tables(
-    shapes: Sequence[Shape],
+    mix: Sequence[Shape],
     capacity: F64,
     cpu_total: float,
     cpu_cap: float,
@@ -233,6 +237,7 @@ def make_tables(
     """Tables of a mix. `capacity`: GPUs by model and host size [MODELS, 17]; `cpu_total`: milli-CPU of the cell; caps: the
     largest host, for best fit.
     """
+    shapes = cut(mix)
     with_gpu = [s for s in shapes if s.gpus]
     total = sum(s.weight for s in shapes) or 1
     cpus = np.array(sorted({s.cpu for s in with_gpu}), np.int64)
@@ -266,7 +271,9 @@ def make_tables(
         sigma=milli / np.maximum(np.array([s.ram for s in with_gpu], np.float64), 100),
         weight=share,
         spec=_spec_prices(with_gpu, share, asked, capacity, prices) * w.spec,
-        opening=w.open_host + w.open_multi * np.minimum(1.0, w.scarcity * _captive(with_gpu, share, asked, capacity)),
+        opening=w.open_host,
+        **_slots(mix),
+        slot_price=w.slot,
         w_frag=w.fragmentation,
         w_cpu=w.cpu_balance * (1.0 + w.cpu_scarce * max(0.0, cpu_load - 0.9)),
         w_mem=w.memory_balance,
@@ -274,6 +281,13 @@ def make_tables(
         gpu_cap=max(gpu_cap, 1.0),
         mode=MODES[packer],
     )
+
+
+class _Slots(TypedDict):
+    slot_size: I64
+    slot_rate: F64
+    slot_cpu: int
+    gpu_per_cpu: float
 
 
 def _spec_prices(shapes: Sequence[Shape], share: F64, asked: float, capacity: F64, prices: dict[int, float]) -> F64:
@@ -293,26 +307,25 @@ def _spec_prices(shapes: Sequence[Shape], share: F64, asked: float, capacity: F6
     return np.minimum(out, 1.0)
 
 
-def _captive(shapes: Sequence[Shape], share: F64, asked: float, capacity: F64) -> F64:
-    """Demand for several GPUs of a host, spread over the hosts that can serve it, per GPU of such a host: [MODELS, 17].
+def _slots(mix: Sequence[Shape]) -> _Slots:
+    """Who asks for several GPUs of a host, over the whole mix. A slot of 8 serves two requests of 4: those count in both."""
+    several: Counter[int] = Counter()
+    for s in mix:
+        if s.gpus > 1:
+            several[s.gpus] += s.weight
+    sizes = sorted(several)
+    asked = sum(s.weight * s.gpus * s.gpu_milli for s in mix) or 1
+    gpus = sum(z * n for z, n in several.items()) or 1
+    return {
+        "slot_size": np.array(sizes, np.int64),
+        "slot_rate": np.array([sum(y // z * several[y] for y in sizes) / asked for z in sizes], np.float64),
+        "slot_cpu": max(1, sum(s.weight * s.cpu for s in mix if s.gpus > 1) // gpus),
+        "gpu_per_cpu": asked / max(1, sum(s.weight * s.cpu for s in mix)),
+    }
 
-    Above 1 the hosts of that kind cannot even serve those who have nowhere else to go.
-    """
-    arrivals = capacity.sum() * WHOLE / asked
-    out = np.zeros((MODELS, MAX_GPUS + 1))
-    for s, w in zip(shapes, share, strict=True):
-        if s.gpus < 2:
-            continue
-        able = np.zeros_like(out, bool)
-        able[[not s.models or bool(s.models >> y & 1) for y in range(MODELS)], s.gpus :] = True
-        room = float(capacity[able].sum())
-        if room:
-            out[able] += arrivals * w * s.gpus / room
-    return out
 
-
-def tables_for(fleet: Fleet, shapes: Sequence[Shape], packer: str, w: Weights = DEFAULT_WEIGHTS) -> Tables:
+def tables_for(fleet: Fleet, mix: Sequence[Shape], packer: str, w: Weights = DEFAULT_WEIGHTS) -> Tables:
     """Tables for a fleet and a mix."""
     cpu = float(fleet.cpu_free.max()) if len(fleet) else 1.0
     gpu = float(fleet.gpu_count.max()) * WHOLE if len(fleet) else 1.0
-    return make_tables(shapes, capacity_of(fleet), float(fleet.cpu_free.sum()), cpu, gpu, packer, w)
+    return make_tables(mix, capacity_of(fleet), float(fleet.cpu_free.sum()), cpu, gpu, packer, w)

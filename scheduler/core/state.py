@@ -10,11 +10,13 @@ from scheduler.core.fit_kernels import (
     ACTIVE,
     CPU,
     CPU_ONLY,
+    FLAGS,
     HELD,
     MODEL,
     NGPU,
     NODE,
     NVME,
+    OWNER,
     Q_CPU,
     Q_GPUS,
     Q_HOLD,
@@ -31,10 +33,15 @@ from scheduler.core.fit_kernels import (
 )
 from scheduler.core.jit import inlined, inlined_sum, kernel
 from scheduler.core.score import TABLE_SCALE, Tables
-from scheduler.core.types import F64, I16, I32, I64
+from scheduler.core.types import BLOCKING, F64, I16, I32, I64, MAX_GPUS, HostFlag
 
 NO: Final = -(2**31) + 1  # the score of a host on which the request does not fit now
+IDLE: Final = 2  # column of State.counted
 _SCALE: Final = TABLE_SCALE
+_SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
+_BLOCKING: Final = BLOCKING
+_GRID: Final = 16.0
+_STEPS: Final = (1.150, 0.319, -0.319, -1.150)  # beyond these a normal variable lies with chances 1/8, 3/8, 5/8, 7/8
 
 
 class State(NamedTuple):
@@ -49,6 +56,26 @@ class State(NamedTuple):
     budget: I64  # [N] mW still admissible: free + reclaimable - placed
     frag: I64  # [H] F x total weight, as it stands
     balance: F64  # [H] balance terms, as they stand
+    counted: (
+        I64  # [H, 3] what the host adds to `left` and, as idle GPUs that a request for several could use, to `slots`
+    )
+    left: I64  # [2] free milli-GPU and milli-CPU of the hosts that take work
+    slots: I64  # [17] how many requests of z GPUs could be served by them, each size alone
+    price: F64  # [17] of a slot of z GPUs, milli-GPU
+    worth: F64  # [17] of the slots in w idle GPUs of a host, milli-GPU
+
+
+def unscored(hosts: int) -> dict[str, Any]:
+    """The columns of a state that the score fills (`refresh_all`), for so many hosts."""
+    return {
+        "frag": np.zeros(hosts, np.int64),
+        "balance": np.zeros(hosts, np.float64),
+        "counted": np.zeros((hosts, 3), np.int64),
+        "left": np.zeros(2, np.int64),
+        "slots": np.zeros(MAX_GPUS + 1, np.int64),
+        "price": np.zeros(MAX_GPUS + 1, np.float64),
+        "worth": np.zeros(MAX_GPUS + 1, np.float64),
+    }
 
 
 @inlined
@@ -126,13 +153,18 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
             used += gi * t.usable_share[y, rank, t.share_rank[gi]]
     if not shared and whole < need:
         return NO, 0
-    base = 0.0
+    base, broken = 0.0, 0.0  # broken: the slots that a share on an idle GPU takes besides
     if t.mode == 2:
         base = 1000.0 * (1.0 - 0.5 * cpu / t.cpu_cap - 0.5 * total / t.gpu_cap)
     elif t.mode == 0:
         base = s.balance[h] - balance(total, cpu, ram, t) - t.spec[y] * need * milli
         if need <= 1 and whole == n and n > 0 and rows[h, CPU_ONLY] == 0:
-            base -= t.opening[y, n]
+            base -= t.opening
+        if s.worth[s.counted[h, IDLE]] > 0.0:
+            room = cpu // t.slot_cpu
+            base -= s.worth[s.counted[h, IDLE]] - s.worth[min(whole - (0 if shared else need), room)]
+            if shared and room >= whole:
+                broken = s.worth[whole] - s.worth[whole - 1]
     if not shared:
         if t.mode == 2:
             return np.int64(_SCALE * base), 0
@@ -161,7 +193,8 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
             if t.mode == 1:
                 v = np.int64(100.0 / (1.0 + np.exp(-gain / 1000.0)))
             else:
-                v = np.int64(np.floor(_SCALE * (base + t.w_frag * gain + t.hole[rest] - t.hole[gi]) + 0.5))
+                worth = base + t.w_frag * gain + t.hole[rest] - t.hole[gi] - (broken if gi >= 1000 else 0.0)
+                v = np.int64(np.floor(_SCALE * worth + 0.5))
         if v > best:
             best, best_i = v, i
     return best, (1 << best_i if best_i >= 0 else 0)
@@ -175,12 +208,70 @@ def refresh_host(h: int, s: State, t: Tables) -> None:
         s.frag[h] = fragmentation(row, s.gfree[h], t)
         if t.mode == 0:
             s.balance[h] = balance(row[TOTAL], row[CPU], row[RAM], t)
+            _count(h, s, t)
+
+
+@inlined
+def _count(h: int, s: State, t: Tables) -> None:
+    """Counts a host among what is left for requests of several GPUs, as it stands now instead of before."""
+    row, counted = s.rows[h], s.counted[h]
+    free, cpu, idle = np.int64(0), np.int64(0), np.int64(0)
+    if row[FLAGS] & _SCHEDULABLE and not row[FLAGS] & _BLOCKING and row[OWNER] <= 0 and row[HELD] == 0:
+        free, cpu = row[TOTAL], row[CPU]
+        for i in range(row[NGPU]):
+            if s.gfree[h, i] >= 1000:
+                idle += 1
+        idle = min(idle, cpu // t.slot_cpu)
+    s.left[0] += free - counted[0]
+    s.left[1] += cpu - counted[1]
+    if idle != counted[IDLE]:
+        for j in range(len(t.slot_size)):
+            z = t.slot_size[j]
+            s.slots[z] += idle // z - counted[IDLE] // z
+    counted[0], counted[1], counted[IDLE] = free, cpu, idle
+
+
+@inlined
+def price_slots(s: State, t: Tables) -> int:
+    """Sets the prices of slots anew; returns the least size whose price changed, 0 when none did.
+
+    A slot is worth so much of its price as the chance that it will be wanted (Littlewood's rule, 1972): that more requests
+    than there are slots come before the hosts are full, by GPU or by CPU; Poisson arrivals, in the normal approximation.
+    Prices move in four steps and what is left is read off a grid of sixteen steps an octave, so that they seldom do.
+    """
+    if t.mode or len(t.slot_size) == 0:
+        return 0
+    room = max(1.0, min(np.float64(s.left[0]), t.gpu_per_cpu * s.left[1]))
+    room = 2.0 ** (np.floor(_GRID * np.log2(room)) / _GRID)
+    least = 0
+    for j in range(len(t.slot_size) - 1, -1, -1):
+        z, wanted = t.slot_size[j], t.slot_rate[j] * room
+        x, level = (s.slots[z] - 0.5 - wanted) / np.sqrt(wanted), 0
+        for step in _STEPS:
+            level += x < step
+        price = t.slot_price * level / len(_STEPS)
+        if price != s.price[z]:
+            s.price[z] = price
+            least = z
+    if least:
+        for w in range(len(s.worth)):
+            s.worth[w] = 0.0
+            for j in range(len(t.slot_size)):
+                s.worth[w] += s.price[t.slot_size[j]] * (w // t.slot_size[j])
+    return least  # type: ignore[no-any-return]
 
 
 @kernel
 def refresh_all(s: State, t: Tables) -> None:
+    """`refresh_host` for all hosts, and the prices of slots."""
+    s.counted[:] = 0
+    s.left[:] = 0
+    s.slots[:] = 0
+    s.price[:] = 0.0
+    s.worth[:] = 0.0
     for h in range(len(s.rows)):
         refresh_host(h, s, t)
+    price_slots(s, t)
 
 
 @inlined

@@ -129,7 +129,7 @@ def test_a_placed_job_says_where_and_why_there(market):
     placed = answer["placed"]
     assert answer["outcome"] == "placed"
     assert (placed["candidates"], placed["hosts"], placed["replicas"][0]["gpus"]) == (2, 2, [0, 1])
-    assert {t["name"] for t in placed["terms"]} == {"fragmentation", "balance", "spec", "opening"}
+    assert {t["name"] for t in placed["terms"]} == {"fragmentation", "balance", "spec", "slots", "opening"}
     assert "2 of 2 hosts could take it" in answer["text"]
     assert answer["stages"][-1]["hosts_left"] == 2
     gang = submit(job.contract, gpus=2, replicas=2)

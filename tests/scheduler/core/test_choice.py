@@ -30,7 +30,7 @@ def test_the_host_taken_and_what_it_was_chosen_from():
     assert why.second < why.score
     terms = {t.name: t.milli for t in why.terms}
     assert terms["opening"] == 0, "the host was open already"
-    assert set(terms) == {"fragmentation", "balance", "spec", "opening"}
+    assert set(terms) == {"fragmentation", "balance", "spec", "slots", "opening"}
     assert choice.choice(case, made, 2) is None
 
 

@@ -11,12 +11,13 @@ from scheduler.core.pack import Packer, bits, classes_of, make_state
 from scheduler.core.score import (
     MixEstimate,
     Shape,
+    cut,
     hole_prices,
     hole_values,
     make_tables,
+    mix_of,
     shapes_of,
     tables_for,
-    typical,
 )
 from scheduler.core.state import NO, fragmentation, score_host
 from scheduler.core.types import Fleet, Request
@@ -45,7 +46,7 @@ def plain_fragmentation(fleet, h, shapes):
 
 def random_shapes(dice):
     rows = [(r.cpu, r.ram, r.gpus, r.gpu_milli if r.gpus else 0, r.models, r.replicas) for r in queue(dice, 30)]
-    return typical(rows, 0.9)
+    return mix_of(rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +60,7 @@ def test_fragmentation_by_tables_is_the_definition(seed):
     shapes = random_shapes(dice)
     tables, state = tables_for(fleet, shapes, "fgd"), make_state(fleet)
     for h in range(len(fleet)):
-        assert fragmentation(state.rows[h], state.gfree[h], tables) == plain_fragmentation(fleet, h, shapes)
+        assert fragmentation(state.rows[h], state.gfree[h], tables) == plain_fragmentation(fleet, h, cut(shapes))
 
 
 def plain_best(packer, k):
@@ -155,8 +156,9 @@ def test_hole_prices_are_dual_feasible_and_worth_what_the_lp_needs(demand):
 
 def test_typical_shapes_cover_and_merge_memory():
     rows = [(1000, 100, 1, 500, 0, 6), (1000, 300, 1, 500, 0, 2), (2000, 50, 2, 1000, 0, 3), (9000, 1, 1, 10, 0, 1)]
-    shapes = typical(rows, 0.9)
-    assert shapes == [Shape(1000, 150.0, 1, 500, 0, 8), Shape(2000, 50.0, 2, 1000, 0, 3)]
+    mix = mix_of(rows)
+    assert mix[0] == Shape(1000, 150.0, 1, 500, 0, 8)
+    assert cut(mix, 0.9) == [Shape(1000, 150.0, 1, 500, 0, 8), Shape(2000, 50.0, 2, 1000, 0, 3)]
 
 
 def test_the_estimated_mix_follows_what_arrives():

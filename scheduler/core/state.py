@@ -40,7 +40,7 @@ IDLE: Final = 2  # column of State.counted
 _SCALE: Final = TABLE_SCALE
 _SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
 _BLOCKING: Final = BLOCKING
-_GRID: Final = 16.0
+_GRID: Final = 16
 _STEPS: Final = (1.150, 0.319, -0.319, -1.150)  # beyond these a normal variable lies with chances 1/8, 3/8, 5/8, 7/8
 
 
@@ -241,8 +241,10 @@ def price_slots(s: State, t: Tables) -> int:
     """
     if t.mode or len(t.slot_size) == 0:
         return 0
-    room = max(1.0, min(np.float64(s.left[0]), t.gpu_per_cpu * s.left[1]))
-    room = 2.0 ** (np.floor(_GRID * np.log2(room)) / _GRID)
+    room, octaves = np.int64(min(np.float64(s.left[0]), t.gpu_per_cpu * s.left[1])), 0
+    while room >= 2 * _GRID:
+        room, octaves = room >> 1, octaves + 1
+    room = max(1, room << octaves)
     least = 0
     for j in range(len(t.slot_size) - 1, -1, -1):
         z, wanted = t.slot_size[j], t.slot_rate[j] * room

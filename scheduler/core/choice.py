@@ -157,8 +157,9 @@ def score_terms(state: State, q: I64, host: int, mask: int, t: Tables) -> tuple[
         before = int(gfree[mask.bit_length() - 1])
         terms["hole"] = float(t.hole[before - milli] - t.hole[before])
     terms["balance"] = was - float(balance(float(left[fit.TOTAL]), float(left[fit.CPU]), float(left[fit.RAM]), t))
-    idle, left_idle = int(state.counted[host, IDLE]), int((after.gfree[0, :count] >= WHOLE).sum())
-    terms["slots"] = float(state.worth[min(idle, left_idle, int(left[fit.CPU]) // t.slot_cpu)] - state.worth[idle])
+    together, still = int(state.counted[host, IDLE]), int((after.gfree[0, :count] >= WHOLE).sum())
+    still = min(together, still, int(left[fit.CPU]) // t.slot_cpu)
+    terms["slots"] = float(state.worth[still] - state.worth[together])
     model = max(int(row[fit.MODEL]), 0)
     terms["spec"] = -float(t.spec[model]) * need * milli
     empty = count > 0 and int((gfree[:count] >= WHOLE).sum()) == count and row[fit.CPU_ONLY] == 0

@@ -43,7 +43,18 @@ _COPY: Final = (
     (fit.VRAM, "vram_total"),
 )
 # What the score and the shape stages read of a host, besides its GPUs.
-_SCORED: Final = (fit.CPU, fit.RAM, fit.NVME, fit.MODEL, fit.NGPU, fit.ACTIVE, fit.CPU_ONLY, fit.HELD, fit.VRAM)
+_SCORED: Final = (
+    fit.CPU,
+    fit.RAM,
+    fit.NVME,
+    fit.MODEL,
+    fit.NGPU,
+    fit.ACTIVE,
+    fit.CPU_ONLY,
+    fit.HELD,
+    fit.VRAM,
+    fit.OWNER,
+)
 
 
 def make_state(fleet: Fleet, order: I64 | None = None) -> State:

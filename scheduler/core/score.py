@@ -222,7 +222,9 @@ def capacity_of(fleet: Fleet) -> F64:
     """GPUs of the cell by model and GPUs a host, shape [MODELS, 17]."""
     width = MAX_GPUS + 1
     cells = np.maximum(fleet.gpu_model, 0) * width + fleet.gpu_count
-    return np.bincount(cells, weights=fleet.gpu_count, minlength=MODELS * width).reshape(MODELS, width)
+    return (
+        np.bincount(cells, weights=fleet.gpu_count, minlength=MODELS * width).astype(np.float64).reshape(MODELS, width)
+    )
 
 
 def make_tables(

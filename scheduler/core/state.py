@@ -56,13 +56,11 @@ class State(NamedTuple):
     budget: I64  # [N] mW still admissible: free + reclaimable - placed
     frag: I64  # [H] F x total weight, as it stands
     balance: F64  # [H] balance terms, as they stand
-    counted: (
-        I64  # [H, 3] what the host adds to `left` and, as idle GPUs that a request for several could use, to `slots`
-    )
-    left: I64  # [2] free milli-GPU and milli-CPU of the hosts that take work
-    slots: I64  # [17] how many requests of z GPUs could be served by them, each size alone
+    counted: I64  # [H, 3] free milli-GPU, free milli-CPU, and idle GPUs that requests for several could use; 0: closed to all
+    left: I64  # [2] milli-GPU and milli-CPU counted
+    slots: I64  # [17] how many requests for z GPUs the counted could serve, each size alone
     price: F64  # [17] of a slot of z GPUs, milli-GPU
-    worth: F64  # [17] of the slots in w idle GPUs of a host, milli-GPU
+    worth: F64  # [17] of w idle GPUs of a host, as slots, milli-GPU
 
 
 def unscored(hosts: int) -> dict[str, Any]:
@@ -241,7 +239,7 @@ def price_slots(s: State, t: Tables) -> int:
     """
     if t.mode or len(t.slot_size) == 0:
         return 0
-    room, octaves = np.int64(min(np.float64(s.left[0]), t.gpu_per_cpu * s.left[1])), 0
+    room, octaves = int(min(np.float64(s.left[0]), t.gpu_per_cpu * s.left[1])), 0
     while room >= 2 * _GRID:
         room, octaves = room >> 1, octaves + 1
     room = max(1, room << octaves)
@@ -260,7 +258,7 @@ def price_slots(s: State, t: Tables) -> int:
             s.worth[w] = 0.0
             for j in range(len(t.slot_size)):
                 s.worth[w] += s.price[t.slot_size[j]] * (w // t.slot_size[j])
-    return least  # type: ignore[no-any-return]
+    return least
 
 
 @kernel

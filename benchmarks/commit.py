@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import cell, database
 from benchmarks.harness import Options, Report, require
+from scheduler.core.warm import warm
 
 BATCH = 500
 WORKERS = 2
@@ -102,7 +103,8 @@ def run(options: Options) -> Report:
 
 
 def start_worker(number: int) -> subprocess.Popen[bytes]:
-    """A Celery worker as `make run` starts it."""
+    """A Celery worker as `make run` starts it: with the planner's kernels compiled before."""
+    warm()
     command = [
         sys.executable,
         "-m",

@@ -126,12 +126,16 @@ def rate(
     billed = _billed(contracts.values(), months)
     versions = _versions(contracts.values())
     added = commitments.joined(contracts.values())
-    for draft in drafts.values():
+    held: dict[int, list[Contract]] = defaultdict(list)
+    for contract in contracts.values():
+        held[contract.organization_id].append(contract)
+    used: dict[int, list[_Group]] = defaultdict(list)
+    for group in groups:
+        used[group.organization].append(group)
+    for organization_id, draft in drafts.items():
         try:
-            mine = [
-                contract for contract in contracts.values() if contract.organization_id == draft.account.organization_id
-            ]
-            _rate_account(draft, mine, months[draft.account.organization_id], groups, billed, versions, added)
+            mine = held[organization_id]
+            _rate_account(draft, mine, months[organization_id], used[organization_id], billed, versions, added)
             _draw_down(draft, mine, prepaid, versions)
         except Exception as error:
             log.exception("billing account %s cannot be rated", draft.account.pk)

@@ -22,6 +22,13 @@ class Lock(IntEnum):
     COUNTER = 7
 
 
+# One statement for all: they are taken one after another as they stand in the array, each with the whole patience.
+_ACQUIRE = (
+    "WITH patience AS MATERIALIZED (SELECT set_config('lock_timeout', %s, true))"
+    " SELECT pg_advisory_xact_lock(number) FROM patience, unnest(%s::bigint[]) AS number"
+)
+
+
 def _number(kind: Lock, pk: int) -> int:
     """One signed bigint: the kind in the top byte, the id below."""
     return (int(kind) << 56) | (pk & ((1 << 56) - 1))
@@ -33,11 +40,10 @@ def acquire(*wanted: tuple[Lock, int], timeout_ms: int = 3000) -> None:
     Must run inside a transaction; the locks go with it.
     """
     assert connection.in_atomic_block, "locks live as long as a transaction: open one first"
+    numbers = sorted({_number(kind, pk) for kind, pk in wanted})
     with connection.cursor() as cursor:
-        cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{timeout_ms}ms"])
         try:
-            for number in sorted({_number(kind, pk) for kind, pk in wanted}):
-                cursor.execute("SELECT pg_advisory_xact_lock(%s)", [number])
+            cursor.execute(_ACQUIRE, [f"{timeout_ms}ms", numbers])
         except OperationalError as error:
             if not isinstance(error.__cause__, LockNotAvailable | DeadlockDetected):
                 raise  # the server is gone: that is not somebody else at work

@@ -49,6 +49,7 @@ CATALOGUE: Final[dict[str, Kind]] = {
     "too_many_holds": Kind(409, "The organization holds three live quotes already", "after"),
     "quote_expired": Kind(409, "The quote is no longer firm"),
     "capacity_gone": Kind(409, "The capacity went to somebody else", "after"),
+    "terms_not_accepted": Kind(409, "The terms of service are to be accepted first"),
     "card_required": Kind(402, "Add a card first"),
     "payment_failed": Kind(402, "The payment was declined"),
     "billing_suspended": Kind(402, "The account is suspended until its invoices are paid"),

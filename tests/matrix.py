@@ -22,7 +22,8 @@ from functools import cached_property
 from typing import Any
 
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Curtailment, Invitation
+from marketplace.models import Amendment, Curtailment, Invitation
+from marketplace.services import documents
 from marketplace.tenancy import ROLES
 from tests import factories
 from tests.factories import NOW
@@ -88,6 +89,14 @@ class World:
         return factories.contract(self.listing, self.organization)
 
     @cached_property
+    def amendment(self) -> Any:
+        day = NOW + timedelta(days=40)
+        return Amendment.objects.create(
+            contract=self.contract, kind="price", price=3_000_000, old_price=2_500_000, proposed_by="x", created_at=NOW,
+            answer_by=day, effective_at=day,
+        )  # fmt: skip
+
+    @cached_property
     def job(self) -> Any:
         return factories.job(self.contract, state="running")
 
@@ -138,6 +147,19 @@ organization, site, host, miner, agent = (_one(n) for n in ("organization", "sit
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
 draft = _one("listing", "draft")
+
+
+def amendment(world: World) -> dict[str, str]:
+    return {"contract": world.contract.public_id, "amendment": world.amendment.public_id}
+
+
+def document(world: World) -> dict[str, str]:
+    paper = documents.keep_order_form(world.contract, now=NOW) if not world.contract.documents.exists() else None
+    return {"contract": world.contract.public_id, "document": (paper or world.contract.documents.get()).public_id}
+
+
+def version(_world: World) -> dict[str, str]:
+    return {"version": documents.CURRENT}
 
 
 def member(world: World) -> dict[str, str]:
@@ -220,6 +242,14 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/contracts/<str:contract>", "GET", "contracts:read", contract),
     R("api/v1/contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
     R("api/v1/contracts/<str:contract>/termination", "GET", "contracts:read", contract),
+    R("api/v1/contracts/<str:contract>/amendments", "GET", "contracts:read", contract),
+    R("api/v1/contracts/<str:contract>/amendments", "POST", "contracts:write", contract),
+    R("api/v1/contracts/<str:contract>/amendments/<str:amendment>", "GET", "contracts:read", amendment),
+    R("api/v1/contracts/<str:contract>/amendments/<str:amendment>/accept", "POST", "contracts:write", amendment),
+    R("api/v1/contracts/<str:contract>/amendments/<str:amendment>/decline", "POST", "contracts:write", amendment),
+    R("api/v1/contracts/<str:contract>/documents", "GET", "contracts:read", contract),
+    R("api/v1/terms", "GET", "contracts:read"),
+    R("api/v1/terms", "POST", "contracts:write"),
     R("api/v1/contracts/<str:contract>/events", "GET", "contracts:read", contract),
     # --- jobs
     R("api/v1/jobs", "GET", "jobs:read"),
@@ -262,6 +292,13 @@ ROUTES: tuple[R, ...] = (
     R("quotes/<str:quote>/release", "POST", "quotes:write", quote),
     R("contracts", "GET", "contracts:read"),
     R("contracts/<str:contract>", "GET", "contracts:read", contract),
+    R("contracts/<str:contract>/amend", "POST", "contracts:write", contract),
+    R("contracts/<str:contract>/amendments/<str:amendment>", "GET", "contracts:read", amendment),
+    R("contracts/<str:contract>/amendments/<str:amendment>/accept", "POST", "contracts:write", amendment),
+    R("contracts/<str:contract>/amendments/<str:amendment>/decline", "POST", "contracts:write", amendment),
+    R("contracts/<str:contract>/documents/<str:document>", "GET", "contracts:read", document),
+    R("terms", "GET", "public", stranger="sees"),
+    R("terms/<str:version>", "GET", "public", version, stranger="sees"),
     R("contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
     R("jobs", "GET", "jobs:read"),
     R("jobs/new", "GET", "jobs:write"),

@@ -17,6 +17,11 @@ from marketplace.services import contracts, terms
 
 class AcceptRequest(Shape):
     quote = PublicId("quo")
+    terms_version = serializers.CharField(
+        required=False,
+        max_length=20,
+        help_text="of the terms of service (`GET /terms`), accepted with it where they are not yet",
+    )
 
 
 class TerminateRequest(Shape):
@@ -124,10 +129,12 @@ class Contracts(ContractResource):
     )
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """Accept a quote while its price is firm. A hold that lapsed is looked for again: `capacity_gone` says what would fit."""
-        quote = self.read(AcceptRequest)["quote"]
+        body = self.read(AcceptRequest)
 
         def effect() -> Response:
-            made = contracts.accept(self.actor, quote, now=timezone.now())
+            made = contracts.accept(
+                self.actor, body["quote"], now=timezone.now(), terms_version=body.get("terms_version")
+            )
             return Response(self.represent(self.queryset().get(pk=made.pk)), status=201)
 
         return self.write(effect)

@@ -4,6 +4,7 @@ from django.urls import URLPattern, URLResolver
 
 from marketplace.api import (
     agent,
+    amendments,
     contracts,
     curtailments,
     health,
@@ -26,7 +27,7 @@ from marketplace.api import (
 )
 
 RESOURCES = (
-    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, jobs, usage,
+    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, amendments, jobs, usage,
     invoices, payment_methods, payouts, agent, staff, webhooks, schema,
 )  # fmt: skip
 

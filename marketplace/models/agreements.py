@@ -49,6 +49,7 @@ class Amendment(TenantModel):
     reason = models.CharField(max_length=200, blank=True)
     decided_at = models.DateTimeField(null=True, blank=True)
     decided_by = models.CharField(max_length=120, blank=True)
+    applied_at = models.DateTimeField(null=True, blank=True, help_text="since then the contract's own columns say it")
 
     objects = OfContract.as_manager()
 

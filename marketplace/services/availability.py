@@ -66,11 +66,16 @@ def claim_window(listing: Listing, starts_at: datetime, ends_at: datetime, now: 
     return capacity.claim_window(seconds(starts_at), seconds(ends_at), lead_s(listing), seconds(now))
 
 
-def load(listings: Sequence[Listing], now: datetime, *, without: Collection[int] = ()) -> Market:
-    """Hosts and claims of `listings`; `without`: ids of reservations that shall not count (the asker's own hold)."""
+def load(
+    listings: Sequence[Listing], now: datetime, *, without: Collection[int] = (), among: Collection[int] | None = None
+) -> Market:
+    """Hosts and claims of `listings`; `without`: ids of reservations that shall not count (the asker's own hold); `among`: ids of
+    the only hosts that count.
+    """
     ids = [listing.pk for listing in listings]
+    offered = Host.objects.filter(listing_id__in=ids)
     hosts = list(
-        Host.objects.filter(listing_id__in=ids)
+        (offered if among is None else offered.filter(pk__in=among))
         .exclude(state=Host.State.RETIRED)
         .order_by("id")
         .values_list("id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "site__mode", "beat_at")
@@ -240,12 +245,13 @@ def admit(
     ends_at: datetime,
     now: datetime,
     without: Collection[int] = (),
+    among: Collection[int] | None = None,
 ) -> Admission:
     """The hold of `gpus` GPUs for [starts_at, ends_at) with its lead, or the reason and what would fit instead.
 
     Alternatives come back as windows for the customer, the lead taken off. Call it under the cell's lock where the answer is written down.
     """
-    market = load([listing], now, without=without)
+    market = load([listing], now, without=without, among=among)
     # A firm quote outlives an edit of the minimum: what was no multiple then is asked for in smaller pieces.
     shape = Shape(gcd(market.chunks[listing.pk], gpus))
     t1, t2 = claim_window(listing, starts_at, ends_at, now)
@@ -269,6 +275,39 @@ def admit(
             found.alternatives, later=later, earlier=None, until=None if until is None else until // 60 * 60
         ),
     )
+
+
+def free_until(
+    listing: Listing,
+    hold: Collection[tuple[int, int]],
+    *,
+    starts_at: datetime,
+    ends_at: datetime,
+    now: datetime,
+    without: Collection[int],
+) -> datetime:
+    """How long, up to `ends_at`, the `hold` ((host id, GPUs), ...) is free from `starts_at` on, to the minute; `starts_at`: not at all."""
+    pool = load([listing], now, without=without).pool
+    start, end = seconds(starts_at), seconds(ends_at)
+    places = {int(str(host)): i for host, i in pool.hosts.position.items()}
+    if any(host not in places for host, _ in hold):
+        return starts_at
+
+    def fits(until: int) -> bool:
+        free = pool.free(start, until)
+        return all(free[places[host]] >= count for host, count in hold)
+
+    if fits(end):
+        return ends_at
+    marks = sorted({int(t) for t in pool.starts if start < t < end})
+    low, high = 0, len(marks)  # a longer window never has more room
+    while low < high:
+        middle = (low + high) // 2
+        if fits(marks[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return max(starts_at, instant(marks[low - 1] // 60 * 60)) if low else starts_at
 
 
 def _on_the_minute(

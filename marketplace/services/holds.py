@@ -49,25 +49,26 @@ def number(
     free = [i for i in usable if i not in busy]
     if len(free) >= count:
         return tuple(free[:count]), {}
-    placed = [t for t in rivals if t.pinned]
-    waiting = [t for t in rivals if not t.pinned]
-    own = Taken(0, start, end, (0,) * count, pinned=False)
+    found = recolour(usable, [Taken(0, start, end, (-1,) * count, pinned=False), *rivals])
+    return None if found is None else (found.pop(0), found)
+
+
+def recolour(usable: Sequence[int], claims: Iterable[Taken]) -> dict[int, tuple[int, ...]] | None:
+    """{key: new indices} of the claims that must move so that no device is taken twice, or None where there is no room. Pure."""
+    rows = list(claims)
+    placed = [t for t in rows if t.pinned]
     moves: dict[int, tuple[int, ...]] = {}
-    chosen: tuple[int, ...] = ()
-    for claim in sorted([own, *waiting], key=lambda t: (t.start, t.key)):
+    for claim in sorted((t for t in rows if not t.pinned), key=lambda t: (t.start, t.key)):
         busy = {i for t in placed if t.start < claim.end and claim.start < t.end for i in t.indices}
         free = [i for i in usable if i not in busy]
         if len(free) < len(claim.indices):
             return None
-        # Its own devices first, so that few rows change.
-        kept = [i for i in claim.indices if i in free] if claim is not own else []
+        kept = [i for i in claim.indices if i in free]  # its own devices first, so that few rows change
         indices = tuple(sorted((kept + [i for i in free if i not in kept])[: len(claim.indices)]))
         placed.append(Taken(claim.key, claim.start, claim.end, indices, pinned=True))
-        if claim is own:
-            chosen = indices
-        elif indices != tuple(sorted(claim.indices)):
+        if indices != tuple(sorted(claim.indices)):
             moves[claim.key] = indices
-    return chosen, moves
+    return moves
 
 
 def write_blocks(
@@ -83,7 +84,6 @@ def write_blocks(
     taken = _taken(wanted, now)
     start, end = seconds(reservation.claims_at), seconds(reservation.ends_at)
     made: list[ReservationBlock] = []
-    moved: list[ReservationBlock] = []
     for host, count in sorted(wanted.items()):
         rivals = taken.get(host, [])
         found = number(usable.get(host, ()), [t for t, _ in rivals], start, end, count)
@@ -91,13 +91,60 @@ def write_blocks(
             raise MarketError("no_capacity", "The GPUs of a host were taken meanwhile; ask again.")
         indices, moves = found
         made.append(ReservationBlock(reservation=reservation, host_id=host, gpu_indices=list(indices)))
-        for claim, block in rivals:
-            if block is not None and claim.key in moves:
-                block.gpu_indices = list(moves[claim.key])
-                moved.append(block)
+        _write_moves(rivals, moves)
+    return ReservationBlock.objects.bulk_create(made)
+
+
+def lengthen(reservation: Reservation, *, now: datetime) -> None:
+    """The same GPUs to the reservation's new end; claims to come that were to have them are renumbered. The pool has said that
+    there is room. MarketError("no_capacity") if a host has not.
+    """
+    hosts = list(reservation.blocks.values_list("host_id", flat=True))
+    usable, taken = _usable(hosts), _taken(hosts, now)  # the reservation itself is among them, with its new end
+    _renumber(hosts, usable, taken)
+
+
+def grow(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: datetime) -> None:
+    """`hold` more GPUs ((host id, count), ...) from now on, beside those it has. MarketError("no_capacity") without room."""
+    wanted = dict(hold)
+    usable, taken = _usable(wanted), _taken(wanted, now)
+    start, end = max(seconds(reservation.claims_at), seconds(now)), seconds(reservation.ends_at)
+    own = {block.host_id: block for block in reservation.blocks.all()}
+    for host, count in sorted(wanted.items()):
+        rivals = taken.get(host, [])
+        found = number(usable.get(host, ()), [t for t, _ in rivals], start, end, count)
+        if found is None:
+            raise MarketError("no_capacity", "The GPUs of a host were taken meanwhile; ask again.")
+        indices, moves = found
+        _write_moves(rivals, moves)
+        block = own.get(host)
+        if block is None:
+            ReservationBlock.objects.create(reservation=reservation, host_id=host, gpu_indices=list(indices))
+            continue
+        block.refresh_from_db()
+        block.gpu_indices = sorted({*block.gpu_indices, *indices})
+        block.save(update_fields=["gpu_indices"])
+
+
+def _renumber(
+    hosts: Iterable[int], usable: dict[int, list[int]], taken: dict[int, list[tuple[Taken, ReservationBlock | None]]]
+) -> None:
+    for host in sorted(hosts):
+        rivals = taken.get(host, [])
+        moves = recolour(usable.get(host, ()), [t for t, _ in rivals])
+        if moves is None:
+            raise MarketError("no_capacity", "The GPUs of a host were taken meanwhile; ask again.")
+        _write_moves(rivals, moves)
+
+
+def _write_moves(rivals: Sequence[tuple[Taken, ReservationBlock | None]], moves: dict[int, tuple[int, ...]]) -> None:
+    moved: list[ReservationBlock] = []
+    for claim, block in rivals:
+        if block is not None and claim.key in moves:
+            block.gpu_indices = list(moves[claim.key])
+            moved.append(block)
     if moved:
         ReservationBlock.objects.bulk_update(moved, ["gpu_indices"])
-    return ReservationBlock.objects.bulk_create(made)
 
 
 def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:

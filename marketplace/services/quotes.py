@@ -17,7 +17,7 @@ from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import availability, holds, listings, quoted, search
+from marketplace.services import availability, documents, holds, listings, quoted, search
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import LEVELS, Admission
@@ -225,8 +225,8 @@ def _check(listing: Listing, organization: Organization, wanted: Request, price:
         wrong["/level"] = f"one of {', '.join(LEVELS)}"
     if wanted.gpu_count < 1 or wanted.gpu_count < listing.min_gpus:
         wrong["/gpu_count"] = f"at least {listing.min_gpus}"
-    elif wanted.kind in HOLDING and wanted.gpu_count % _chunk(listing):
-        wrong["/gpu_count"] = f"a multiple of {_chunk(listing)}"
+    elif wanted.kind in HOLDING and wanted.gpu_count % chunk_of(listing):
+        wrong["/gpu_count"] = f"a multiple of {chunk_of(listing)}"
     if wanted.kind == Kind.SPOT and wanted.limit_price is None:
         wrong["/limit_price"] = "spot needs the most that you would pay per GPU-hour"
     elif wanted.kind == Kind.SPOT and wanted.limit_price is not None and wanted.limit_price < price:
@@ -278,7 +278,7 @@ def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: dat
         )
 
 
-def _chunk(listing: Listing) -> int:
+def chunk_of(listing: Listing) -> int:
     """GPUs come in multiples of this on one host: the minimum, or whole hosts where the minimum is larger than one."""
     found = listing.hosts.exclude(state="retired").aggregate(least=Min("gpu_count"))["least"]
     return max(1, min(listing.min_gpus, int(found or 1)))
@@ -356,7 +356,11 @@ def release(actor: Actor, quote_id: int, *, now: datetime) -> Quote:
 # --- what a quote says
 def accept_body(row: Quote) -> dict[str, Any]:
     """The request that accepts it, ready to post."""
-    return {"method": "POST", "path": "/api/v1/contracts", "body": {"quote": row.public_id}}
+    return {
+        "method": "POST",
+        "path": "/api/v1/contracts",
+        "body": {"quote": row.public_id, "terms_version": documents.CURRENT},
+    }
 
 
 def itemise(row: Quote) -> dict[str, Any]:

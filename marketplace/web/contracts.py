@@ -67,6 +67,9 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "total_minor": row.terms.get("total_minor"),
             "usable": row.state == Contract.State.ACTIVE and (row.ends_at is None or row.ends_at > now),
             "jobs": jobs if mine else [],
+            "sold": row.operator_id == actor.organization_id,
+            "asked": row.amendments.filter(kind="price", state="open") if mine else [],
+            "papers": row.documents.only("pk", "title", "created_at").order_by("pk"),
             "events": row.events.order_by("-id")[:20],
         },
     )

@@ -106,6 +106,27 @@ class QuoteForm(forms.Form):
         self.fields["gpu_count"].help_text = f"At least {listing.min_gpus}." if listing.min_gpus > 1 else ""
 
 
+class AmendForm(forms.Form):
+    kind = forms.ChoiceField(choices=[("extend", "Later end"), ("resize", "More GPUs"), ("price", "Price")])
+    ends_at = Instant(label="New end", required=False)
+    gpu_count = forms.IntegerField(label="GPUs in all", required=False, min_value=1, max_value=1_000_000)
+    price = forms.DecimalField(label="Price", required=False, min_value=0, max_digits=15, decimal_places=6)
+    effective_at = Instant(label="From", required=False)
+    reason = forms.CharField(label="Why", required=False, max_length=200)
+
+    NEEDED = {"extend": "ends_at", "resize": "gpu_count", "price": "price"}
+
+    def clean(self) -> dict[str, Any]:
+        asked = super().clean() or {}
+        needed = self.NEEDED.get(asked.get("kind", ""))
+        if needed and asked.get(needed) is None and needed not in self.errors:
+            self.add_error(needed, "is needed.")
+        return asked
+
+    def wrong(self) -> list[str]:
+        return [f"{self[name].label}: {message}" for name, found in self.errors.items() for message in found]
+
+
 class JobForm(forms.Form):
     contract = forms.ChoiceField(label="Contract")
     name = forms.CharField(label="Name", required=False, max_length=120)

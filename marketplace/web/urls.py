@@ -1,12 +1,25 @@
 """The customers' pages."""
 
-from marketplace.web import cards, contracts, invoices, jobs, keys, market, organizations, quotes, team, usage
+from marketplace.web import (
+    amendments,
+    cards,
+    contracts,
+    invoices,
+    jobs,
+    keys,
+    market,
+    organizations,
+    quotes,
+    team,
+    usage,
+)
 
 app_name = "web"
 urlpatterns = [
     *market.urlpatterns,
     *quotes.urlpatterns,
     *contracts.urlpatterns,
+    *amendments.urlpatterns,
     *jobs.urlpatterns,
     *usage.urlpatterns,
     *invoices.urlpatterns,

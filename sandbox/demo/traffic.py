@@ -77,7 +77,7 @@ class Show:
 
     def _booked(self, listing: dict[str, Any]) -> str:
         quote = self.api.post("quotes", {"listing": listing["id"], "kind": "on_demand", "gpu_count": 24})
-        contract = self.api.post("contracts", {"quote": quote["id"]})
+        contract = self.api.post("contracts", quote["accept"]["body"])
         tell("booked", f"{contract['id']}: up to 24 GPUs on demand at {quote['price']['text']}")
         return str(contract["id"])
 

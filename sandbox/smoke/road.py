@@ -204,7 +204,7 @@ def _book(api: Client, listing: str, kind: str, gpus: int) -> str:
     if kind == "reserved":
         body["ends_at"] = (datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(hours=24)).isoformat()
     quote = api.post("quotes", body)
-    return str(api.post("contracts", {"quote": quote["id"]})["id"])
+    return str(api.post("contracts", quote["accept"]["body"])["id"])
 
 
 def _refusal(act: Callable[[], Any]) -> str:

@@ -256,6 +256,45 @@ def test_credit_pays_what_is_due_at_signing(market: World):
     assert_invariants()
 
 
+# --- changes
+
+
+def test_an_extension_and_gpus_that_joined_are_billed_each_at_its_price(market: World):
+    contract = sign(market, "reserved", 2, start=MONTH, end=MONTH + 2 * DAY)
+    actor = factories.actor(market.customer)
+    longer = contracts.amendments.extend(actor, contract, after(MONTH + 4 * DAY), now=after(60))
+    contracts.accept_amendment(actor, longer, now=after(60))
+    contract.refresh_from_db()
+    type(market.listing).objects.filter(pk=market.listing.pk).update(reserved_price=3_000_000)
+    more = contracts.amendments.resize(actor, contract, 6, now=after(MONTH + DAY))
+    more = contracts.accept_amendment(actor, more, now=after(MONTH + DAY))
+    first = market.close(MONTH + 2 * DAY)
+    assert lines(first) == [("commitment", 2 * 48 * 200), ("commitment", 4 * 24 * 300)]
+    market.ran(MONTH, 4 * DAY, gpus=6)
+    rest = market.close(MONTH + 5 * DAY)
+    beyond = 6 * 4 * DAY - 2 * 4 * DAY - 4 * 3 * DAY  # it ran before they had joined
+    assert lines(rest) == [
+        ("commitment", 2 * 48 * 200), ("commitment", 4 * 48 * 300), ("overage", round(beyond * 250 / 3600))
+    ]  # fmt: skip
+    billed = sum(i.lines.filter(price_millionths=3_000_000).get().amount_minor for i in (first, rest))
+    assert more.total_minor == billed
+    collect(first, rest)
+    settled(market, first, rest)
+
+
+def test_a_price_with_consent_is_billed_from_its_second_whenever_it_is_metered(market: World):
+    contract = sign(market, "on_demand", 8)
+    at = 30 * DAY
+    rise = contracts.prices.propose(factories.actor(market.operator), contract, 3_000_000, after(at), now=NOW)
+    contracts.accept_amendment(factories.actor(market.customer), rise, now=after(DAY))
+    contracts.clock(after(at + 60))  # the contract's own column says the new price before anything was metered
+    market.ran(at - HOUR, 2 * HOUR, gpus=2)
+    invoice = market.close(at + 2 * HOUR)
+    assert sorted(lines(invoice)) == [("usage", 2 * 250), ("usage", 2 * 300)]
+    collect(invoice)
+    settled(market, invoice)
+
+
 # --- default
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from rest_framework.test import APIClient
 
-from marketplace.models import ApiKey, BillingStanding, Membership, Organization, User
+from marketplace.models import ApiKey, BillingStanding, Membership, Organization, TermsAcceptance, User
+from marketplace.services import documents
 from marketplace.services.tokens import digest
 from marketplace.tenancy import SCOPES, Actor
 from tests.factories.rows import NOW, number
@@ -21,11 +22,20 @@ def staff(**fields: Any) -> User:
 
 
 def organization(
-    name: str | None = None, *, standing: str = "good", available_minor: int = 10_000_000, **fields: Any
+    name: str | None = None,
+    *,
+    standing: str = "good",
+    available_minor: int = 10_000_000,
+    terms: bool = True,
+    **fields: Any,
 ) -> Organization:
-    """A customer with a good card, unless told otherwise. It has no members: see `member`."""
+    """A customer with a good card that accepted the terms, unless told otherwise. It has no members: see `member`."""
     made = Organization.objects.create(name=name or f"Organization {next(number)}", **fields)
     BillingStanding.objects.create(organization=made, state=standing, available_minor=available_minor, updated_at=NOW)
+    if terms:
+        TermsAcceptance.objects.create(
+            organization=made, version=documents.CURRENT, digest="", accepted_at=NOW, accepted_by="factory"
+        )
     return made
 
 

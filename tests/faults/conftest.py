@@ -64,7 +64,7 @@ def refusal(act: Any) -> RefusedError:
 
 def book(api: Client, listing: str, gpus: int) -> str:
     quote = api.post("quotes", {"listing": listing, "kind": "on_demand", "gpu_count": gpus})
-    return str(api.post("contracts", {"quote": quote["id"]})["id"])
+    return str(api.post("contracts", quote["accept"]["body"])["id"])
 
 
 def small_site() -> dict[str, Any]:

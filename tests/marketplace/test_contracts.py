@@ -458,7 +458,7 @@ def test_only_the_customer_terminates(listing, customer):
         assert contracts.actions(contract, actor) == []
     assert contracts.actions(contract, factories.actor(customer)) == ["submit_job", "terminate"]
     held = accept(customer, ask(customer, listing))
-    assert contracts.actions(held, factories.actor(customer)) == ["submit_job", "terminate"]
+    assert contracts.actions(held, factories.actor(customer)) == ["extend", "resize", "submit_job", "terminate"]
 
 
 @pytest.mark.parametrize("state", sorted(set(Contract.State.values) - {"active", "pending_payment"}))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Quote, Reservation
-from marketplace.services import availability, contracts, holds, listings, quotes
+from marketplace.services import availability, contracts, documents, holds, listings, quotes
 from marketplace.services.holds import Taken
 from tests import factories
 from tests.factories import NOW
@@ -62,7 +62,7 @@ def test_a_reserved_quote_is_firm_held_and_itemised(site, customer):
     assert items["gpu_seconds"] == 6 * 7 * 86_400
     assert items["operator_minor"] + items["platform_fee_minor"] == items["total_minor"] == 201_600
     assert items["platform_fee_minor"] == 30_240
-    assert quotes.accept_body(quote)["body"] == {"quote": quote.public_id}
+    assert quotes.accept_body(quote)["body"] == {"quote": quote.public_id, "terms_version": documents.CURRENT}
     assert (quote.reference, quote.metadata) == ("po-7", {"team": "vision"})
 
 

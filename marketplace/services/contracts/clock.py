@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
-from marketplace.models import Contract, Job, Quote, Reservation, ReservationBlock
+from marketplace.models import Amendment, Contract, Job, Quote, Reservation, ReservationBlock
 from marketplace.services import audit, catalogue, holds
 from marketplace.services.availability import HOLDING
-from marketplace.services.contracts import notices
+from marketplace.services.contracts import notices, prices
 from marketplace.services.contracts.ending import cancel, end, settle
 from marketplace.tenancy import SYSTEM
 
@@ -23,6 +24,8 @@ class Ticked:
     holds_released: int = 0
     quotes_expired: int = 0
     contracts_begun: int = 0
+    prices_applied: int = 0
+    prices_lapsed: int = 0
     contracts_over: int = 0
     contracts_settled: int = 0
     payments_lapsed: int = 0
@@ -43,6 +46,11 @@ def clock(now: datetime) -> Ticked:
     _forget_blocks()
     catalogue.prune(now)
     begun = _begin(now)
+    applied, lapsed_prices = prices.clock(now, BATCH)
+    proposals = Amendment.objects.filter(state="open", answer_by__lte=now).exclude(kind=Amendment.Kind.PRICE)
+    Amendment.objects.filter(pk__in=_some(proposals.order_by("pk")), state="open").update(
+        state=Amendment.State.EXPIRED, decided_at=now
+    )
     over = Contract.objects.filter(state="active", ends_at__lte=now).order_by("ends_at", "pk")
     ended = end(_some(over), now=now)
     live_jobs = Job.objects.filter(contract=OuterRef("pk")).exclude(state__in=Job.FINAL)
@@ -51,10 +59,12 @@ def clock(now: datetime) -> Ticked:
     unpaid = Contract.objects.filter(state="pending_payment", pay_by__lte=now).order_by("pk")
     with transaction.atomic():
         cancelled = cancel(_some(unpaid), now=now, actor="system", reason="the payment did not arrive in time")
-    return Ticked(released, expired, begun, len(ended), settled, len(cancelled), holds.heal(now))
+    return Ticked(
+        released, expired, begun, applied, lapsed_prices, len(ended), settled, len(cancelled), holds.heal(now)
+    )  # fmt: skip
 
 
-def _some(rows: QuerySet[Contract] | QuerySet[Quote] | QuerySet[Reservation]) -> list[int]:
+def _some(rows: QuerySet[Any]) -> list[int]:
     return list(rows.values_list("pk", flat=True)[:BATCH])
 
 

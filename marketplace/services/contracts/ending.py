@@ -30,7 +30,7 @@ def actions(contract: Contract, actor: Actor) -> list[str]:
         return ["terminate"]
     if contract.kind not in HOLDING:
         return ["submit_job", "terminate"]
-    return ["submit_job"] if contract.terminated_at else ["submit_job", "terminate"]
+    return ["submit_job"] if contract.terminated_at else ["extend", "resize", "submit_job", "terminate"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import audit, availability, holds, quoted, quotes, terms
+from marketplace.services import audit, availability, documents, holds, quoted, quotes, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
 from marketplace.services.contracts.ending import cancel
@@ -23,12 +23,12 @@ ACCEPTED = "billing.contract_accepted"
 PAYMENT_WITHIN = timedelta(hours=1)
 
 
-def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
+def accept(actor: Actor, quote_id: int, *, now: datetime, terms_version: str | None = None) -> Contract:
     """Turn a firm quote into a contract of the price, fee and terms that the quote froze; its reservation becomes firm.
 
-    A hold that lapsed is admitted again while the price is firm. MarketError: not_found, illegal_transition (accepted before),
-    quote_expired, listing_unavailable (withdrawn), card_required, billing_suspended, limit_exceeded, capacity_gone (with
-    `alternatives`), busy.
+    A hold that lapsed is admitted again while the price is firm. `terms_version`: of the terms of service, accepted with it.
+    MarketError: not_found, illegal_transition (accepted before), quote_expired, terms_not_accepted, listing_unavailable
+    (withdrawn), card_required, billing_suspended, limit_exceeded, capacity_gone (with `alternatives`), busy.
     """
     now = now.replace(microsecond=0)
     shown = Quote.objects.owned_by(actor.organization_id).select_related("listing__site").filter(pk=quote_id).first()
@@ -39,8 +39,11 @@ def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
         quote = Quote.objects.select_for_update(no_key=True).get(pk=shown.pk)
         _check_quote(quote, now)
         organization = Organization.objects.get(pk=quote.organization_id)
+        if terms_version is not None:
+            documents.accept_terms(actor, terms_version, now=now)
+        documents.require_terms(organization.pk)
         check_standing(organization.pk)
-        _check_limit(organization, quote)
+        check_limit(organization, quote.kind, quote.gpu_count, quote.starts_at, quote.ends_at)
         listing = Listing.objects.select_related("site__cell", "organization").get(pk=quote.listing_id)
         quoted.check_offered(listing, quote)
         quoted.hold_to(listing, quote)
@@ -61,6 +64,7 @@ def accept(actor: Actor, quote_id: int, *, now: datetime) -> Contract:
             now=now,
             after={"quote": quote.public_id, "state": contract.state},
         )
+        documents.keep_order_form(contract, now=now)
         outbox.emit(ACCEPTED, key=str(contract.pk), payload={"contract": contract.pk})
     return contract
 
@@ -99,15 +103,15 @@ def _check_quote(quote: Quote, now: datetime) -> None:
         raise MarketError("quote_expired", "The window of the quote is over.")
 
 
-def _check_limit(organization: Organization, quote: Quote) -> None:
+def check_limit(
+    organization: Organization, kind: str, gpus: int, starts_at: datetime, ends_at: datetime | None
+) -> None:
     """GPUs held at once, at the worst instant of the window, within the organization's limit; a ceiling counts for itself."""
-    held = 0
-    if quote.kind in HOLDING:
-        held = _peak_held(organization.pk, quote.starts_at, quote.ends_at)
-    if held + quote.gpu_count > organization.gpu_limit:
+    held = _peak_held(organization.pk, starts_at, ends_at) if kind in HOLDING else 0
+    if held + gpus > organization.gpu_limit:
         raise MarketError(
             "limit_exceeded",
-            f"{quote.gpu_count} GPUs beside {held} that are held then; the organization may have {organization.gpu_limit}.",
+            f"{gpus} GPUs beside {held} that are held then; the organization may have {organization.gpu_limit}.",
             extra={"limit": "gpus", "allowed": organization.gpu_limit, "held": held},
         )
 

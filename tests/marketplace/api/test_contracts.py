@@ -50,8 +50,9 @@ def test_a_contract_shows_what_was_agreed(api, listing):
     assert (body["state"], body["kind"], body["gpu_count"]) == ("active", "reserved", 8)
     assert body["total"] == {"amount_minor": 8 * 240 * 200, "currency": "USD"}
     assert body["terms"]["level"] == "site"
-    assert body["actions"] == ["submit_job", "terminate"]
+    assert body["actions"] == ["extend", "resize", "submit_job", "terminate"]
     assert body["reference"] == "po-9"
+    assert body["summary"].startswith("Signed. 8 GPUs are yours from")
     assert api.get(f"{URL}/{body['id']}").json()["id"] == body["id"]
     (event,) = api.get(f"{URL}/{body['id']}/events").json()["data"]
     assert (event["from_state"], event["to_state"], event["reason"]) == ("", "active", "quote accepted")
@@ -136,3 +137,60 @@ def test_a_list_costs_the_same_whatever_its_length(api, listing, django_assert_m
         accept(api, quote(api, listing))
     with django_assert_max_num_queries(6):
         assert len(api.get(URL).json()["data"]) == 3
+
+
+def test_a_change_is_proposed_accepted_once_and_kept_on_paper(api, listing):
+    mine = accept(api, quote(api, listing, "reserved", 4)).json()["id"]
+    here = f"{URL}/{mine}/amendments"
+    body = {"kind": "extend", "ends_at": day(14)}
+    row = api.post(here, body, format="json", HTTP_IDEMPOTENCY_KEY="more").json()
+    assert api.post(here, body, format="json", HTTP_IDEMPOTENCY_KEY="more").json()["id"] == row["id"]
+    assert (row["state"], row["total"]["amount_minor"], row["actions"]) == ("open", 4 * 48 * 200, ["accept"])
+    assert api.get(f"{here}/{row['id']}").json()["accept"] == row["accept"]
+    answers = [api.post(row["accept"]["path"], {}, format="json", HTTP_IDEMPOTENCY_KEY="yes") for _ in range(2)]
+    assert [a.json()["state"] for a in answers] == ["accepted", "accepted"]
+    assert api.post(row["accept"]["path"], {}, format="json").json()["code"] == "illegal_transition"
+    assert api.get(f"{URL}/{mine}").json()["ends_at"][:10] == day(14)[:10]
+    kinds = [paper["kind"] for paper in api.get(f"{URL}/{mine}/documents").json()["data"]]
+    assert sorted(kinds) == ["amendment", "order_form"]
+    more = api.post(here, {"kind": "resize", "gpu_count": 16}, format="json").json()
+    assert (more["code"], more["alternatives"]["gpu_count"]) == ("no_capacity", 8)
+    assert api.post(here, {"kind": "resize"}, format="json").json()["code"] == "invalid_request"
+    assert len(api.get(here).json()["data"]) == 1
+
+
+def test_another_price_is_the_operators_to_propose_and_the_customers_to_answer(api, listing):
+    mine = accept(api, quote(api, listing)).json()["id"]
+    operator = factories.client(listing.organization)
+    body = {"kind": "price", "price": 3_000_000, "effective_at": day(40), "reason": "energy"}
+    assert api.post(f"{URL}/{mine}/amendments", body, format="json").json()["code"] == "forbidden"
+    row = operator.post(f"{URL}/{mine}/amendments", body, format="json").json()
+    assert (row["state"], row["actions"], row["old_price"]["per_gpu_hour"]) == ("open", [], 2_500_000)
+    path = f"{URL}/{mine}/amendments/{row['id']}"
+    assert operator.post(f"{path}/accept", {}, format="json").json()["code"] == "forbidden"
+    assert api.post(f"{path}/decline", {}, format="json").json()["state"] == "declined"
+    assert api.get(f"{URL}/{mine}").json()["ends_at"][:10] == day(40)[:10]
+
+
+def test_an_early_end_has_a_price_before_it_is_one(api, listing):
+    mine = accept(api, quote(api, listing, "reserved")).json()["id"]
+    found = api.get(f"{URL}/{mine}/termination").json()
+    both = found["stays_due"]["amount_minor"] + found["released"]["amount_minor"]
+    assert both == 8 * 240 * 200
+    assert found["stays_due"]["amount_minor"] == both // 4
+    done = api.post(found["accept"]["path"], found["accept"]["body"], format="json").json()
+    assert done["ends_at"] == found["ends_at"]
+    assert api.get(f"{URL}/{mine}/termination").json()["code"] == "illegal_transition"
+
+
+def test_the_terms_of_service_by_api(listing):
+    buyer = factories.organization(terms=False)
+    api = factories.client(buyer)
+    assert api.get("/api/v1/terms").json()["accepted_at"] is None
+    made = quote(api, listing)
+    refused = accept(api, made).json()
+    assert refused["code"] == "terms_not_accepted"
+    body = refused["terms"]["accept"]
+    assert api.post(body["path"], body["body"], format="json").json()["accepted_by"]
+    assert accept(api, made).status_code == 201
+    assert api.post("/api/v1/terms", {"version": "1999-01-01"}, format="json").json()["code"] == "terms_not_accepted"

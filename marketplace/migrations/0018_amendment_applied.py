@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0016_contract_life'),
+        ("marketplace", "0017_open_sheds"),
     ]
 
     operations = [

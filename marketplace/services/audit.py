@@ -1,5 +1,6 @@
 """The audit trail: one row for each change a person, key or operator's action makes."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -26,4 +27,12 @@ def record(
         subject=subject,
         before=before,
         after=after,
+    )
+
+
+def record_many(actor: Actor, verb: str, rows: Iterable[tuple[int, str, Any]], *, now: datetime) -> None:
+    """The same of several, in one statement: (organization's id, subject, after) of each."""
+    AuditEvent.objects.bulk_create(
+        AuditEvent(organization_id=pk, at=now, actor=actor.label[:120], verb=verb, subject=subject, after=after)
+        for pk, subject, after in rows
     )

@@ -143,8 +143,7 @@ def _let_go(contract_ids: list[int]) -> None:
 def _told(contract_ids: Iterable[int], verb: str, what: str, now: datetime, detail: str = "") -> None:
     """What the clock or billing did to contracts, on the record and by mail."""
     rows = list(Contract.objects.filter(pk__in=list(contract_ids)).order_by("pk"))
-    for row in rows:
-        audit.record(SYSTEM, verb, row.public_id, now=now, organization_id=row.organization_id, after=_ends(row))
+    audit.record_many(SYSTEM, verb, [(row.organization_id, row.public_id, _ends(row)) for row in rows], now=now)
     notices.tell([row.pk for row in rows], what, detail)
 
 

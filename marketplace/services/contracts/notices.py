@@ -7,11 +7,12 @@ from datetime import datetime
 
 from django.conf import settings
 from django.core.mail import send_mail
+from django.db import transaction
 from django.utils import timezone
 
 from billing.core.money import format_minor
 from marketplace import outbox
-from marketplace.models import Contract, Membership
+from marketplace.models import Contract, Membership, OutboxMessage
 from marketplace.services.availability import HOLDING
 
 NOTICE = "marketplace.contract_notice"
@@ -21,8 +22,17 @@ TOLD = ("owner", "admin", "billing")
 def tell(contract_ids: Iterable[int], what: str, detail: str = "") -> None:
     """Leave a mail to the customer in the running transaction; `what` is a key of SUBJECTS."""
     assert what in SUBJECTS, what
-    for pk in contract_ids:
-        outbox.emit(NOTICE, key=f"{pk}-{what}", payload={"contract": pk, "what": what, "detail": detail})
+    messages = [
+        OutboxMessage(
+            topic=NOTICE,
+            key=f"{pk}-{what}",
+            payload={"contract": pk, "what": what, "detail": detail},
+            available_at=timezone.now(),
+        )
+        for pk in contract_ids
+    ]
+    if OutboxMessage.objects.bulk_create(messages, ignore_conflicts=True):  # one that waits says it already
+        transaction.on_commit(lambda: outbox.nudge(NOTICE), robust=True)
 
 
 SUBJECTS = {

@@ -3,6 +3,7 @@
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
 
+from marketplace import ids
 from marketplace.models import Cell, Job, Organization
 from marketplace.tenancy import TenantModel, TenantQuerySet
 
@@ -86,7 +87,7 @@ class Decision(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.job_id} {self.outcome} {self.reason}"
+        return f"{ids.encode('job', self.job_id)}: {self.outcome}, {self.reason}"
 
 
 class FairUsage(models.Model):

@@ -75,19 +75,20 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancel
 def _waits(job: Job, decision: Decision) -> str:
     if decision.outcome == "placed":  # it stood somewhere, and queues again
         return "The job waits: no cycle has looked at it since it was queued again."
-    found = words.reason(decision.reason)
+    found, lead = words.reason(decision.reason), "The job waits:"
     if found is Reason.OVER_QUOTA and (ceiling := _ceiling(job)):
         text = ceiling
     elif found is Reason.PRICE_LIMIT and job.price_limit is not None:
         now, unit = words.amount(price(job.contract)), f"{job.contract.currency} per GPU-hour"
-        text = f"its price limit of {words.amount(job.price_limit)} {unit}; it costs {now} now"
+        text = f"it costs {now} {unit} now, above its limit of {words.amount(job.price_limit)}"
     else:
         head, _, short = decision.binding.partition(", short by ")
         name = head.partition(" at power node ")[0].upper()
         text = words.binds(found, words.reason(name) if name in Reason.__members__ else found, int(short or 0))
+        lead = "The job waits for" if found in words.LACKS else lead
     if decision.held_hosts and (room := _room(job)):
         text += f". For it, {room}"
-    return f"The job waits: {text}."
+    return f"{lead} {text}."
 
 
 # Reasons behind which a reservation may stand: its host's open row shows what goes with reserved GPUs as taken.
@@ -124,7 +125,8 @@ def _ceiling(job: Job) -> str:
     ):
         used = rows.aggregate(sum=Sum("milli"))["sum"] or 0
         if used + need > most * WHOLE:
-            return f"its {whose}'s ceiling of {words.count(most, 'GPU')}, of which {used / WHOLE:g} are in use; it needs {need / WHOLE:g}"
+            size = words.count(most, "GPU")
+            return f"its {whose}'s ceiling is {size}; {used / WHOLE:g} are in use, and it needs {need / WHOLE:g}"
     return ""
 
 

@@ -120,10 +120,15 @@ def _waits(job: Job, decision: Decision, staff: bool, now: datetime) -> dict[str
     )
     told = _Told(job, scene, request, listings, None if staff else mine)
     held = words.reason(decision.reason) in said.ROOM and reserved(scene.case, job.pk, windows)
+    kept = [told.change(c) for c in found if _holds(c, scene.case, now)]
+    notes = (
+        "" if scene.recorded else "The last cycle was not recorded: this is how things stand now.",
+        "" if kept else "No single change that was tried would make it fit.",
+    )
     return {
         **(said.reserved(job, staff=staff) if held else {}),
-        "changes": [told.change(c) for c in found if _holds(c, scene.case, now)],
-        "note": "" if scene.recorded else "The last cycle was not recorded: this is how things stand now.",
+        "changes": kept,
+        "note": " ".join(filter(None, notes)),
     }
 
 

@@ -32,11 +32,11 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.NO_GPU: ("idle GPUs on one host", "with the idle GPUs"),
     Reason.NO_GPU_SHARE: ("a large enough share of one GPU", "with room on one GPU"),
     Reason.NO_VRAM: ("GPU memory", "with the GPU memory free"),
-    Reason.TOPOLOGY: ("where the replicas must stand (topology)", "in the right NVLink domain"),
+    Reason.TOPOLOGY: ("a place where its replicas may stand as asked (topology)", "in the right NVLink domain"),
     Reason.NO_WATTS: ("power at the site", "with power for it"),
     Reason.GANG_INCOMPLETE: ("room for all replicas at once", "with room for all"),
-    Reason.OVER_QUOTA: ("its contract's or organization's ceiling of GPUs", "under the ceiling"),
-    Reason.PRICE_LIMIT: ("its price limit", "within the price limit"),
+    Reason.OVER_QUOTA: ("its contract's or organization's ceiling of GPUs is reached", "under the ceiling"),
+    Reason.PRICE_LIMIT: ("the price is above its limit", "within the price limit"),
     Reason.INVALID: ("the job as it stands cannot be placed", "valid"),
     Reason.EMPTY_CELL: ("its region has no host", "in its region"),
     Reason.TAINTED: ("the hosts that would do have taints that it does not tolerate", "whose taints it tolerates"),
@@ -44,8 +44,10 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
         "the hosts that would do leave for maintenance before it would end",
         "staying long enough",
     ),
-    Reason.AFFINITY: ("its affinity rules", "where its affinity rules let it go"),
+    Reason.AFFINITY: ("its affinity rules keep it off the hosts that would do", "where its affinity rules let it go"),
 }
+# Reasons whose words are what is missing: it waits for that. The others are sentences.
+LACKS: Final = {Reason(n) for n in range(Reason.NO_CPU, Reason.GANG_INCOMPLETE + 1)}
 # Why a job lost its place or ended: first words of a reason (docs/agent-protocol.md, services.jobs.FAULTS), as its owner reads them.
 _LEFT: Final[dict[str, str]] = {
     "host_lost": "its host was lost",

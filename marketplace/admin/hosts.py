@@ -61,7 +61,7 @@ class TaintsForm(forms.Form):
     taints = forms.CharField(
         required=False,
         max_length=1000,
-        help_text="By spaces, as dedicated=nlp. Only jobs that tolerate all of them come here; empty: all jobs.",
+        help_text="All that it shall have, by spaces, as dedicated=nlp. Empty: none, and all jobs may come.",
     )
 
     def clean_taints(self) -> list[str]:
@@ -131,8 +131,10 @@ class HostAdmin(look.Shown, TenantAdmin):
             question="Nothing new is placed here until it is put back to work.",
         ),
         Move(
-            name="taints", label="Taints", action="sites:write", run=_taint, form=TaintsForm, icon="block", bulk=True,
-            possible=lambda row: row.state != Host.State.RETIRED, question="What runs here stays.",
+            name="taints", label="Set taints", action="sites:write", run=_taint, form=TaintsForm, icon="block", bulk=True,
+            initial=lambda row: {"taints": " ".join(row.taints)},
+            possible=lambda row: row.state != Host.State.RETIRED,
+            question="From now on only jobs that tolerate all of its taints come here. What runs here stays.",
         ),
         Move(
             name="undrain", label="Put back to work", action="sites:write", run=_undrain, icon="play_arrow", bulk=True,

@@ -39,6 +39,10 @@ class Call:
     now: datetime
 
 
+def blank(row: Any) -> dict[str, Any]:  # noqa: ARG001
+    return {}
+
+
 def always(row: Any) -> bool:  # noqa: ARG001
     return True
 
@@ -57,6 +61,7 @@ class Move:
     action: str
     run: Callable[[Call], str | HttpResponse]
     form: type[forms.Form] = forms.Form
+    initial: Callable[[Any], dict[str, Any]] = blank  # what the form of one row begins with
     possible: Callable[[Any], bool] = always
     icon: str = "play_arrow"
     danger: bool = False
@@ -132,7 +137,7 @@ class MovesMixin:
         if request.method != "POST" and not move.possible(row):
             messages.warning(request, f"{move.label}: not possible now.")
             return HttpResponseRedirect(back)
-        form = dress(move.form(request.POST if request.method == "POST" else None))
+        form = dress(move.form(request.POST if request.method == "POST" else None, initial=move.initial(row)))
         if request.method == "POST" and form.is_valid():
             try:
                 said = self._do(request, move, [row], form.cleaned_data)

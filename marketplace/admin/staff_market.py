@@ -157,7 +157,7 @@ class JobAdmin(look.Shown, StaffAdmin):
     above = "desk/why.html"
 
     def more(self, request: HttpRequest, row: Job) -> dict[str, Any]:  # noqa: ARG002
-        return {"why": why.explain(row, staff=True)}
+        return {"why": why.explain(row, staff=True), "job": row}
 
 
 class StaffPlacementEvents(PlacementEvents):
@@ -193,6 +193,7 @@ class CycleAdmin(look.Shown, StaffAdmin):
     list_select_related = ("cell",)
     list_filter = ("cell",)
     ordering = ("-id",)
+    fields = list_display
     above = "desk/cycle.html"
 
     @display(description="Snapshot / plan / commit, ms")
@@ -212,6 +213,11 @@ class DecisionAdmin(look.Shown, StaffAdmin):
     list_filter = ("outcome", "reason")
     search_fields = ("job__name",)
     ordering = ("-at",)
+    fields = ("job", "cycle", "at", "shown_outcome", "reason", "binding", "suggestion", "earliest_start", "held_hosts")
+    above = "desk/why.html"
+
+    def more(self, request: HttpRequest, row: Decision) -> dict[str, Any]:  # noqa: ARG002
+        return {"why": why.explain(row.job, staff=True), "job": row.job}
 
     @display(description="Outcome", ordering="outcome", label=look.TONES)
     def shown_outcome(self, row: Decision) -> str:

@@ -35,6 +35,24 @@ _SAME = {
 _NONE = {"host": "on a host", "leaf": "at a leaf switch", "spine": "in a fabric", "site": "at a site"}
 
 
+_PLACES = {
+    "pack": "packed closely",
+    "spread": "spread out",
+    "host": "in one host",
+    "leaf": "in one leaf",
+    "spine": "in one fabric",
+}
+
+
+def place(job: Job) -> str:
+    """What its topology asks for, as its owner reads it."""
+    asked = _PLACES.get(job.topology, "in one site")
+    if not job.spread_level:
+        return asked
+    spread = f"spread by {job.spread_level}"
+    return spread if job.topology == Job.Topology.SPREAD else f"{asked}, {spread}"
+
+
 def sentence(rule: dict[str, Any]) -> str:
     """One rule of affinity as its owner reads it."""
     who = "a job of yours with " + " and ".join(rule["labels"])

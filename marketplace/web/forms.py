@@ -158,7 +158,7 @@ class JobForm(forms.Form):
     )  # fmt: skip
     spread_level = forms.ChoiceField(
         label="Spread over", required=False,
-        choices=[("", "Nothing, or hosts when spread out"), ("host", "Hosts"), ("leaf", "Leaves"), ("spine", "Fabrics")],
+        choices=[("", "As placement says"), ("host", "Hosts"), ("leaf", "Leaves"), ("spine", "Fabrics")],
     )  # fmt: skip
     max_per_domain = forms.IntegerField(
         label="Replicas in one of these, at most", required=False, min_value=1, max_value=4096
@@ -192,8 +192,8 @@ class JobForm(forms.Form):
     )  # fmt: skip
     movable = forms.BooleanField(
         label="May be moved to another host", required=False,
-        help_text="So that a larger job fits: it gets the signal above, saves its work, stops, and goes on elsewhere from its"
-        " checkpoint. You do not pay meanwhile. Spot work with a grace may be moved without this.",
+        help_text="To make room: it gets that signal, saves its work, stops, and goes on elsewhere. You do not pay meanwhile. Spot"
+        " work may be moved anyhow.",
     )  # fmt: skip
     max_minutes = forms.IntegerField(label="Stop after, minutes", min_value=1, max_value=1_000_000, required=False)
     priority = forms.IntegerField(label="Priority", min_value=-100, max_value=100, initial=0, required=False)

@@ -107,13 +107,19 @@ def _job(request: HttpRequest, public_id: str) -> Job:
 def job(request: HttpRequest, job: str) -> HttpResponse:
     row = _job(request, job)
     rules = [job_rules.sentence(rule) for rule in row.affinity]
-    found = {**_live(row), **_log(request, row), "why": why.explain(row, deep=False), "rules": rules}
+    found = {
+        **_live(row),
+        **_log(request, row),
+        "why": why.explain(row, deep=False),
+        "rules": rules,
+        "placement_words": job_rules.place(row),
+    }
     return render(request, "job.html", found)
 
 
 def _live(row: Job) -> dict[str, Any]:
     """What moves while the job lives."""
-    now = timezone.now()
+    now, final = timezone.now(), row.state in Job.FINAL
     rows = Placement.objects.owned_by(row.organization_id).filter(job=row).select_related("host", "site")
     placements = [
         {"row": p, "devices": charts.devices(p.host.gpu_count, p.gpu_indices, label=_device_words(p))}
@@ -122,13 +128,14 @@ def _live(row: Job) -> dict[str, Any]:
     return {
         "row": row,
         "events": job_views.events(row),
-        "final": row.state in Job.FINAL,
+        "final": final,
         "waiting": row.state in Job.WAITING,
         "actions": job_views.shown(row)["actions"],
         "placements": placements[:SHOWN_PLACEMENTS],
         "more_placements": len(placements) > SHOWN_PLACEMENTS,
         "cost": costs.of_job(row, now=now),
         "ran_s": int(((row.finished_at or now) - row.started_at).total_seconds()) if row.started_at else None,
+        "saved_s": int((now - row.checkpointed_at).total_seconds()) if row.checkpointed_at and not final else None,
         "watts": sum(p["row"].watts_delta for p in placements if p["row"].state not in Placement.FINAL),
     }
 

@@ -11,6 +11,7 @@ from django.utils.safestring import SafeString
 
 from billing.core import money
 from marketplace import ids
+from scheduler import words as said
 
 register = template.Library()
 
@@ -49,6 +50,12 @@ def amount(minor: int | None, currency: str = "USD") -> str:
 
 def _signed(text: str, currency: str) -> str:
     return f"{SIGNS[currency]}{text}" if currency in SIGNS else f"{text} {currency}"
+
+
+@register.filter
+def left(reason: str) -> str:
+    """Why a job or a replica lost its place, without our own short words for it."""
+    return said.left(reason)
 
 
 @register.filter

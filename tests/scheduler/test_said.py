@@ -159,16 +159,20 @@ def leaving(market):
 @pytest.mark.parametrize(
     ("make", "said", "changes"),
     [
-        (shape, "idle GPUs on one host, short by 3 GPUs", {"gpus", "split"}),
+        (shape, "The job waits for idle GPUs on one host, short by 3 GPUs", {"gpus", "split"}),
         (vcpu, "vCPU, short by 3.5 vCPU", {"cpu"}),
-        (topology, "where the replicas must stand (topology), short by 1 replica", {"topology", "replicas"}),
+        (
+            topology,
+            "a place where its replicas may stand as asked (topology), short by 1 replica",
+            {"topology", "replicas"},
+        ),
         (watts, "power at the site, short by", {"gpus"}),
-        (price, "its price limit of 2 USD per GPU-hour; it costs 2.5 now", {"price"}),
-        (quota, "its contract's ceiling of 8 GPUs, of which 4 are in use; it needs 8", {"gpus", "quota", "job"}),
-        (budget, "its organization's ceiling of 10 GPUs, of which 4 are in use; it needs 8", {"gpus", "quota"}),
+        (price, "it costs 2.5 USD per GPU-hour now, above its limit of 2", {"price"}),
+        (quota, "its contract's ceiling is 8 GPUs; 4 are in use, and it needs 8", {"gpus", "quota", "job"}),
+        (budget, "its organization's ceiling is 10 GPUs; 4 are in use, and it needs 8", {"gpus", "quota"}),
         (reservation, "the hosts that would do are reserved", {"window"}),
         (taint, "the hosts that would do have taints that it does not tolerate", {"taints"}),
-        (affinity, "its affinity rules", {"apart"}),
+        (affinity, "its affinity rules keep it off the hosts that would do", {"apart"}),
         (leaving, "take no work now", set()),
     ],
 )
@@ -178,9 +182,10 @@ def test_what_binds_is_said_alike_at_every_door(make, said, changes):
     market.cycle()
     assert Job.objects.get(pk=job.pk).state == "queued"
     text, found = agreed(job)
-    assert text.startswith("The job waits: ")
+    assert text.startswith("The job waits")
     assert said in text
     assert changes <= set(found), found
+    assert ("No single change that was tried would make it fit." in doors(job)[1]) == (not found)
     assert "Secret Rival" not in text + str(found)
     assert "rack 7" not in text + str(found)
 

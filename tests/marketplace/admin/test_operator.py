@@ -269,3 +269,9 @@ def test_history_is_the_audit_trail(client, mine):
         reverse("operator:marketplace_host_history", args=[mine.host.pk])
         in client.get(url("host", "change", mine.host.pk)).content.decode()
     )
+
+
+def test_the_form_of_taints_begins_with_those_that_stand(client, mine):
+    path = url("host", "taints", mine.host.pk)
+    client.post(path, {"taints": "dedicated=nlp crew=night"})
+    assert 'value="crew=night dedicated=nlp"' in client.get(path).content.decode()

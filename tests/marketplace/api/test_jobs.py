@@ -213,7 +213,7 @@ def test_a_job_with_its_placements_events_and_explanation(api, contract):
     assert api.get(f"{URL}/{job}/explain").json()["outcome"] == "placed"
     why = api.get(f"{URL}/{waiting}/explain").json()
     assert (why["outcome"], why["reason"]) == ("waiting", "over_quota")
-    assert "The job waits: " in why["text"]
+    assert "ceiling is 8 GPUs; 8 are in use" in why["text"]
 
 
 def test_logs_by_offset(api, contract):

@@ -308,4 +308,19 @@ def drive(folder, check, **options):
     asyncio.run(go())
 
 
-__all__ = ["AgentProcess", "ControlPeer", "World", "demo_site", "drive", "small_site", "until", "until_awaited"]
+def job_pids(world, key):
+    names = json.loads((world.agent.state / "work" / key / "pid.json").read_text())
+    return names["pid"], names["job"]
+
+
+__all__ = [
+    "AgentProcess",
+    "ControlPeer",
+    "World",
+    "demo_site",
+    "drive",
+    "job_pids",
+    "small_site",
+    "until",
+    "until_awaited",
+]

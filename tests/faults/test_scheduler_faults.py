@@ -19,7 +19,7 @@ from marketplace.services.jobs import CYCLE
 from scheduler import cycle, fleet, site_loop
 from tests import factories as f
 from tests.factories import NOW
-from tests.races.test_placement import Market
+from tests.races.market import Market
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

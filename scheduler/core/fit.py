@@ -1,7 +1,7 @@
 """The one fit rule: does this shape go on this host now, on which GPUs, and what does it add in watts.
 
 Two forms of the same rule, compared by a property test: `fit_kernels.fit_kernel` (numba, rows of the planner's state) and
-`fits_one` (plain ints: what the committer calls on a host that it has locked). Stages are tested in the order of FIT_STAGES;
+`fits_one` (plain ints: the twin that tests and benchmarks hold beside it). Stages are tested in the order of FIT_STAGES;
 the first that fails is the answer. The GPU choice is deterministic:
     shares: an active device before an idle one (it costs no activation watts), then the least free, then the lowest index;
     whole devices: the smallest NVLink domain with enough idle devices (if asked for), then the lowest indices.
@@ -98,16 +98,6 @@ def host_row(fleet: Fleet, host: int) -> HostRow:
         leaves=at("leaves"),
         vram_total=at("vram_total"),
     )
-
-
-def budgets_of(fleet: Fleet, host: int) -> list[Budget]:
-    """Ancestor nodes of `host`, lowest first."""
-    chain, node = [], int(fleet.power_node[host])
-    while node >= 0:
-        free = int(fleet.node_free_mw[node]) + int(fleet.node_reclaimable_mw[node])
-        chain.append(Budget(node, int(fleet.node_k_gpu[node]), free))
-        node = int(fleet.node_parent[node])
-    return chain
 
 
 def rounded_end(now_s: int, duration_s: int, deadlines: Sequence[int], lag_s: int = 0) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 
-from scheduler.core.fit import host_row, host_watts, vram_of
+from scheduler.core.fit import Budget, host_row, host_watts, vram_of
 from scheduler.core.types import FOREVER, Fleet, HostFlag, Kind, Level, Plan, Request, Running, Topology
 
 
@@ -212,3 +212,13 @@ def check(fleet: Fleet, plan: Plan, requests: list[Request], running: list[Runni
     decided = [d.job for d in plan.decisions]
     assert sorted(decided) == sorted(by_job), "every job has one decision"
     assert {d.job for d in plan.decisions if d.placed} == set(replicas)
+
+
+def budgets_of(fleet: Fleet, host: int) -> list[Budget]:
+    """Ancestor nodes of `host`, lowest first."""
+    chain, node = [], int(fleet.power_node[host])
+    while node >= 0:
+        free = int(fleet.node_free_mw[node]) + int(fleet.node_reclaimable_mw[node])
+        chain.append(Budget(node, int(fleet.node_k_gpu[node]), free))
+        node = int(fleet.node_parent[node])
+    return chain

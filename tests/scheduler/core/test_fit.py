@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.fit import budgets_of, choose_gpus, fits_one, host_row, host_watts, vram_of
+from scheduler.core.fit import choose_gpus, fits_one, host_row, host_watts, vram_of
 from scheduler.core.fit_kernels import HELD, fit_kernel, request_vector
 from scheduler.core.gang import room
 from scheduler.core.pack import bits, make_state
 from scheduler.core.plan import plan
 from scheduler.core.types import Fleet, HostFlag, Reason, Request, Topology
-from tests.scheduler.core.cells import cell, queue, settle
+from tests.scheduler.core.cells import budgets_of, cell, queue, settle
 
 pytestmark = pytest.mark.serverless
 

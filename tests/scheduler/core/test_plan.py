@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.fit import budgets_of, fits_one, host_row
+from scheduler.core.fit import fits_one, host_row
 from scheduler.core.order import fair_order
 from scheduler.core.plan import plan
 from scheduler.core.types import Fleet, HostFlag, Kind, Level, Policy, Reason, Request, Running, Topology
-from tests.scheduler.core.cells import cell, check, queue, settle
+from tests.scheduler.core.cells import budgets_of, cell, check, queue, settle
 
 pytestmark = pytest.mark.serverless
 

@@ -117,11 +117,10 @@ class Offers:
     def updated(self, **rows: Rows) -> "Offers":
         """With these tables in place of the older; what does not depend on them is handed on."""
         later = Offers(**{**{name: getattr(self, name) for name in _TABLES}, **rows}, names=self.names)
-        if all(np.array_equal(self.hosts[name], later.hosts[name]) for name in _STATEFUL) and "shelf" in self.__dict__:
+        if "shelf" in self.__dict__ and all(np.array_equal(self.hosts[n], later.hosts[n]) for n in _STATEFUL):
             later.__dict__["shelf"] = self.shelf
-            same = np.array_equal(self.hosts["leaves"], later.hosts["leaves"])
-            if same and later.holds is self.holds and later.tasks is self.tasks and "_lines" in self.__dict__:
-                later.__dict__["_lines"] = self.__dict__["_lines"]
+        if "_lines" in self.__dict__ and not {"hosts", "holds", "tasks"} & rows.keys():  # see _timeline
+            later.__dict__["_lines"] = self.__dict__["_lines"]
         return later
 
     # --- who may see what

@@ -180,7 +180,7 @@ def _decode(cursor: str, sort: str) -> tuple[int, int]:
         at = int(value), int(pk)
     except (ValueError, TypeError, OverflowError, RecursionError):
         name, at = None, (0, 0)
-    if name != sort or max(map(abs, at)) > UNKNOWN:
+    if name != sort or max(map(abs, at)) > UNKNOWN or _encode(sort, *at) != cursor:
         raise MarketError(
             "invalid_request", "The cursor is not one of this search and sort; start again.", {"/cursor": "invalid"}
         )

@@ -1,4 +1,4 @@
-"""A topic of the outbox that only tests use, and its handler."""
+"""An offer and who may buy it; a topic of the outbox that only tests use, and its handler."""
 
 import logging
 
@@ -6,8 +6,20 @@ import pytest
 from django.db import transaction
 
 from marketplace import outbox
+from tests import factories
 
 TOPIC = "tests.topic"
+
+
+@pytest.fixture
+def listing():
+    site = factories.site()
+    return factories.listing(site, hosts=[factories.host(site)])
+
+
+@pytest.fixture
+def customer():
+    return factories.organization()
 
 
 class Heard(list):

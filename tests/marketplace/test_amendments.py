@@ -10,7 +10,7 @@ from marketplace.services import availability, contracts, documents, jobs
 from scheduler.core import capacity
 from tests import factories
 from tests.factories import NOW
-from tests.marketplace.test_contracts import DAY, END, HOUR, START, accept, ask, rate, refused
+from tests.marketplace.trade import DAY, END, HOUR, START, accept, ask, rate, refused
 
 pytestmark = pytest.mark.django_db
 LATER = END + 3 * DAY
@@ -34,17 +34,6 @@ def held(contract):
 
 def sound(listing):
     assert capacity.violations(availability.load([listing], NOW).pool) == ()
-
-
-@pytest.fixture
-def listing():
-    site = factories.site()
-    return factories.listing(site, hosts=[factories.host(site)])
-
-
-@pytest.fixture
-def customer():
-    return factories.organization()
 
 
 # --- a later end

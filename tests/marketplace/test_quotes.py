@@ -6,15 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marketplace.errors import MarketError
 from marketplace.models import Contract, Quote, Reservation
 from marketplace.services import availability, contracts, documents, holds, listings, quotes
 from marketplace.services.holds import Taken
 from tests import factories
 from tests.factories import NOW
-
-DAY = timedelta(days=1)
-START, END = NOW + 2 * DAY, NOW + 9 * DAY
+from tests.marketplace.trade import DAY, END, START, ask, refused
 
 
 @pytest.fixture
@@ -22,25 +19,8 @@ def site():
     return factories.site()
 
 
-@pytest.fixture
-def customer():
-    return factories.organization()
-
-
 def offer(site, *, hosts=1, leaf="leaf-1", **fields):
     return factories.listing(site, hosts=[factories.host(site, leaf=leaf) for _ in range(hosts)], **fields)
-
-
-def ask(customer, listing, kind="reserved", gpus=8, *, now=NOW, start=START, end=END, **fields):
-    wanted = quotes.Request(kind, gpus, starts_at=start, ends_at=end, **fields)
-    return quotes.quote(factories.actor(customer), listing.pk, wanted, now=now)
-
-
-def refused(code, call, *args, **kwargs):
-    with pytest.raises(MarketError) as error:
-        call(*args, **kwargs)
-    assert error.value.code == code, error.value
-    return error.value
 
 
 @pytest.mark.django_db

@@ -12,6 +12,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from marketplace import ids
+from marketplace.api import shapes
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.api.errors import translate
 from marketplace.api.job_shapes import (
@@ -254,9 +255,15 @@ class JobExplain(JobResource):
 class JobEvents(JobResource):
     actions = {"GET": "jobs:read"}
 
-    @extend_schema(tags=["jobs"], operation_id="jobs_events", responses={200: JobEventPage})
-    def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
-        return Response({"data": job_views.events(self.row(job)), "has_more": False, "cursor": None})
+    @extend_schema(
+        tags=["jobs"], operation_id="jobs_events", responses={200: JobEventPage},
+        parameters=[OpenApiParameter(n, str) for n in ("limit", "cursor")],
+    )  # fmt: skip
+    def get(self, request: Request, job: str) -> Response:
+        """What became of it, oldest first."""
+        row = self.row(job)
+        query = shapes.query(request, shapes.PageQuery)
+        return Response(shapes.page(job_views.event, row.events.all(), query, order="id"))
 
 
 class JobLogs(JobResource):

@@ -77,8 +77,12 @@ def placement(p: Placement) -> dict[str, Any]:
 
 
 def events(job: Job) -> list[dict[str, Any]]:
-    rows = JobEvent.objects.filter(job=job).order_by("id")[:1000]
-    return [{"at": e.at, "actor": e.actor, "from": e.from_state, "to": e.to_state, "reason": e.reason} for e in rows]
+    """The first thousand, for the job's page."""
+    return [event(row) for row in JobEvent.objects.filter(job=job).order_by("id")[:1000]]
+
+
+def event(row: JobEvent) -> dict[str, Any]:
+    return {"at": row.at, "actor": row.actor, "from": row.from_state, "to": row.to_state, "reason": row.reason}
 
 
 def logs(placement: Placement | None, stream: str, offset: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def walk(world: World, report: Report, work: Arrivals, *, pulse: Callable[[], No
         )["id"]
         watched("the claimant to end", lambda: _state(tenants[1], claim) in DONE, seconds=90)
         expect(_state(tenants[1], claim) == "succeeded", "the on-demand job did not succeed")
-        moves = [e["to"] for e in tenants[0].client.get(f"jobs/{spot}/events")["data"]]
+        moves = [e["to"] for e in tenants[0].client.get(f"jobs/{spot}/events", limit=100)["data"]]
         expect("preempting" in moves and "requeued" in moves, f"the spot job went {moves}")
         seen.append(" -> ".join(moves))
     with report.step("a worker and an agent are killed on the way; some jobs are cancelled") as seen:

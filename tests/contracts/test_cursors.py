@@ -13,17 +13,6 @@ from tests.contracts.test_matrix import url_of
 from tests.matrix import ROUTES, World
 
 pytestmark = pytest.mark.django_db
-NOT_LISTS = {  # GET routes of the API whose answer is no page
-    "api/v1/health", "api/v1/schema", "api/v1/sites/<str:site>/power", "api/v1/sites/<str:site>/minutes",
-    "api/v1/listings/<str:listing>/calendar", "api/v1/jobs/<str:job>/explain", "api/v1/jobs/<str:job>/logs",
-    "api/v1/jobs/<str:job>/events", "api/v1/invoices/preview", "api/v1/invoices/<str:invoice>/usage",
-    "api/v1/payment-methods", "api/v1/payouts/account", "api/v1/staff/invariants",
-}  # fmt: skip
-LISTS = [
-    r
-    for r in ROUTES
-    if r.is_api and r.method == "GET" and r.path not in NOT_LISTS and not r.path.endswith((">", "/switch"))
-]
 
 
 def packed(text: str) -> str:
@@ -81,17 +70,24 @@ def test_our_own_are_read():
         assert search._decode(search._encode("price", 1_000_000, pk >> 1), "price") == (1_000_000, pk >> 1)
 
 
-@pytest.mark.parametrize("route", LISTS, ids=lambda r: r.path)
-def test_every_list_refuses_what_it_did_not_give(route):
+def test_every_list_refuses_what_it_did_not_give():
     world = World()
     client = factories.client(user=world.members["owner"].user)
     client.raise_request_exception = False
-    url = url_of(route, world)
-    assert {"data", "has_more", "cursor"} <= client.get(url).json().keys(), "no list: name it in NOT_LISTS"
-    for about in ("no base64", "past 64 bits", 'JSON ["2026-13-45T99:99:99Z", 17]'):
-        assert answer(client, url, cursor=FORGED[about]) == (400, "invalid_request", ["/cursor"]), about
-    for limit in ("0", "9" * 5000):
-        assert answer(client, url, limit=limit) == (400, "invalid_request", ["/limit"]), limit
+    lists = 0
+    for route in ROUTES:
+        if not route.is_api or route.method != "GET" or route.outside:
+            continue
+        url = url_of(route, world)
+        shown = client.get(url)
+        if shown["Content-Type"] != "application/json" or not {"data", "has_more", "cursor"} <= shown.json().keys():
+            continue
+        lists += 1
+        for about in ("no base64", "past 64 bits", 'JSON ["2026-13-45T99:99:99Z", 17]'):
+            assert answer(client, url, cursor=FORGED[about]) == (400, "invalid_request", ["/cursor"]), (url, about)
+        for limit in ("0", "9" * 5000):
+            assert answer(client, url, limit=limit) == (400, "invalid_request", ["/limit"]), (url, limit)
+    assert lists >= 20
 
 
 @pytest.mark.parametrize("path", ["jobs", "contracts", "invoices", "usage", "keys", "team"])

@@ -53,7 +53,7 @@ class Company:
         return dict(self.wait(f"{job} to be {states}", lambda: (j := self.job(job))["state"] in states and j))
 
     def moves(self, job: str) -> list[str]:
-        return [e["to"] for e in self.customer.client.get(f"jobs/{job}/events")["data"]]
+        return [e["to"] for e in self.customer.client.get(f"jobs/{job}/events", limit=100)["data"]]
 
 
 def refusal(act: Any) -> RefusedError:

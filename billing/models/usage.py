@@ -56,10 +56,19 @@ class UsageRecord(TenantModel):
 
     PREFIX = "usg"
 
-    organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="+", db_index=False)
-    contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="usage", db_index=False)
-    placement = models.ForeignKey(Placement, on_delete=models.PROTECT, related_name="usage", db_index=False)
-    price_version = models.ForeignKey(PriceVersion, on_delete=models.PROTECT, related_name="+", db_index=False)
+    # That the rows referred to are there, and stay, a trigger checks for a whole statement (migration 0005).
+    organization = models.ForeignKey(
+        Organization, on_delete=models.PROTECT, related_name="+", db_index=False, db_constraint=False
+    )
+    contract = models.ForeignKey(
+        Contract, on_delete=models.PROTECT, related_name="usage", db_index=False, db_constraint=False
+    )
+    placement = models.ForeignKey(
+        Placement, on_delete=models.PROTECT, related_name="usage", db_index=False, db_constraint=False
+    )
+    price_version = models.ForeignKey(
+        PriceVersion, on_delete=models.PROTECT, related_name="+", db_index=False, db_constraint=False
+    )
     meter = models.PositiveSmallIntegerField(choices=Meter, default=Meter.GPU)
     revision = models.PositiveSmallIntegerField(default=0)
     start_s = models.BigIntegerField()

@@ -1,0 +1,63 @@
+"""What usage records refer to is there and stays, though no foreign key says so (migration 0005)."""
+
+from dataclasses import replace
+
+import pytest
+from django.db import IntegrityError, connection, transaction
+
+from billing import usage
+from billing.models import UsageRecord
+from tests import factories as f
+
+GONE = 999_999_999
+COLUMNS = ["organization_id", "contract_id", "placement_id", "price_version_id"]
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def row():
+    site = f.site()
+    host = f.host(site)
+    contract = f.contract(f.listing(site, hosts=[host]))
+    placement = f.placement(f.job(contract), host, [0])
+    version = usage.price_versions(contract)[0]
+    return usage.Row(
+        contract.organization_id, contract.pk, placement.pk, version.pk, 1, 0, 0, 3600, 1000, 3_600_000, 0, "t", "t-1"
+    )
+
+
+def test_a_record_of_what_is_there_is_taken(row):
+    assert usage.insert([row]) == {"t-1"}
+    assert usage.insert([row]) == set()
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_record_that_refers_to_nothing_is_refused(row, column):
+    wrong = replace(row, **{column: GONE}, start_s=7200, end_s=9000, event_id="t-2")
+    with pytest.raises(IntegrityError, match=f"{column} refers to a row"), transaction.atomic():
+        usage.insert([row, wrong])
+    assert not UsageRecord.objects.exists()
+
+
+def test_a_record_of_another_contract_than_its_placements_is_looked_at_by_itself(row):
+    other = f.contract()
+    assert usage.insert([replace(row, organization_id=other.organization_id, contract_id=other.pk)]) == {"t-1"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_what_is_referred_to_is_not_deleted(row, column):
+    usage.insert([row])
+    table = UsageRecord._meta.get_field(column.removesuffix("_id")).related_model._meta.db_table
+    for statement in (
+        f"DELETE FROM {table} WHERE id = {getattr(row, column)}",
+        f"UPDATE {table} SET id = {GONE} WHERE id = {getattr(row, column)}",
+    ):
+        with pytest.raises(IntegrityError):
+            at_once(statement)
+
+
+def at_once(statement):
+    """Run it with every check that would come at the commit."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(statement)
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")

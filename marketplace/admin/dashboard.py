@@ -15,6 +15,7 @@ from marketplace.admin.charts import LAYERS, Slice
 from marketplace.admin.tenancy import own
 from marketplace.models import (
     Agent,
+    Amendment,
     Contract,
     Curtailment,
     Host,
@@ -158,16 +159,27 @@ def ai_revenue(actor: Actor, sites: Sequence[Site], start: datetime, end: dateti
     for running, released, finished, gpus, milli, price, fee, currency in ran:
         seconds = _overlap(running, released or finished or end, start, end)
         found[currency] += seconds * len(gpus) * milli * price * (1000 - fee)
-    held = (
+    holding = (
         own(Contract, actor)
         .filter(site__in=sites, kind__in=("reserved", "flexible"), starts_at__lt=end)
         .exclude(state__in=("pending_payment", "cancelled"))
         .filter(Q(ended_at=None) | Q(ended_at__gt=start), Q(ends_at=None) | Q(ends_at__gt=start))
-        .values_list("starts_at", "ends_at", "ended_at", "gpu_count", "price", "fee_permille", "currency")
     )
+    held = holding.values_list("starts_at", "ends_at", "ended_at", "gpu_count", "price", "fee_permille", "currency")
     for begins, ends, ended, count, price, fee, currency in held:
         seconds = _overlap(begins, min(at for at in (ends, ended, end) if at is not None), start, end)
         found[currency] += seconds * count * 1000 * price * (1000 - fee)
+    joined = Amendment.objects.visible_to(actor).filter(contract__in=holding, kind="resize", state="accepted")
+    for row in joined.select_related(
+        "contract"
+    ):  # counted above as if they had been there all along, at the first price
+        of = row.contract
+        over = min(at for at in (of.ends_at, of.ended_at, end) if at is not None)
+        change = (
+            _overlap(row.effective_at, over, start, end) * row.price
+            - _overlap(of.starts_at, over, start, end) * of.price
+        )
+        found[of.currency] += change * row.added_gpus * 1000 * (1000 - of.fee_permille)
     return {currency: value // (3600 * 1000 * 1000) for currency, value in found.items()}
 
 

@@ -6,9 +6,21 @@ import pytest
 from django.urls import reverse
 from django.utils import timezone
 
-from marketplace.models import AuditEvent, Curtailment, EnrolmentToken, Host, Listing, OutboxMessage, PowerNode, Site
+from marketplace.admin import dashboard
+from marketplace.models import (
+    Amendment,
+    AuditEvent,
+    Curtailment,
+    EnrolmentToken,
+    Host,
+    Listing,
+    OutboxMessage,
+    PowerNode,
+    Site,
+)
 from marketplace.services import tokens
 from tests import factories
+from tests.factories import NOW
 from tests.marketplace.admin.test_tenancy import form, url
 from tests.marketplace.test_imports import HOSTS, NODES
 
@@ -275,3 +287,17 @@ def test_the_form_of_taints_begins_with_those_that_stand(client, mine):
     path = url("host", "taints", mine.host.pk)
     client.post(path, {"taints": "dedicated=nlp crew=night"})
     assert 'value="crew=night dedicated=nlp"' in client.get(path).content.decode()
+
+
+def test_revenue_counts_gpus_that_joined_a_commitment_from_then_on_at_their_price(db):
+    site = factories.site()
+    day = timedelta(days=1)
+    contract = factories.contract(
+        factories.listing(site), kind="reserved", gpu_count=6, ends_at=NOW + 10 * day, price=2_000_000, fee_permille=0
+    )
+    Amendment.objects.create(
+        contract=contract, kind="resize", state="accepted", added_gpus=4, price=3_000_000, proposed_by="x", created_at=NOW,
+        answer_by=NOW, effective_at=NOW + day,
+    )  # fmt: skip
+    found = dashboard.ai_revenue(factories.actor(site.organization), [site], NOW, NOW + 2 * day)
+    assert found == {"USD": (2 * 48 * 2 + 4 * 24 * 3) * 1_000_000}

@@ -194,3 +194,6 @@ def test_the_terms_of_service_by_api(listing):
     assert api.post(body["path"], body["body"], format="json").json()["accepted_by"]
     assert accept(api, made).status_code == 201
     assert api.post("/api/v1/terms", {"version": "1999-01-01"}, format="json").json()["code"] == "terms_not_accepted"
+    other = factories.client(factories.organization(terms=False))
+    ready = other.get(f"/api/v1/quotes/{quote(other, listing)}").json()["accept"]  # posting it accepts both
+    assert other.post(ready["path"], ready["body"], format="json").status_code == 201

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from benchmarks.simulator import Cluster, Start, Workload
+from scheduler.core.order import weighed
 from scheduler.core.plan import plan
 from scheduler.core.types import F64, I32, I64, WHOLE, Fleet, Kind, Policy, Request, Running
 
@@ -255,7 +256,7 @@ class Core:
             replicas=int(work.replicas[job]),
             gpus=int(work.gpus[job]),
             queued_at=int(work.submit[job]),
-            usage=float(self.held[tenant] + self.usage[tenant]),
+            usage=weighed(float(self.held[tenant]), float(self.usage[tenant])),
             duration_s=int(work.estimate[job]),
             promised_start=start,
             promised_hosts=hosts,

@@ -6,11 +6,6 @@
 Time is integer seconds from the first arrival. A `Discipline` is told what arrived and what ended and says what starts now and
 where; the simulator books GPUs one by one (a double booking raises), ends jobs after their true duration, and integrates. The
 discipline sees estimates, never durations. Everybody gets the same workload, estimates included.
-
-Fairness. At each instant a tenant's *demand* is the GPUs of its jobs that run or wait, its *entitlement* the max-min fair
-(water-filling) division of all GPUs over the demands, equal weights, its *received* the GPUs that its jobs hold. Both are
-integrated over the time in which it has demand; the fair share of a tenant is received / entitled. It is 1 or more when the
-tenant got all that max-min fairness owed it, in total; work that waits raises what is owed without raising what is received.
 """
 
 from __future__ import annotations
@@ -21,10 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numba import njit
 
 from benchmarks.harness import require
-from scheduler.core.types import F64, I32, I64
+from scheduler.core.types import I32, I64
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,8 @@ class Discipline(Protocol):
 @dataclass
 class Outcome:
     start: I64  # [J]
-    received: F64  # [tenants] GPU-seconds over the time with demand
-    entitled: F64
-    received_waiting: F64  # the same over the time with waiting jobs only
-    entitled_waiting: F64
+    first: I64  # [J + 1]: replica r of job j stood on hosts[first[j] + r]
+    hosts: I64
     busy: float  # GPU-seconds up to the last submission
     span: int
     decisions: int
@@ -95,65 +87,16 @@ class Outcome:
         """Share of all GPU-seconds between the first and the last submission that ran something."""
         return self.busy / (cluster.gpus * self.span)
 
-    def fair_shares(self) -> F64:
-        """Received / entitled by tenant (docstring of the module); nan for who has no job."""
-        return np.where(self.entitled > 0, self.received / np.maximum(self.entitled, 1e-9), np.nan)
-
-    def fair_shares_waiting(self) -> F64:
-        """The same, over the time in which the tenant has waiting jobs; nan for who never waits."""
-        return np.where(
-            self.entitled_waiting > 0, self.received_waiting / np.maximum(self.entitled_waiting, 1e-9), np.nan
-        )
-
-
-@njit(cache=True)
-def fair_division(demand: F64, capacity: float, out: F64) -> None:
-    """Max-min fair division of `capacity` over `demand` [T], equal weights (water-filling), into `out`."""
-    left, open_ = capacity, 0
-    for i in range(len(demand)):
-        out[i] = 0.0
-        open_ += demand[i] > 0
-    while open_ > 0 and left > 1e-9:
-        level, used = left / open_, 0.0
-        full = 0
-        for i in range(len(demand)):
-            lack = demand[i] - out[i]
-            if lack > 0 and lack <= level:
-                out[i] += lack
-                used += lack
-                full += 1
-        if full == 0:
-            for i in range(len(demand)):
-                if demand[i] > out[i]:
-                    out[i] += level
-            return
-        left -= used
-        open_ -= full
-
-
-@njit(cache=True)
-def _integrate(dt: float, held: F64, waiting: F64, capacity: float, share: F64, sums: F64) -> None:
-    """Adds an interval to sums [4, T]: received and entitled with demand, received and entitled with waiting jobs."""
-    demand = held + waiting
-    fair_division(demand, capacity, share)
-    for i in range(len(held)):
-        if demand[i] > 0:
-            sums[0, i] += held[i] * dt
-            sums[1, i] += share[i] * dt
-            if waiting[i] > 0:
-                sums[2, i] += held[i] * dt
-                sums[3, i] += share[i] * dt
-
 
 def simulate(work: Workload, cluster: Cluster, discipline: Discipline) -> Outcome:
     """Runs all jobs to their end. Raises WorkNotDoneError when something is double-booked or never starts."""
     count, width = len(work), work.width.tolist()
-    submit, duration, tenant = work.submit.tolist(), work.duration.tolist(), work.tenant.tolist()
+    submit, duration = work.submit.tolist(), work.duration.tolist()
     per_job, full = work.gpus.tolist(), (1 << cluster.per_host) - 1
     free = [full] * cluster.hosts
-    held, waiting = np.zeros(len(work.tenants)), np.zeros(len(work.tenants))
-    share, sums = np.zeros(len(work.tenants)), np.zeros((4, len(work.tenants)))
     start = np.full(count, -1, np.int64)
+    first = np.concatenate([[0], np.cumsum(work.replicas)]).astype(np.int64)
+    stood = np.zeros(first[-1], np.int64)
     where: dict[int, list[tuple[int, int]]] = {}
     ends: list[tuple[int, int]] = []
     arriving, now, decisions, busy, in_use = 0, 0, 0, 0.0, 0
@@ -166,7 +109,6 @@ def simulate(work: Workload, cluster: Cluster, discipline: Discipline) -> Outcom
             upcoming.append(discipline.wake)
         then = min(upcoming)
         if then > now:
-            _integrate(float(then - now), held, waiting, float(cluster.gpus), share, sums)
             busy += in_use * max(0, min(then, last) - min(now, last))
         now = then
         ended, arrived = [], []
@@ -175,11 +117,9 @@ def simulate(work: Workload, cluster: Cluster, discipline: Discipline) -> Outcom
             ended.append(job)
             for host, mask in where.pop(job):
                 free[host] |= mask
-            held[tenant[job]] -= width[job]
             in_use -= width[job]
         while arriving < count and submit[arriving] <= now:
             arrived.append(arriving)
-            waiting[tenant[arriving]] += width[arriving]
             arriving += 1
         for job, hosts, masks in discipline.decide(now, arrived, ended):
             taken = []
@@ -192,13 +132,12 @@ def simulate(work: Workload, cluster: Cluster, discipline: Discipline) -> Outcom
                 free[host] ^= mask
                 taken.append((host, mask))
             where[job], start[job] = taken, now
+            stood[first[job] : first[job + 1]] = [host for host, _ in taken]
             heapq.heappush(ends, (now + duration[job], job))
-            held[tenant[job]] += width[job]
-            waiting[tenant[job]] -= width[job]
             in_use += width[job]
         decisions += 1
     require(bool((start >= work.submit).all()), f"{int((start < work.submit).sum())} jobs never started")
-    return Outcome(start, sums[0], sums[1], sums[2], sums[3], busy, max(1, last), decisions)
+    return Outcome(start, first, stood, busy, max(1, last), decisions)
 
 
 def _lowest(free: int, count: int) -> int:

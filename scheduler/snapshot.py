@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
+from django.conf import settings
 from django.db import connection
 
 from marketplace.models import Cell, GpuModel, Placement
@@ -128,7 +129,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         fleet=fleet,
         requests=requests,
         running=standing.running(cell.pk, hosts.id_list, reserved.row_of(len(hosts)), now) if running else [],
-        policy=Policy(shapes=_mix(cell), queue="shortest", usage_scale=capacity, lag_s=LAG_S),
+        policy=Policy(shapes=_mix(cell), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S),
         host_of=host_of,
         node_of=nodes.ids.tolist(),
         jobs={job.id: job for job in jobs},

@@ -1,7 +1,7 @@
 """Decayed usage: what each organization holds and has held lately, over all cells, out of the timeline of placements.
 
-The usage that weighs in the fair order (`core.order`) is what an organization holds now, plus the exponentially weighted mean of
-what it held: each placement's amount * (2^-(age of its end) - 2^-(age of its start)), ages in half-lives
+The usage that weighs in the fair order (`core.order.weighed`) is what an organization holds now, plus a multiple of the exponentially
+weighted mean of what it held: each placement's amount * (2^-(age of its end) - 2^-(age of its start)), ages in half-lives
 (`FAIR_SHARE_HALF_LIFE_SECONDS`; the same formula as `core.order.decayed`). An amount is in milli-GPU, by the dominant resource of
 its host: half of a host's CPU counts as half of its GPUs.
 
@@ -17,6 +17,7 @@ from typing import Any
 from django.conf import settings
 from django.db import connection, transaction
 
+from scheduler.core.order import weighed
 from scheduler.core.types import Request
 
 # `since` is the mark of the last roll; before the first one, usage older than 20 half-lives (one millionth) is left out. An
@@ -53,8 +54,8 @@ _ROLL_LOCK = (0x46 << 56) | 1
 
 
 def of(organizations: Collection[int], *, now: datetime) -> dict[int, float]:
-    """Milli-GPU held now plus the decayed mean of the past, by organization; who never held anything is missing."""
-    return {org: decayed + held for org, (decayed, held) in parts(organizations, now=now).items()}
+    """Milli-GPU held now and in the past (`core.order.weighed`), by organization; who never held anything is missing."""
+    return {org: weighed(held, decayed) for org, (decayed, held) in parts(organizations, now=now).items()}
 
 
 def bind(requests: Sequence[Request], *, now: datetime) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from marketplace.models import Placement
 from scheduler import usage
-from scheduler.core.order import decayed
+from scheduler.core.order import decayed, weighed
 from scheduler.models import FairUsage
 from tests import factories as f
 from tests.factories import NOW
@@ -46,14 +46,14 @@ def expected(*spans, now=0):
     return decayed([(1000 * g, -b, -e if e else 10**9) for g, b, e in spans], now, HALF)
 
 
-def test_usage_is_what_is_held_plus_the_decayed_mean(held):
+def test_usage_is_what_is_held_and_the_decayed_mean_weighed(held):
     one, two = f.organization(), f.organization()
     held(one, 4, 1200, 600)
     held(one, 2, 300)
     held(two, 8, 5000, 3000)
     found = usage.of([one.pk, two.pk], now=NOW)
-    assert found[one.pk] == pytest.approx(2000 + expected((4, 1200, 600), (2, 300, 0)))
-    assert found[two.pk] == pytest.approx(expected((8, 5000, 3000)))
+    assert found[one.pk] == pytest.approx(weighed(2000, expected((4, 1200, 600), (2, 300, 0))))
+    assert found[two.pk] == pytest.approx(weighed(0, expected((8, 5000, 3000))))
     assert f.organization().pk not in usage.of([one.pk], now=NOW)
 
 

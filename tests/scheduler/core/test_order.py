@@ -1,10 +1,10 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core.order import decayed, fair_order, size
+from scheduler.core.order import PAST, decayed, fair_order, size, weighed
 from scheduler.core.types import Kind, Policy, Request
 from tests.scheduler.core.cells import queue
 from tests.scheduler.core.test_plan import box
@@ -37,6 +37,33 @@ def test_always_held_is_worth_itself_and_a_half_life_ago_half():
     assert decayed([(3000, -(10**7), 0)], 0, 3600) == pytest.approx(3000)
     assert decayed([(3000, -(10**7), -3600)], 0, 3600) == pytest.approx(1500)
     assert decayed([(3000, 10, 20)], 0, 3600) == 0
+
+
+def test_who_held_too_much_for_long_goes_behind_who_holds_as_much_since_now():
+    long_ago = weighed(0, decayed([(8000, -3600, 0)], 0, 3600))
+    just_now = weighed(8000, decayed([(8000, -60, 0)], 0, 3600))
+    assert long_ago == pytest.approx(PAST * 4000)
+    assert long_ago > just_now
+    jobs = [Request(job=1, org=1, gpus=1, queued_at=0, usage=long_ago), Request(job=2, org=2, gpus=1, usage=just_now)]
+    assert order(jobs, Policy(queue="age", usage_scale=8000.0)) == [2, 1]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6))
+def test_whoever_goes_first_owes_least_and_what_is_due_is_made_good(seed):
+    """Turns on one device: everybody always wants it, one had it alone for a while. In the end all had the same, to a few turns."""
+    dice = random.Random(seed)
+    count, half_life = dice.randint(2, 4), 500
+    past, got = [0.0] * count, [0] * count
+    keep = 2.0 ** (-1 / half_life)
+    for step in range(1500):
+        wanting = [0] if step < 60 else range(count)
+        jobs = [Request(job=o + 1, org=o, gpus=1, usage=weighed(0, past[o])) for o in wanting]
+        who = order(jobs, Policy(queue="age", usage_scale=1.0))[0] - 1
+        assert past[who] == min(past[o] for o in wanting)
+        got[who] += 1
+        past = [p * keep + (1 - keep) * (o == who) for o, p in enumerate(past)]
+    assert max(past) - min(past) <= 3 * (1 - keep)
 
 
 def test_what_was_used_lately_counts_against_an_organization_per_weight():

@@ -18,11 +18,12 @@ from itertools import zip_longest
 from django.db import connection, transaction
 from django.db.models import F, Q
 
+from billing import spot
 from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.models import Meter, PriceVersion, UsageRecord
 from marketplace.locks import Lock, acquire
-from marketplace.models import Amendment, Contract, Placement, PlacementEvent
+from marketplace.models import Amendment, Contract, Kind, Placement, PlacementEvent
 from marketplace.services.replicas import HELD
 
 SOURCE = "timeline"
@@ -92,19 +93,23 @@ def insert(rows: Sequence[Row]) -> set[str]:
 
 
 def price_versions(contract: Contract, kind: str = PriceVersion.Kind.RATE) -> list[PriceVersion]:
-    """The contract's versions of a price by `valid_from_s`; the price that the contract was signed at is the first."""
+    """The contract's versions of a price by `valid_from_s`; the price that it was signed at is the first. Under a spot contract
+    they go on with the prices of its closed intervals.
+    """
     found = list(PriceVersion.objects.filter(contract=contract, kind=kind).order_by("valid_from_s"))
-    if found:
-        return found
-    overage = contract.overage_price if contract.overage_price is not None else contract.price
-    millionths = contract.price if kind == PriceVersion.Kind.RATE else overage
-    first, _ = PriceVersion.objects.get_or_create(
-        contract=contract,
-        kind=kind,
-        valid_from_s=0,
-        defaults={"millionths": millionths, "created_at": contract.created_at},
-    )
-    return [first]
+    if not found:
+        overage = contract.overage_price if contract.overage_price is not None else contract.price
+        millionths = contract.price if kind == PriceVersion.Kind.RATE else overage
+        first, _ = PriceVersion.objects.get_or_create(
+            contract=contract,
+            kind=kind,
+            valid_from_s=0,
+            defaults={"millionths": millionths, "created_at": contract.created_at},
+        )
+        found = [first]
+    if contract.kind == Kind.SPOT and kind == PriceVersion.Kind.RATE:
+        found += spot.follow(contract, found[-1])
+    return found
 
 
 _AGREED = {Amendment.Kind.PRICE: PriceVersion.Kind.RATE, Amendment.Kind.RESIZE: PriceVersion.Kind.ADDED}
@@ -138,9 +143,8 @@ def keep_agreed_prices(contract_ids: Sequence[int]) -> None:
 
 
 def set_price(contract: Contract, millionths: int, *, at: datetime, now: datetime) -> PriceVersion:
-    """A new rate from the whole second of `at` on (spot: the clearing price of an interval). Idempotent per instant.
-
-    Takes effect for seconds that are not metered yet; the auction sets it before its interval begins.
+    """A new rate from the whole second of `at` on, for seconds that are not metered yet. Idempotent per instant. (Spot needs none:
+    its prices are those of the listing's intervals.)
     """
     price_versions(contract)
     version, _ = PriceVersion.objects.get_or_create(
@@ -274,13 +278,19 @@ def _plan(batch: Sequence[Placement], horizon: datetime) -> tuple[list[Row], dic
     prices: dict[int, list[PriceVersion]] = {}
     rows: list[Row] = []
     marks: dict[datetime, list[int]] = defaultdict(list)
+    priced = spot.closed_through({p.contract.listing_id for p in batch if p.contract.kind == Kind.SPOT})
+    free = spot.short_notice(batch, events)
     for placement in batch:
         # Never backwards: a running placement metered beyond a past `horizon` keeps what it has.
         until = placement.finished_at or max(horizon, placement.metered_through or horizon)
+        if placement.contract.kind == Kind.SPOT and (made := priced.get(placement.contract.listing_id)):
+            until = min(until, max(made, placement.metered_through or made))
         if placement.milli_gpus:
             if placement.contract_id not in prices:
                 prices[placement.contract_id] = price_versions(placement.contract)
             pieces = billable(placement, events[placement.pk], until=until)
+            if placement.pk in free:
+                pieces = metering.subtract(pieces, [free[placement.pk]])
             rows += _new_rows(placement, pieces, known[placement.pk], prices[placement.contract_id])
         if placement.metered_through != until:
             marks[until].append(placement.pk)

@@ -148,6 +148,7 @@ CELERY_BEAT_SCHEDULE = {
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
+    "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
     "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
 }
 
@@ -234,6 +235,11 @@ if CYCLE_RECORDS not in {"all", "waiting", "none"}:
 CYCLE_RECORD_EVERY = max(1, env.int("CYCLE_RECORD_EVERY", default=1))
 CYCLE_RECORD_DAYS = env.int("CYCLE_RECORD_DAYS", default=7)
 CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
+
+# --- the spot market (marketplace.services.spot)
+SPOT_LEAD_SECONDS = env.int("SPOT_LEAD_SECONDS", default=120)
+if not 0 < SPOT_LEAD_SECONDS < 300:
+    raise ImproperlyConfigured(f"SPOT_LEAD_SECONDS is {SPOT_LEAD_SECONDS}: 1 to 299, less than an interval")
 
 # --- moves that make room for jobs that wait (scheduler.defrag)
 DEFRAG_SECONDS = max(0, env.int("DEFRAG_SECONDS", default=60))

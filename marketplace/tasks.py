@@ -6,7 +6,7 @@ from celery import shared_task
 from django.utils import timezone
 
 from marketplace import outbox
-from marketplace.services import contracts, feeds, jobs
+from marketplace.services import contracts, feeds, jobs, spot
 
 
 @shared_task
@@ -23,6 +23,17 @@ def market_clock() -> None:
 @shared_task
 def fetch_feeds() -> None:
     feeds.fetch_all(now=timezone.now())
+
+
+@shared_task
+def tick_spot() -> None:
+    """Every spot market: prices that are due, and who has lost leaves."""
+    spot.ask()
+
+
+@outbox.handler(spot.TOPIC, one_at_a_time=True)
+def run_spot(payload: dict[str, Any]) -> None:
+    spot.run(payload["cell"], now=timezone.now())
 
 
 @outbox.handler("marketplace.end_contract_jobs")

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,7 @@ from django.db import connection
 
 from billing.models import PriceVersion
 from marketplace.models import Contract, Job, Placement
-from marketplace.services import replicas
+from marketplace.services import replicas, spot_prices
 from scheduler.core.fit import rounded_end
 from scheduler.core.types import Fleet, Level, Request, Tie, Topology
 
@@ -128,7 +128,7 @@ def _read(ruled: Sequence[int]) -> list["_Ruled"]:
 def _rule(
     ruled: Sequence["_Ruled"], by_job: Mapping[int, Request], rows: Rows, taints: Mapping[str, int], now_s: int
 ) -> None:
-    prices = _prices([rule.contract for rule in ruled if rule.price_limit is not None], now_s)
+    found = prices([rule.contract for rule in ruled if rule.price_limit is not None], now_s)
     for rule in ruled:
         r = by_job[rule.job]
         r.topology = topology_of(
@@ -137,7 +137,7 @@ def _rule(
         r.site = -1 if rule.site is None else rule.site
         r.tolerates = sum({1 << taints[name] for name in rule.tolerations if taints.get(name, 62) < 62})
         if rule.price_limit is not None:
-            r.price_ok = prices.get(rule.contract, 0) <= rule.price_limit
+            r.price_ok = found.get(rule.contract, 0) <= rule.price_limit
     _tie([rule for rule in ruled if rule.labels or rule.affinity], by_job, rows)
 
 
@@ -162,16 +162,19 @@ class _Ruled:
             self.affinity = json.loads(self.affinity)
 
 
-def _prices(contracts: Collection[int], now_s: int) -> dict[int, int]:
-    """What a GPU-hour of each contract costs now, millionths: its newest price version in force, else the contract's own."""
+def prices(contracts: Collection[int], now_s: int) -> dict[int, int]:
+    """What a GPU-hour of each contract costs now, millionths: its newest price version in force, else the contract's own; under
+    spot, its listing's price.
+    """
     if not contracts:
         return {}
-    prices = dict(Contract.objects.filter(pk__in=contracts).values_list("id", "price"))
+    found = dict(Contract.objects.filter(pk__in=contracts).values_list("id", "price"))
     versions = PriceVersion.objects.filter(
         contract_id__in=contracts, kind=PriceVersion.Kind.RATE, valid_from_s__lte=now_s
     )
-    prices.update(versions.order_by("valid_from_s").values_list("contract_id", "millionths"))
-    return prices
+    found.update(versions.order_by("valid_from_s").values_list("contract_id", "millionths"))
+    found.update(spot_prices.of_contracts(contracts, datetime.fromtimestamp(now_s, UTC)))
+    return found
 
 
 def _tie(ruled: Sequence[_Ruled], by_job: Mapping[int, Request], rows: Rows) -> None:

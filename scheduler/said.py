@@ -10,6 +10,8 @@ from django.utils import timezone
 
 from billing.models import PriceVersion
 from marketplace.models import BillingStanding, Contract, Job, Organization, Placement
+from marketplace.models.spot import INTERVAL
+from marketplace.services import spot_prices
 from scheduler import words
 from scheduler.core.types import WHOLE, Reason
 from scheduler.models import Decision
@@ -73,6 +75,9 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancel
 
 # --- it waits
 def _waits(job: Job, decision: Decision) -> str:
+    if lost := spot_prices.barred([job.pk], timezone.now()).get(job.pk):
+        when = words.moment(lost.start + INTERVAL)
+        return f"The job waits: {spot_prices.why(lost, job.contract.currency)}. The next auction is for {when}."
     if decision.outcome == "placed":  # it stood somewhere, and queues again
         return "The job waits: no cycle has looked at it since it was queued again."
     found, lead = words.reason(decision.reason), "The job waits:"
@@ -176,7 +181,10 @@ def _work(job: Job, began: datetime, ended: datetime) -> str:
 
 def price(contract: Contract) -> int:
     """What a GPU-hour costs under it now, millionths: what its jobs' limits are compared with."""
-    now_s = int(timezone.now().timestamp())
+    now = timezone.now()
+    if (spot := spot_prices.now_under(contract, now)) is not None:
+        return spot
+    now_s = int(now.timestamp())
     rows = PriceVersion.objects.filter(contract=contract, kind=PriceVersion.Kind.RATE, valid_from_s__lte=now_s)
     newest = rows.order_by("-valid_from_s").values_list("millionths", flat=True).first()
     return int(contract.price if newest is None else newest)

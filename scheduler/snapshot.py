@@ -15,6 +15,7 @@ from django.conf import settings
 from django.db import connection
 
 from marketplace.models import Cell, GpuModel, Placement
+from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
@@ -119,6 +120,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     taints = hosts.names.taints
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, lag_s=LAG_S)
     _pack(requests, fleet, hosts, reserved)
+    _bar([job for job in jobs if job.contract_kind == "spot"], requests, now)
     usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
@@ -287,6 +289,13 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     taints = taken.names.taints
     rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, lag_s=LAG_S)
     return made
+
+
+def _bar(spot: list[Waiting], requests: list[Request], now: datetime) -> None:
+    """Who has lost in the spot auction is not placed."""
+    if spot and (lost := spot_prices.barred([job.id for job in spot], now)):
+        for r in requests:
+            r.price_ok = r.price_ok and r.job not in lost
 
 
 def _pack(requests: list[Request], fleet: Fleet, hosts: cells.Hosts, reserved: _Reserved) -> None:

@@ -155,6 +155,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
             "separator": True,
             "items": [
                 m("Listings", "storefront", "marketplace_listing"),
+                m("Spot prices", "gavel", "marketplace_spotinterval"),
                 m("Contracts sold", "contract", "marketplace_contract"),
                 m("Placements", "grid_view", "marketplace_placement"),
                 m("Payouts", "payments", "billing_payout"),
@@ -185,6 +186,7 @@ def staff_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: ARG
             "items": [
                 m("Sites", "factory", "marketplace_site"),
                 m("Listings", "storefront", "marketplace_listing"),
+                m("Spot prices", "gavel", "marketplace_spotinterval"),
                 m("Contracts", "contract", "marketplace_contract"),
                 m("Jobs", "work", "marketplace_job"),
                 m("Placements", "grid_view", "marketplace_placement"),

@@ -19,6 +19,7 @@ from marketplace.models import (
     PowerNode,
     Site,
     SiteMinute,
+    SpotInterval,
 )
 from marketplace.tenancy import Actor, TenantQuerySet
 
@@ -38,6 +39,7 @@ OPERATOR_PATH: dict[type[Model], str] = {
     PowerNode: "site__organization",
     Site: "organization",
     SiteMinute: "site__organization",
+    SpotInterval: "listing__organization",
 }
 CATALOGUES: frozenset[type[Model]] = frozenset({GpuModel})  # the same for everybody
 

@@ -12,7 +12,7 @@ from rest_framework.response import Response
 from marketplace.api import shapes
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.models import Contract, ContractEvent, Kind
-from marketplace.services import contracts, terms
+from marketplace.services import contracts, spot, spot_prices, terms
 
 
 class AcceptRequest(Shape):
@@ -26,6 +26,12 @@ class AcceptRequest(Shape):
 
 class TerminateRequest(Shape):
     reason = serializers.CharField(max_length=120, required=False, default="terminated by the customer")
+
+
+class LimitRequest(Shape):
+    limit_price = serializers.IntegerField(
+        min_value=1, max_value=1 << 50, help_text="millionths of the major unit per GPU-hour"
+    )
 
 
 class ContractShape(serializers.Serializer):
@@ -47,6 +53,7 @@ class ContractShape(serializers.Serializer):
     price = shapes.PriceShape()
     overage_price = shapes.PriceShape(allow_null=True)
     limit_price = shapes.PriceShape(allow_null=True)
+    spot_price = shapes.PriceShape(allow_null=True, help_text="of the interval in force; null: not spot, or none yet")
     total = shapes.MoneyShape(allow_null=True, help_text="of the commitment as agreed; null: billed by use")
     due_at_signing = shapes.MoneyShape(allow_null=True, help_text="drawn down first by the commitment; null: nothing")
     pay_by = serializers.DateTimeField(allow_null=True, help_text="until then what is due at signing is waited for")
@@ -77,7 +84,7 @@ class ContractResource(Resource):
 
     def represent(self, row: Contract) -> dict[str, Any]:
         now = timezone.now()
-        actions = contracts.actions(row, self.actor)
+        actions = sorted([*contracts.actions(row, self.actor), *spot.actions(row, self.actor)])
         sold = self.actor.organization_id == row.operator_id != row.organization_id
         return {
             "id": row.public_id,
@@ -98,6 +105,7 @@ class ContractResource(Resource):
             "price": shapes.price(row.price, row.currency),
             "overage_price": shapes.price(row.overage_price, row.currency),
             "limit_price": shapes.price(row.limit_price, row.currency),
+            "spot_price": shapes.price(spot_prices.now_under(row, now), row.currency),
             "total": shapes.amount(row.terms.get("total_minor"), row.currency),
             "due_at_signing": shapes.amount(row.upfront_minor or None, row.currency),
             "pay_by": row.pay_by,
@@ -141,11 +149,32 @@ class Contracts(ContractResource):
 
 
 class ContractDetail(ContractResource):
-    actions = {"GET": "contracts:read"}
+    actions = {"GET": "contracts:read", "PATCH": "contracts:write"}
+
+    def answer(self, row: Contract) -> Response:
+        etag = {"ETag": f'"{row.limit_price}"'} if row.kind == Kind.SPOT else {}
+        return Response(self.represent(row), headers=etag)
 
     @extend_schema(tags=["contracts"], operation_id="contracts_show", responses={200: ContractShape})
     def get(self, request: Request, contract: str) -> Response:  # noqa: ARG002
-        return Response(self.represent(self.row(contract)))
+        return self.answer(self.row(contract))
+
+    @extend_schema(
+        tags=["contracts"], operation_id="contracts_set_limit", request=LimitRequest, responses={200: ContractShape},
+        parameters=[OpenApiParameter("If-Match", str, OpenApiParameter.HEADER, description="the ETag that was read")],
+    )  # fmt: skip
+    def patch(self, request: Request, contract: str) -> Response:
+        """Another limit for a spot contract, from the next auction on. What runs is told where it loses by it, as always."""
+        row = self.row(contract)
+        limit = self.read(LimitRequest)["limit_price"]
+        match = request.headers.get("If-Match", "").strip('W/"')
+        expected = int(match) if match.isdigit() else None
+
+        def effect() -> Response:
+            spot.set_limit(self.actor, row, limit, now=timezone.now(), expected=expected)
+            return self.answer(self.row(contract))
+
+        return self.write(effect)
 
 
 class ContractTerminate(ContractResource):

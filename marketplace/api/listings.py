@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from django.urls import path
@@ -23,8 +24,8 @@ from marketplace.api.listing_shapes import (
     TermsShape,
 )
 from marketplace.errors import MarketError
-from marketplace.models import Listing, Site
-from marketplace.services import availability, listings, search
+from marketplace.models import Listing, Site, SpotInterval
+from marketplace.services import availability, listings, search, spot_prices
 from marketplace.services.availability import Stock
 from scheduler.core.capacity import LEVELS
 
@@ -66,6 +67,7 @@ class ListingResource(Resource):
             "fabric_gbps": row.fabric_gbps,
             "runtime": row.runtime,
             "prices": shapes.prices(row),
+            "spot_price": self.spot_price(row),
             "terms": {
                 "min_gpus": row.min_gpus,
                 "min_term_hours": row.min_term_hours,
@@ -80,6 +82,17 @@ class ListingResource(Resource):
             **({} if stock is None else {"stock": _stock(stock, level)}),
             "actions": listings.actions(row) if mine else (["quote"] if row.state == "published" else []),
         }
+
+    def spot_price(self, row: Listing) -> dict[str, Any] | None:
+        if row.pk not in self.spot:
+            self.spot |= {row.pk: None, **spot_prices.in_force([row.pk], timezone.now())}
+        found = self.spot[row.pk]
+        return shapes.price(found.price, row.currency) if found and row.spot_floor is not None else None
+
+    @cached_property
+    def spot(self) -> dict[int, SpotInterval | None]:
+        """Intervals in force, of listings that were looked up."""
+        return {}
 
     def answer(self, row: Listing, status: int = 200) -> Response:
         row = self.queryset().get(pk=row.pk)
@@ -135,6 +148,8 @@ class Listings(ListingResource):
             self.actor, wanted, now=now, sort=query["sort"], limit=query["limit"], cursor=query.get("cursor"),
             with_facets=query["facets"],
         )  # fmt: skip
+        shown = [f.listing.pk for f in found.rows]
+        self.spot |= {**dict.fromkeys(shown), **spot_prices.in_force(shown, now)}
         return Response(
             {
                 "data": [self.represent(f.listing, f.stock, wanted.level) for f in found.rows],

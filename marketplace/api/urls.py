@@ -21,14 +21,15 @@ from marketplace.api import (
     quotes,
     schema,
     sites,
+    spot,
     staff,
     usage,
     webhooks,
 )
 
 RESOURCES = (
-    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, amendments, jobs, usage,
-    invoices, payment_methods, payouts, agent, staff, webhooks, schema,
+    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, amendments, spot, jobs,
+    usage, invoices, payment_methods, payouts, agent, staff, webhooks, schema,
 )  # fmt: skip
 
 urlpatterns: list[URLPattern | URLResolver] = [route for module in RESOURCES for route in module.urlpatterns]

@@ -38,6 +38,7 @@ from marketplace.models.sites import (
     PowerNode,
     Site,
 )
+from marketplace.models.spot import SpotInterval, SpotNotice, SpotResult
 
 __all__ = [
     "Agent",
@@ -83,6 +84,9 @@ __all__ = [
     "ShedClaim",
     "Site",
     "SiteMinute",
+    "SpotInterval",
+    "SpotNotice",
+    "SpotResult",
     "TermsAcceptance",
     "User",
 ]

@@ -17,7 +17,7 @@ from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import availability, documents, holds, listings, quoted, search
+from marketplace.services import availability, documents, holds, listings, quoted, search, spot_prices
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import LEVELS, Admission
@@ -59,6 +59,8 @@ def quote(
     organization = Organization.objects.get(pk=actor.organization_id)
     price = listings.price_of(listing, wanted.kind, now=now)
     starts_at = _check(listing, organization, wanted, price, now)
+    if wanted.limit_price is not None:
+        price = spot_prices.quoted(listing, price, wanted.limit_price, now)
     with transaction.atomic():
         acquire((Lock.CELL, listing.site.cell_id), (Lock.ORG, organization.pk))
         holding = wanted.kind in HOLDING

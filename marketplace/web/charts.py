@@ -1,7 +1,7 @@
 """Charts as SVG text made here: no script, no inline style, colours by class. Heights are integers in user units."""
 
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
 
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -35,6 +35,34 @@ def bars(days: Sequence[tuple[date, int]], *, label: str, unit: str, per_unit: i
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">'
         '<line x1="0" y1="{}" x2="{}" y2="{}" class="axis"/><text x="0" y="10">{} {}</text>{}{}</svg>',
         WIDTH, HEIGHT, label, HEIGHT - FOOT, WIDTH, HEIGHT - FOOT, _tenths(most, per_unit), unit, rects, ticks,
+    )  # fmt: skip
+
+
+def steps(points: Sequence[tuple[datetime, int]], *, floor: int, label: str, show: Callable[[int], str]) -> SafeString:
+    """A price that holds from each point's instant to the next's, ascending, with its floor as a dashed line. `show` writes a
+    value for people; `label` is read out.
+    """
+    begin, end = points[0][0], points[-1][0] + (points[-1][0] - points[0][0]) / max(1, len(points) - 1)
+    span = max(1.0, (end - begin).total_seconds())
+    top = max(floor, *(value for _, value in points), 1)
+    room = HEIGHT - FOOT - 14
+
+    def x(at: datetime) -> str:
+        return f"{(at - begin).total_seconds() * WIDTH / span:.1f}"
+
+    def y(value: int) -> str:
+        return f"{HEIGHT - FOOT - value * room / top:.1f}"
+
+    line = [f"M{x(points[0][0])} {y(points[0][1])}"]
+    line += [f"H{x(at)}V{y(value)}" for at, value in points[1:]] + [f"H{WIDTH}"]
+    hours = [at for at, _ in points if at.hour % 6 == 0 and at.minute == 0]
+    ticks = format_html_join(
+        "", '<text x="{}" y="{}" text-anchor="middle">{}</text>', [(x(at), HEIGHT - 6, f"{at:%H:%M}") for at in hours]
+    )
+    return format_html(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><line x1="0" y1="{}" x2="{}" y2="{}" class="axis"/>'
+        '<line x1="0" y1="{}" x2="{}" y2="{}" class="line-floor"/><path d="{}" class="line"/><text x="0" y="10">{}</text>{}</svg>',
+        WIDTH, HEIGHT, label, HEIGHT - FOOT, WIDTH, HEIGHT - FOOT, y(floor), WIDTH, y(floor), "".join(line), show(top), ticks,
     )  # fmt: skip
 
 

@@ -8,11 +8,13 @@ from django.urls import path, reverse
 from django.utils import timezone
 
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Job, Quote
+from marketplace.models import Contract, Job, Kind, Quote
 from marketplace.services import contracts as service
+from marketplace.services import spot
 from marketplace.services.availability import HOLDING
+from marketplace.web import spot as spot_pages
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
-from marketplace.web.forms import LEVEL_WORDS
+from marketplace.web.forms import LEVEL_WORDS, millionths
 
 SHOWN_JOBS = 10
 
@@ -50,7 +52,7 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
     row = contract_of(request, contract)
     actor = actor_of(request)
     now = timezone.now()
-    actions = service.actions(row, actor)
+    actions = [*service.actions(row, actor), *spot.actions(row, actor)]
     mine = row.organization_id == actor.organization_id
     jobs = Job.objects.owned_by(actor.organization_id).filter(contract=row).order_by("-pk")[:SHOWN_JOBS]
     return render(
@@ -70,6 +72,8 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "sold": row.operator_id == actor.organization_id,
             "asked": row.amendments.filter(kind="price", state="open") if mine else [],
             "papers": row.documents.only("pk", "title", "created_at").order_by("pk"),
+            "spot": spot_pages.shown(row.listing, now) if row.kind == Kind.SPOT else None,
+            "limit_form": spot_pages.LimitForm.of(row.limit_price) if "set_limit" in actions else None,
             "events": row.events.order_by("-id")[:20],
         },
     )
@@ -99,8 +103,25 @@ def terminate(request: HttpRequest, contract: str) -> HttpResponse:
     return done(request, f"Terminated by its rule.{until}", here)
 
 
+@page(POST="contracts:write")
+def set_limit(request: HttpRequest, contract: str) -> HttpResponse:
+    row = contract_of(request, contract)
+    here = reverse("web:contract", args=[row.public_id])
+    form = spot_pages.LimitForm(request.POST)
+    if not form.is_valid():
+        words = " ".join(str(e) for each in form.errors.values() for e in each)
+        return failed(request, MarketError("invalid_request", words), here)
+    try:
+        limit = millionths(form.cleaned_data["limit_price"]) or 0
+        spot.set_limit(actor_of(request), row, limit, now=timezone.now(), expected=form.cleaned_data["seen"])
+    except MarketError as error:
+        return failed(request, error, here)
+    return done(request, "The limit counts from the next auction on.", here)
+
+
 urlpatterns = [
     path("contracts", contracts, name="contracts"),
     path("contracts/<str:contract>", contract, name="contract"),
+    path("contracts/<str:contract>/limit", set_limit, name="contract-limit"),
     path("contracts/<str:contract>/terminate", terminate, name="contract-terminate"),
 ]

@@ -91,7 +91,7 @@ class QuoteForm(forms.Form):
     ends_at = Instant(label="End (UTC)", required=False, help_text="Reserved and flexible need one.")
     limit_price = forms.DecimalField(
         label="Your limit per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=6,
-        help_text="Spot only: the most that you would pay.",
+        help_text="Spot only: the most that you would pay. The price is the same for all who run, and often lower.",
     )  # fmt: skip
     reference = forms.CharField(label="Your reference", required=False, max_length=80)
 

@@ -15,7 +15,7 @@ from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
 from marketplace.services import availability, search
 from marketplace.tenancy import Actor
-from marketplace.web import charts
+from marketplace.web import charts, spot
 from marketplace.web.base import iso_minute, page, row_of, visitor
 from marketplace.web.forms import SearchForm
 from marketplace.web.tags import kind_words
@@ -169,6 +169,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "host": host,
             "meter": charts.meter(free.gpus, free.total, label=f"{free.gpus} of {free.total} GPUs free"),
             "prices": _prices(row),
+            "spot": spot.shown(row, now) if row.spot_floor is not None else None,
             "weeks": _weeks(row, now, free.total),
             "open": row.state == Listing.State.PUBLISHED,
         },

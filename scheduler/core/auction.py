@@ -13,10 +13,11 @@ The rule, in this order:
    served that wanted GPUs and got none. Never above the lowest limit served. Where nothing is sold it is the lowest floor.
 
 Hence: nobody pays over his limit, nothing is sold under its floor, who bids more never gets less, and the order of the input
-means nothing. With lots of one size that divides every step the surplus, sum of (limit - floor), is the largest there is; with others the part of
-supply that a passed-over lot leaves to lower bids is what whole lots cost. Monotone, for a bid of several lots: let it get
-more room C' >= C. If its first lot fits both times, or neither, the rest is the same question; if only into C', it has more with that lot alone
-than all of C.
+means nothing. With lots of one size the surplus, sum of (limit - floor), is the largest there is; with others, what a
+passed-over lot leaves to lower bids is the cost of whole lots.
+
+Monotone also for a bid of several lots, given more room C' >= C: if its first lot fits both times or neither, the rest is the
+same question again; if it fits into C' alone, it is larger than C, and with it the bid has more than all of C.
 """
 
 from __future__ import annotations

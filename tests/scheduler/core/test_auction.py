@@ -15,8 +15,11 @@ SIZES = (125, 250, 500, 1000, 2000, 4000, 8000, 16_000, 64_000)
 steps = st.lists(st.builds(Step, st.integers(0, 9), st.integers(0, 12)), max_size=4)
 
 
+sizes = st.integers(1, 6)
+
+
 @st.composite
-def lots(draw, size=st.integers(1, 6), most=7):
+def lots(draw, size=sizes, most=7):
     """Lots of a few bids: one limit and age for each bid."""
     found = []
     for bid in range(draw(st.integers(0, 5))):

@@ -13,7 +13,7 @@ from marketplace.api import shapes
 from marketplace.api.base import Resource
 from marketplace.api.contracts import ContractResource
 from marketplace.models import SpotInterval, SpotResult
-from marketplace.services import spot_prices
+from marketplace.models.spot import INTERVAL
 
 
 class SpotPriceShape(serializers.Serializer):
@@ -110,7 +110,7 @@ def _result(row: SpotResult) -> dict[str, Any]:
         "object": "spot_result",
         "contract": row.contract.public_id,
         "start": row.start,
-        "end": row.start + spot_prices.INTERVAL,
+        "end": row.start + INTERVAL,
         "limit_price": shapes.price(row.limit_price, row.contract.currency),
         "price": shapes.price(row.price, row.contract.currency),
         "wanted_gpus": row.wanted_milli / 1000,

@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0015_lighter_commits'),
+        ("marketplace", "0018_amendment_applied"),
     ]
 
     operations = [

@@ -213,3 +213,34 @@ def test_a_month_of_demand_is_sold_within_two_percent_of_the_optimum(intervals, 
             got, most, prices = month(seed, intervals, gpus)
             assert got >= 0.98 * most, f"seed {seed}, {gpus} GPUs: {got / most:.4f}"
             assert len(set(prices)) > intervals // 3
+
+
+def at_one_price(markets):
+    """The most surplus that one price for all of these markets could sell; who bids under it, or is not sold under it, stays out."""
+    prices = sorted(
+        {step.floor for supply, _ in markets for step in supply}
+        | {lot.limit for _, wanted in markets for lot in wanted}
+    )
+    found = []
+    for price in prices[:: max(1, len(prices) // 150)]:
+        worth = 0
+        for supply, wanted in markets:
+            able = [step for step in supply if step.floor <= price]
+            willing = [lot for lot in wanted if lot.limit >= price]
+            worth += surplus(able, willing, clear(able, willing).served)
+        found.append(worth)
+    return max(found)
+
+
+@pytest.mark.full
+def test_one_price_for_listings_whose_bids_are_bound_to_them_sells_less():
+    """ADR 15: why each listing has a price of its own."""
+    dice, together, apart = random.Random(5), 0, 0
+    for hour in range(0, 7 * 24, 3):
+        markets = []
+        for _ in range(4):
+            supply, wanted = market(dice, hour, 256)
+            markets.append(([Step(supply[0].floor, sum(step.milli for step in supply))], wanted))
+        together += at_one_price(markets)
+        apart += sum(surplus(supply, wanted, clear(supply, wanted).served) for supply, wanted in markets)
+    assert together < 0.98 * apart

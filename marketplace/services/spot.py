@@ -1,6 +1,6 @@
 """The spot market: closes each interval once, tells who lost, and lets them leave. The only writer of SpotInterval, -Result, -Notice.
 
-Rules (the auction's own: scheduler.core.auction; why a listing is a market: ADR 15).
+Rules (the auction's own: scheduler.core.auction; why a listing is a market: ADR 16).
   - An interval is five minutes. Its price is made `settings.SPOT_LEAD_SECONDS` before it begins, from the contracts with jobs that
     run or wait at that moment, and never changes.
   - One that began without a price is carried: the price before it goes on, nobody loses by it. Auctions look forward only.

@@ -234,7 +234,7 @@ def at_one_price(markets):
 
 @pytest.mark.full
 def test_one_price_for_listings_whose_bids_are_bound_to_them_sells_less():
-    """ADR 15: why each listing has a price of its own."""
+    """ADR 16: why each listing has a price of its own."""
     dice, together, apart = random.Random(5), 0, 0
     for hour in range(0, 7 * 24, 3):
         markets = []

@@ -6,6 +6,7 @@ mean lifetime before anything is counted. Whoever does not fit waits; at each de
 changed, oldest first.
 Seven jobs in ten can be moved (checkpointable, seeded); a move costs its owner 120 s of its run. One move is earned every 20
 arrivals. Ours holds hosts for the jobs of several GPUs that wait longest and clears them by moves into what comes free elsewhere.
+What bounds it, and what other readings of the measure give: docs/measured.md.
 The same arrivals and lives for every policy; placements, scores, holds and moves are the core's own (Packer, defrag).
 """
 

@@ -285,13 +285,6 @@ def make_tables(
     )
 
 
-class _Slots(TypedDict):
-    slot_size: I64
-    slot_rate: F64
-    slot_cpu: int
-    gpu_per_cpu: float
-
-
 def _spec_prices(shapes: Sequence[Shape], share: F64, asked: float, capacity: F64, prices: dict[int, float]) -> F64:
     """q_y = min(1, demand of the shapes that insist on models, spread over the capacity they accept), shape
     [MODELS].
@@ -309,19 +302,26 @@ def _spec_prices(shapes: Sequence[Shape], share: F64, asked: float, capacity: F6
     return np.minimum(out, 1.0)
 
 
+class _Slots(TypedDict):
+    slot_size: I64
+    slot_rate: F64
+    slot_cpu: int
+    gpu_per_cpu: float
+
+
 def _slots(mix: Sequence[Shape]) -> _Slots:
     """Who asks for several GPUs of a host, over the whole mix. A slot of 8 serves two requests of 4: those count in both."""
-    several: Counter[int] = Counter()
-    for s in mix:
-        if s.gpus > 1:
-            several[s.gpus] += s.weight
-    sizes = sorted(several)
+    several = [s for s in mix if 1 < s.gpus <= MAX_GPUS]  # no host has more
+    count: Counter[int] = Counter()
+    for s in several:
+        count[s.gpus] += s.weight
+    sizes = sorted(count)
     asked = sum(s.weight * s.gpus * s.gpu_milli for s in mix) or 1
-    gpus = sum(z * n for z, n in several.items()) or 1
+    gpus = sum(s.weight * s.gpus for s in several) or 1
     return {
         "slot_size": np.array(sizes, np.int64),
-        "slot_rate": np.array([sum(y // z * several[y] for y in sizes) / asked for z in sizes], np.float64),
-        "slot_cpu": max(1, sum(s.weight * s.cpu for s in mix if s.gpus > 1) // gpus),
+        "slot_rate": np.array([sum(y // z * count[y] for y in sizes) / asked for z in sizes], np.float64),
+        "slot_cpu": max(1, sum(s.weight * s.cpu for s in several) // gpus),
         "gpu_per_cpu": asked / max(1, sum(s.weight * s.cpu for s in mix)),
     }
 

@@ -11,12 +11,13 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import zip_longest
 
-from django.db import connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models import F, Q
+from psycopg.errors import DeadlockDetected
 
 from billing import spot
 from billing.core import metering, rating
@@ -57,38 +58,38 @@ class Row:
         return hashlib.sha256(repr(payload).encode()).hexdigest()
 
 
+_INSERT = (
+    "INSERT INTO billing_usagerecord (organization_id, contract_id, placement_id, price_version_id, meter,"
+    " revision, start_s, end_s, rate, quantity, previous, source, event_id, payload_digest)"
+    " SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::smallint[],"
+    " %s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[],"
+    " %s::text[], %s::text[]) {conflict} RETURNING event_id"
+)
+_ALL_NEW, _SOME_NEW = _INSERT.format(conflict=""), _INSERT.format(conflict="ON CONFLICT DO NOTHING")
+_COLUMNS = (*(field.name for field in fields(Row)), "digest")
+
+
 def insert(rows: Sequence[Row]) -> set[str]:
     """Insert records in one statement; returns the event ids that were new.
 
     A row whose event id is known, or that overlaps another of its placement, meter and revision, is left out: the
-    caller sees which by what is missing.
+    caller sees which by what is missing. That all are new, as a rule, is tried first: rows that may be left out are
+    looked up in every index twice, which is a third of their cost.
     """
     if not rows:
         return set()
+    columns = [[getattr(row, name) for row in rows] for name in _COLUMNS]
     with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO billing_usagerecord (organization_id, contract_id, placement_id, price_version_id, meter,"
-            " revision, start_s, end_s, rate, quantity, previous, source, event_id, payload_digest)"
-            " SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::smallint[],"
-            " %s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[],"
-            " %s::text[], %s::text[]) ON CONFLICT DO NOTHING RETURNING event_id",
-            [
-                [row.organization_id for row in rows],
-                [row.contract_id for row in rows],
-                [row.placement_id for row in rows],
-                [row.price_version_id for row in rows],
-                [row.meter for row in rows],
-                [row.revision for row in rows],
-                [row.start_s for row in rows],
-                [row.end_s for row in rows],
-                [row.rate for row in rows],
-                [row.quantity for row in rows],
-                [row.previous for row in rows],
-                [row.source for row in rows],
-                [row.event_id for row in rows],
-                [row.digest for row in rows],
-            ],
-        )
+        try:
+            with transaction.atomic():
+                cursor.execute(_ALL_NEW, columns)
+                return {event_id for (event_id,) in cursor.fetchall()}
+        except IntegrityError:
+            pass
+        except OperationalError as error:  # somebody writes the same, each waits for the other: we went back
+            if not isinstance(error.__cause__, DeadlockDetected):
+                raise
+        cursor.execute(_SOME_NEW, columns)
         return {event_id for (event_id,) in cursor.fetchall()}
 
 

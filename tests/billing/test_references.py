@@ -1,5 +1,6 @@
 """What usage records refer to is there and stays, though no foreign key says so (migration 0005)."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -61,3 +62,27 @@ def at_once(statement):
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(statement)
         cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_writers_of_the_same_records_in_opposite_order_store_each_once(row):
+    """Each may wait for what the other has just written: one goes back and leaves out what is there."""
+    rows = [replace(row, start_s=3600 * i, end_s=3600 * (i + 1), event_id=f"t-{i}") for i in range(200)]
+    gate, fresh = threading.Barrier(2), []
+
+    def write(mine):
+        try:
+            gate.wait(20)
+            fresh.append(usage.insert(mine))
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=write, args=(mine,)) for mine in (rows, rows[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert UsageRecord.objects.count() == 200
+    assert len(fresh) == 2
+    assert not fresh[0] & fresh[1]
+    assert fresh[0] | fresh[1] == {r.event_id for r in rows}

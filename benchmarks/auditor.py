@@ -59,6 +59,12 @@ class Auditor:
             *_gangs(jobs, placements),
             *_ceilings(contracts, live),
             *_told(jobs, contracts, now),
+            *_ends_told(jobs, contracts),
+            *(
+                f"placement {p['id']} is {p['state']}, its watts are {p['watts']}"
+                for p in placements
+                if p["state"] in OVER and p["watts"] not in {None, "released"}
+            ),
             *_reservations(live, contracts),
         ]
         self.newest_placement = max((p["id"] for p in placements), default=0)
@@ -226,6 +232,19 @@ def _jobs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
     return found
 
 
+def kept_for_nobody() -> list[str]:
+    """When all is over and read back: hosts that still have watts booked as if somebody stood there."""
+    found = rows(
+        "SELECT h.* FROM marketplace_host h WHERE h.applied_generation >= h.desired_generation AND NOT EXISTS (SELECT 1 FROM"
+        " marketplace_placement p WHERE p.host_id = h.id AND p.state NOT IN ('released', 'failed', 'lost')) ORDER BY h.id"
+    )
+    return [
+        f"host {h['id']} keeps {h['reserved_w']} W, nobody stands there"
+        for h in found
+        if h["reserved_w"] != _host_w(h, [])
+    ]
+
+
 def _gangs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
     found = []
     gangs: dict[tuple[int, int], list[Row]] = defaultdict(list)
@@ -278,4 +297,35 @@ def _told(jobs: dict[int, Row], contracts: dict[int, Row], now: datetime) -> lis
                 found.append(
                     f"job {pk} is {job['state']}, its contract {contract['state']}, and nobody was told to end it"
                 )
+    return found
+
+
+def _ends_told(jobs: dict[int, Row], contracts: dict[int, Row]) -> list[str]:
+    """What ended since its cell's last cycle began is room that a job which waited then has not been tried on: a cycle is told."""
+    told = {
+        m["key"]
+        for m in rows(
+            "SELECT key FROM marketplace_outboxmessage WHERE topic = 'scheduler.run_cycle' AND parked_at IS NULL"
+        )
+    }
+    looked = {
+        c["cell_id"]: c["at"] for c in rows("SELECT cell_id, max(started_at) AS at FROM scheduler_cycle GROUP BY 1")
+    }
+    ends = rows(
+        "SELECT p.cell_id, max(e.at) AS at FROM marketplace_placementevent e JOIN marketplace_placement p ON p.id = e.placement_id"
+        " WHERE e.to_state IN ('released', 'failed', 'lost') GROUP BY 1"
+    )
+    since = {
+        e["job_id"]: e["at"] for e in rows("SELECT job_id, max(at) AS at FROM marketplace_jobevent GROUP BY job_id")
+    }
+    found = []
+    for end in ends:
+        if str(end["cell_id"]) in told or looked.get(end["cell_id"], end["at"]) >= end["at"]:
+            continue
+        found += [
+            f"job {pk} waits, something ended at {end['at']:%T}, and no cycle was told"
+            for pk, job in jobs.items()
+            if job["state"] in WAITS and job["cell_id"] == end["cell_id"] and since[pk] < end["at"]
+            and contracts[job["contract_id"]]["state"] == "active"
+        ]  # fmt: skip
     return found

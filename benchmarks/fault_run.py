@@ -14,7 +14,7 @@ from django.apps import apps
 from django.db import connection, transaction
 
 from benchmarks import fault_tasks as tasks
-from benchmarks.auditor import DONE, Auditor, rows
+from benchmarks.auditor import DONE, Auditor, kept_for_nobody, rows
 from benchmarks.fault_cell import Clock, World, build
 from benchmarks.faults import At, Ended, Surgeon
 from marketplace import outbox
@@ -106,6 +106,11 @@ class _Run:
     # --- disturbed
     def disturb(self, steps: int) -> None:
         dice = random.Random(self.world.seed * 7919)
+        if dice.random() < 0.4 and (planners := tasks.two_planners(self.world, dice)) is not None:
+            self.finish(0, planners, _plain(planners.call), "plain")
+            self.outcome.counts["planners"] += 1
+            if self.look(0):
+                return
         for _ in range(dice.choice((2, 4, 6))):
             task = tasks.submit(self.world, dice)
             assert task is not None
@@ -133,7 +138,7 @@ class _Run:
         elif how == "cut":
             ends = [surgeon.cut(call, at)]
         elif how == "beside":
-            other = tasks.draw(self.world, dice)
+            other = tasks.rival(self.world, dice, task)
             self.outcome.counts["beside"] += 1
             ends = list(surgeon.beside(call, other.call, at))
             self.finish(step, other, ends[1], how)
@@ -180,6 +185,9 @@ class _Run:
             if not busy and turn > 3:
                 self.leap()
         left = [f"job {j.pk} is {j.state} for ever: {j.state_reason}" for j in Job.objects.exclude(state__in=DONE)]
+        self.turn(0)  # what the last ones leave is read back
+        self.turn(0)
+        left += kept_for_nobody()
         self.outcome.violations += [(step + ROUNDS, words) for words in left]
         self.kept(probes, step + ROUNDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -94,6 +95,40 @@ def late_commit(world: World, dice: random.Random) -> Task | None:
         return None
     held = dice.choice(world.held)
     return Task("late commit", lambda: commit.commit(held.taken, held.plan, now=world.now), 25)
+
+
+def two_planners(world: World, dice: random.Random) -> Task | None:
+    """Each plans another job up to one contract's ceiling, with room for both: only the fence stands between their commits."""
+    found = list(
+        Contract.objects.filter(state="active", kind="on_demand")
+        .select_related("organization", "listing")
+        .order_by("pk")
+    )
+    found = [c for c in found if 2 * c.gpu_count <= sum(c.listing.hosts.values_list("gpu_count", flat=True))]
+    if not found:
+        return None
+    contract = dice.choice(found)
+    actor, late = factories.actor(contract.organization), dice.random() < 0.5
+
+    def plan_one(priority: int) -> Held:
+        spec = {
+            "command": ["true"],
+            "gpus": 1,
+            "replicas": contract.gpu_count,
+            "vcpu_milli": 500,
+            "ram_mib": 512,
+            "priority": priority,
+        }
+        jobs.submit(actor, contract, spec, now=world.now)
+        return Held(world)
+
+    def both() -> None:
+        plans = [plan_one(100), plan_one(101)]
+        for held in reversed(plans) if late else plans:
+            with suppress(commit.FencedError):
+                commit.commit(held.taken, held.plan, now=world.now)
+
+    return Task("two planners", both, 90)
 
 
 # --- customers
@@ -231,6 +266,20 @@ def trouble(world: World, dice: random.Random) -> Task:
         yard.pass_time(world.now)
 
     return Task("trouble", lambda: None, 0, happen)
+
+
+# What is most in the way of a commit that goes on at the same time.
+RIVALS: dict[str, tuple[Callable[[World, random.Random], Task | None], ...]] = {
+    "cycle": (book, bare_cycle, late_commit, cancel), "bare cycle": (book, late_commit, cancel),
+    "late commit": (book, bare_cycle, cancel), "book": (bare_cycle, late_commit),
+}  # fmt: skip
+
+
+def rival(world: World, dice: random.Random, task: Task) -> Task:
+    """Who goes between its statements: of a commit, half the time one who wants the same cell's lock."""
+    makers = RIVALS.get(task.kind, ())
+    made = dice.choice(makers)(world, dice) if makers and dice.random() < 0.5 else None
+    return made or draw(world, dice)
 
 
 def _one(rows: Any, dice: random.Random) -> Any:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from django.db import transaction
+
 from benchmarks.fault_cell import World
 from benchmarks.fault_site import Yard
 from benchmarks.faults import Call, Ended
 from marketplace import outbox
-from marketplace.models import Agent, Cell, Contract, Host, Job, PowerNode, Site
-from marketplace.services import agents, contracts, curtailments, jobs, leases, quotes, sites
+from marketplace.models import Agent, Cell, Contract, Host, Job, Placement, PowerNode, Site
+from marketplace.services import agents, contracts, curtailments, jobs, leases, placements, quotes, sites
 from marketplace.services.contracts import END_JOBS
 from marketplace.services.jobs import CYCLE
 from marketplace.tenancy import SYSTEM
@@ -98,19 +100,24 @@ def late_commit(world: World, dice: random.Random) -> Task | None:
 
 
 def two_planners(world: World, dice: random.Random) -> Task | None:
-    """Each plans another job up to one contract's ceiling, with room for both: only the fence stands between their commits."""
-    found = list(
+    """Each plans a job up to one contract's ceiling, onto GPUs of its own: only the fence stands between their commits.
+
+    The GPUs are others because the first plans while somebody stands where the second will, who has left by then.
+    """
+    rows = (
         Contract.objects.filter(state="active", kind="on_demand")
         .select_related("organization", "listing")
         .order_by("pk")
     )
-    found = [c for c in found if 2 * c.gpu_count <= sum(c.listing.hosts.values_list("gpu_count", flat=True))]
-    if not found:
+    pairs = [
+        (c, o) for c in rows for o in rows if o != c and o.listing_id == c.listing_id and o.gpu_count >= 2 * c.gpu_count
+    ]
+    if not pairs:
         return None
-    contract = dice.choice(found)
-    actor, late = factories.actor(contract.organization), dice.random() < 0.5
+    contract, other = dice.choice(pairs)
+    late = dice.random() < 0.5
 
-    def plan_one(priority: int) -> Held:
+    def send(of: Contract, priority: int) -> Job:
         spec = {
             "command": ["true"],
             "gpus": 1,
@@ -119,16 +126,24 @@ def two_planners(world: World, dice: random.Random) -> Task | None:
             "ram_mib": 512,
             "priority": priority,
         }
-        jobs.submit(actor, contract, spec, now=world.now)
-        return Held(world)
+        return jobs.submit(factories.actor(of.organization), of, spec, now=world.now)
 
     def both() -> None:
-        plans = [plan_one(100), plan_one(101)]
+        first = send(other, 0)
+        cycle.run(world.cell.pk, now=world.now)
+        send(contract, 100)
+        plans = [Held(world)]
+        gone = list(Placement.objects.filter(job=first).values_list("pk", "site_id"))
+        with transaction.atomic():
+            placements.lock_sites({site for _, site in gone})
+            placements.finish([pk for pk, _ in gone], to="failed", now=world.now, actor="site", reason="exit code 1")
+        send(contract, 101)
+        plans.append(Held(world))
         for held in reversed(plans) if late else plans:
             with suppress(commit.FencedError):
                 commit.commit(held.taken, held.plan, now=world.now)
 
-    return Task("two planners", both, 90)
+    return Task("two planners", both, 120)
 
 
 # --- customers
@@ -144,6 +159,7 @@ def submit(world: World, dice: random.Random) -> Task | None:
         "replicas": dice.choice((1, 1, 1, 2)) if max(gpus, 1) * 2 <= contract.gpu_count else 1,
         "vcpu_milli": dice.choice((500, 4000)), "ram_mib": dice.choice((1024, 16_384)), "nvme_gib": dice.choice((0, 0, 50)),
         "vram_mib": dice.choice((0, 0, 20_000)) if gpus else 0,
+        "max_seconds": dice.choice((None, None, 60, 1800)),
         "priority": dice.choice((0, 0, 5)), "topology": dice.choice(("pack", "pack", "spread", "host", "leaf")),
     }  # fmt: skip
     actor = factories.actor(contract.organization)

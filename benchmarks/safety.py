@@ -11,9 +11,9 @@ to its GPUs.
 
 The harness can fail. It found, in the code as it stood, a plan committed onto GPUs that were reserved after its snapshot.
 With each of these broken in a copy of the code it reported violations within ten runs: the fit rule is not run again at
-commit (hosts say they have what is sold); an ended placement does not give back its share of the host (the same). What
-it did not see within five runs: the fence of generations dropped (the fit rule, run again, refuses what the fence would
-have; only a contract's ceiling hangs on it alone), and a nudge left out after a job's end (the next event tells as well).
+commit (hosts say they have what is sold); an ended placement does not give back its share of the host (the same), or its
+watts; a nudge is left out after a job's end (in five runs of eight). The fit rule, run again, refuses nearly all that the
+fence of generations would have; where only the fence stands, under a contract's ceiling, `two planners` are sent.
 """
 
 from __future__ import annotations

@@ -70,12 +70,14 @@ def fresh(job):
 
 
 def test_a_gang_that_may_shrink_loses_what_it_can_spare_and_runs_on():
-    here = Site()
+    here = Site(count=5)
     gang = here.runs([0, 1, 2, 3], on_replica_loss="shrink", min_replicas=2)
+    dearer = here.runs([4], since=-9000)
     wants = here.claims()
     assert (fresh(gang).state, len(here.leaving(gang))) == ("running", 1)
     here.cycle(5)  # who was asked to leave is still on the way: nobody else is
     (rank,) = here.leaving(gang)
+    assert fresh(dearer).state == "running"
     here.report(10, gang, rank, state="exited", exit_code=0, reason="drained", finished_at=at(10))
     left = fresh(gang)
     assert (left.state, left.lost_ranks, left.epoch, left.restarts) == ("running", [rank], 1, 0)

@@ -10,7 +10,7 @@ from django.db.models import Q
 
 from billing import events, gateway, invoices, ledger, payments, payouts, standing, usage
 from billing.invoices import open_case
-from billing.models import BillingAccount, BillingCase, Invoice, OperatorAccount, Payout, StripeEvent, UsageQuarantine
+from billing.models import BillingAccount, BillingCase, Invoice, OperatorAccount, StripeEvent, UsageQuarantine
 from marketplace import outbox
 from marketplace.models import OutboxMessage
 
@@ -185,8 +185,3 @@ def unmetered(now: datetime) -> int:
     ):
         total += usage.drift(organization_id, until=now)
     return total
-
-
-def overdue_payouts(now: datetime) -> int:
-    """Payouts that have waited for more than a day."""
-    return Payout.objects.filter(state=Payout.State.PENDING, created_at__lt=now - timedelta(days=1)).count()

@@ -49,11 +49,3 @@ def acquire(*wanted: tuple[Lock, int], timeout_ms: int = 3000) -> None:
                 raise  # the server is gone: that is not somebody else at work
             names = ", ".join(f"{kind.name.lower()} {pk}" for kind, pk in sorted(wanted))
             raise MarketError("busy", f"Waited {timeout_ms} ms for {names}.") from error
-
-
-def try_acquire(kind: Lock, pk: int) -> bool:
-    """Take one lock now or answer False. For loops of which one copy may run: the other simply leaves."""
-    assert connection.in_atomic_block
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [_number(kind, pk)])
-        return bool(cursor.fetchone()[0])

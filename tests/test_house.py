@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def committed(*patterns: str) -> list[Path]:
 
 def sources() -> list[Path]:
     return [path for path in committed("*.py") if "migrations" not in path.parts]
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path), feature_version=(3, 11))
 
 
 def shown(paths: list[str]) -> str:
@@ -108,7 +114,7 @@ def test_our_own_code_is_not_mocked() -> None:
 
 def test_every_module_can_be_read_by_the_oldest_python_we_name() -> None:
     for path in sources():
-        ast.parse(path.read_text(), filename=str(path), feature_version=(3, 11))
+        parsed(path)
 
 
 def test_the_import_contracts_hold() -> None:
@@ -160,7 +166,7 @@ def test_what_is_imported_is_required() -> None:
     sold_by = metadata.packages_distributions()
     missing = set()
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]

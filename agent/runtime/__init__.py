@@ -68,7 +68,3 @@ class Runtime(Protocol):
 
     async def forget(self, key: str) -> None:
         """Kills what still runs and removes all trace."""
-
-
-def describe(status: Status) -> dict[str, Any]:
-    return {k: v for k, v in status.__dict__.items() if v is not None}

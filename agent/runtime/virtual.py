@@ -38,9 +38,6 @@ class VirtualRuntime:
             self.rows[row["id"]] = row
             self.host_of[row["id"]] = row["host"]
 
-    def running_ids(self) -> list[str]:
-        return [key for key, row in self.rows.items() if row["state"] == "running"]
-
     async def prepare(self, work: Work) -> None:
         self.host_of[work.id] = work.host
 

@@ -150,16 +150,6 @@ class Reading:
     quantity: int
 
 
-def effective(readings: Iterable[Reading]) -> tuple[Reading, ...]:
-    """The highest revision of each (placement, meter, interval): what rating counts. Repetition changes nothing."""
-    highest: dict[tuple[int, str, Interval], Reading] = {}
-    for reading in readings:
-        key = (reading.placement, reading.meter, reading.span)
-        if key not in highest or highest[key].revision < reading.revision:
-            highest[key] = reading
-    return tuple(sorted(highest.values()))
-
-
 def quantity_in(reading: Reading, window: Interval) -> int:
     """The part of `reading.quantity` that falls into `window`; windows that tile the interval add up to all of it.
 

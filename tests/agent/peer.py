@@ -15,7 +15,6 @@ from sandbox.site.server import SiteServer
 from sandbox.site.spec import demo_site, host, miner, node
 
 ROOT = Path(__file__).resolve().parents[2]
-LOG_LIMIT = 5 * 1024 * 1024
 
 
 class ControlPeer:

@@ -5,7 +5,7 @@ import threading
 import pytest
 from django.db import OperationalError, connection, transaction
 
-from marketplace.locks import Lock, _number, acquire, try_acquire
+from marketplace.locks import Lock, _number, acquire
 from tests.marketplace.refusals import refused
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -104,14 +104,6 @@ def test_two_that_want_the_same_in_opposite_order_never_wait_in_a_ring():
     for thread in threads:
         thread.join(60)
     assert (len(got), errors) == (80, [])
-
-
-def test_trying_leaves_at_once():
-    with Holder((Lock.CELL, 1)), transaction.atomic():
-        assert not try_acquire(Lock.CELL, 1)
-        assert try_acquire(Lock.CELL, 2)
-    with transaction.atomic():
-        assert try_acquire(Lock.CELL, 1)
 
 
 def test_a_lost_connection_is_not_called_busy():

@@ -13,7 +13,6 @@ from billing.core.metering import (
     billable_intervals,
     clip,
     cut,
-    effective,
     floor_second,
     interval,
     quantity_in,
@@ -143,13 +142,6 @@ def test_seconds_are_utc_across_daylight_saving_and_leap_days():
 def test_a_naive_instant_is_refused():
     with pytest.raises(ValueError, match="time zone"):
         floor_second(datetime(2026, 1, 1))
-
-
-def test_effective_takes_the_highest_revision_once():
-    first = Reading(1, "gpu", Interval(0, 10), 0, 1000, 10_000)
-    corrected = Reading(1, "gpu", Interval(0, 10), 1, 1000, 4_000)
-    other = Reading(1, "gpu", Interval(10, 12), 0, 1000, 2_000)
-    assert effective([corrected, first, other, first]) == (corrected, other)
 
 
 @settings(max_examples=60)

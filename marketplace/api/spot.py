@@ -52,7 +52,6 @@ class SpotPrices(Resource):
     actions = {"GET": "public"}
     model_queryset = SpotInterval.objects.select_related("listing__site", "cell", "gpu_model")
     prefix = SpotInterval.PREFIX
-    order = "-start"
     filters = {
         "listing": "listing", "cell": "cell__name", "region": "listing__site__region", "gpu_model": "gpu_model__name",
         "from": "start__gte", "to": "start__lt",
@@ -85,7 +84,7 @@ class SpotPrices(Resource):
         ],
     )  # fmt: skip
     def get(self, request: Request) -> Response:
-        """What spot has cost, newest first. The next interval stands here from two minutes before it begins."""
+        """What spot has cost, the newest auction first. The next interval stands here from two minutes before it begins."""
         return self.listing(request)
 
 
@@ -101,7 +100,7 @@ class ContractSpotResults(ContractResource):
         row = self.row(contract)
         query = shapes.query(request, shapes.PageQuery)
         rows = SpotResult.objects.visible_to(self.actor).filter(contract=row).select_related("contract")
-        return Response(shapes.page(_result, rows, query, order="-start"))
+        return Response(shapes.page(_result, rows, query))
 
 
 def _result(row: SpotResult) -> dict[str, Any]:

@@ -80,15 +80,19 @@ def think(site: Site, *, now: datetime) -> Thought:
         .order_by("pk")
     )
     if site.mode in {Site.Mode.SHED, Site.Mode.OFF}:
-        return Thought([_sleep(m) for m in miners if m.desired_mode], reason="mode")
+        doubted = Miner.objects.filter(site=site, state=Miner.State.UNRESPONSIVE, manual=False)
+        return Thought([_sleep(m) for m in (*miners, *doubted) if m.desired_mode], reason="mode")
     ledger = power.Ledger.of(site.pk)
     need = _shortage(site, ledger, now)
+    wakes = power.may_wake(ledger, now=now)
+    # Whatever is missing, the doubted are tested: theirs may be the very watts that grants wait for.
+    tests = power.tests_due(site.pk, ledger, now=now) if wakes else []
     if need.any():
-        return Thought(_shed(site, ledger, miners, need, now), reason="shortage")
-    if not power.may_wake(ledger, now=now):
+        return Thought([*_shed(site, ledger, miners, need, now), *tests], reason="shortage")
+    if not wakes:
         return Thought([], reason="hold")
     thought = _dispatch(site, ledger, miners, now)
-    return replace(thought, commands=[*thought.commands, *power.tests_due(site.pk, ledger, now=now)])
+    return replace(thought, commands=[*thought.commands, *tests])
 
 
 def _sleep(miner: Miner) -> power.Command:

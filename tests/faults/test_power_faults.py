@@ -75,6 +75,19 @@ def test_a_liar_that_is_tested_and_lies_again_is_not_believed(yard):
     assert yard.miner(liar).reserved_w >= 3500
 
 
+def test_machines_that_are_not_believed_are_tested_while_somebody_waits_for_their_watts(yard):
+    first, _ = asked(yard)
+    for miner in Miner.objects.all():
+        yard.fleet.set_fault(miner.name, "phantom")
+    yard.until(lambda: not Miner.objects.filter(state="ok").exists(), seconds=280)
+    for miner in Miner.objects.all():
+        yard.fleet.set_fault(miner.name, "")
+    yard.until(lambda: Miner.objects.filter(state="ok").exists(), seconds=600)
+    first.refresh_from_db()
+    assert (first.state, first.attempt) == ("placed", 1), "it has waited all the time"
+    yard.until(lambda: yard.state(first) == "running", seconds=2400)
+
+
 # --- no answer / stale: reserve nameplate
 def test_no_answer(yard):
     job, batch = asked(yard)

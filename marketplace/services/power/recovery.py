@@ -1,6 +1,7 @@
 """The way back of machines that were not believed: a test of their own under a meter that nothing else confuses."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from marketplace.models import Miner, PowerNode, ShedClaim
@@ -16,7 +17,8 @@ DAY = timedelta(days=1)
 
 def tests_due(site_id: int, ledger: Ledger, *, now: datetime) -> list[Command]:
     """How an unresponsive machine comes back: by waking within the watts still booked for it, and sleeping before a meter
-    that nothing else confuses. One at a time under each meter; after each failure it waits twice as long.
+    that nothing else confuses. One at a time under each meter; after each failure it waits twice as long. Where the books or
+    a meter stand over what is allowed none is woken, and the one that was woken sleeps.
     """
     miners = list(Miner.objects.filter(site_id=site_id, state=Miner.State.UNRESPONSIVE, manual=False).order_by("pk"))
     if not miners:
@@ -28,18 +30,25 @@ def tests_due(site_id: int, ledger: Ledger, *, now: datetime) -> list[Command]:
     asleep = ShedClaim.objects.filter(miner__in=miners, state=ShedClaim.State.COMMANDED)
     judged = set(asleep.values_list("miner_id", flat=True))
     being_tested = judged | {m.pk for m in miners if m.desired_mode and m.changed_at and now - m.changed_at < RAMP}
+    over = {n for n in range(len(ledger.free)) if ledger.free[n] < 0} | ledger.hot(now)
+    pressed = {m.pk for m in miners if over.intersection(_path(ledger, m))}
     taken: dict[int, int] = {}  # place -> whose turn it is
     for miner in sorted(miners, key=lambda m: (m.pk not in being_tested, len(failures[m.pk]), m.pk)):
         wait = FIRST_TEST * min(MOST_WAITS, 2 ** max(0, len(failures[miner.pk]) - 1))
         due = now - max(failures[miner.pk], default=now - DAY) >= wait
-        if due or miner.pk in being_tested:
+        if (due and miner.pk not in pressed) or miner.pk in being_tested:
             taken.setdefault(_place(ledger, miner), miner.pk)
-    chosen = set(taken.values()) - judged
-    return [c for m in miners if m.pk in chosen and (c := _test(m, now)) is not None]
+    chosen = set(taken.values()) - judged - pressed
+    back = [Command(m.pk, 0, m.desired_generation) for m in miners if m.pk in pressed and m.desired_mode]
+    return back + [c for m in miners if m.pk in chosen and (c := _test(m, now)) is not None]
+
+
+def _path(ledger: Ledger, miner: Miner) -> Sequence[int]:
+    return ledger.tree.paths[ledger.tree.index[miner.power_node_id]]
 
 
 def _place(ledger: Ledger, miner: Miner) -> int:
-    path = ledger.tree.paths[ledger.tree.index[miner.power_node_id]]
+    path = _path(ledger, miner)
     return next((n for n in path if ledger.tree.metering[n] == PowerNode.Metering.METER), path[0])
 
 

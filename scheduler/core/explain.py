@@ -71,7 +71,7 @@ def look_kernel(s: State, q: I64, allowed: Bools, hosts: I64, short: I64, nodes:
             most = 0
             for i in range(row[NGPU]):
                 most = max(most, s.vfree[h, i])
-            lack = max(np.int64(1), vram_kernel(row, q) - most)
+            lack = max(np.int64(1), np.int64(vram_kernel(row, q) - most))
         elif reason == 14:
             lack = (delta * s.k[node] - s.budget[node] + s.k[node] - 1) // s.k[node]
             nodes[node] += 1

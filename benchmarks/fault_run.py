@@ -75,8 +75,13 @@ def clean() -> None:
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute(" UNION ALL ".join(f"(SELECT '{name}' FROM {name} LIMIT 1)" for name in tables))
         used = {name for (name,) in cursor.fetchall()}
+        # What is written once and for ever has a trigger that refuses to delete; it goes first, with whatever refers to it.
+        cursor.execute("SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname LIKE '%append_only'")
+        kept = used & {name for (name,) in cursor.fetchall()}
+        if kept:
+            cursor.execute(f"TRUNCATE {', '.join(sorted(kept))} CASCADE")
         for name in tables:
-            if name in used:
+            if name in used - kept:
                 cursor.execute(f"DELETE FROM {name}")
         again = ", ".join(f"setval('{number}', 1, false)" for number in tables.values() if number)
         cursor.execute(f"SELECT {again}")

@@ -190,9 +190,12 @@ def stock(
     kind: str = Kind.ON_DEMAND,
     starts_at: datetime | None = None,
     ends_at: datetime | None = None,
+    market: Market | None = None,
 ) -> dict[int, Stock]:
-    """{listing id: Stock}: the most GPUs one block inside one cell of `level` can have; without a window, in the next hour."""
-    market = load(listings, now)
+    """{listing id: Stock}: the most GPUs one block inside one cell of `level` can have; without a window, in the next hour.
+    Who asks more than once hands over the `market` that it has loaded.
+    """
+    market = market or load(listings, now)
     start, end = window(starts_at, ends_at, now)
     groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
     for listing in listings:
@@ -228,10 +231,17 @@ def largest(
 
 
 def calendar(
-    listing: Listing, *, now: datetime, starts_at: datetime, ends_at: datetime, step_s: int, level: str = "site"
+    listing: Listing,
+    *,
+    now: datetime,
+    starts_at: datetime,
+    ends_at: datetime,
+    step_s: int,
+    level: str = "site",
+    market: Market | None = None,
 ) -> list[capacity.CalendarCell]:
     """How many GPUs one block could have in each step of [starts_at, ends_at): free for all of the step. Ends and starts in s."""
-    market = load([listing], now)
+    market = market or load([listing], now)
     shape = Shape(market.chunks[listing.pk])
     return list(capacity.free_calendar(market.pool, shape, level, seconds(starts_at), seconds(ends_at), step_s))
 

@@ -156,7 +156,11 @@ def listing_of(request: HttpRequest, public_id: str) -> Listing:
 def listing(request: HttpRequest, listing: str) -> HttpResponse:
     row = listing_of(request, listing)
     now = timezone.now()
-    stock = {level: availability.stock([row], now=now, level=level)[row.pk] for level in ("site", "spine", "host")}
+    loaded = availability.load([row], now)
+    stock = {
+        level: availability.stock([row], now=now, level=level, market=loaded)[row.pk]
+        for level in ("site", "spine", "host")
+    }
     free = stock["site"]
     host = row.hosts.exclude(state=Host.State.RETIRED).order_by("id").first()
     return render(
@@ -170,18 +174,18 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "meter": charts.meter(free.gpus, free.total, label=f"{free.gpus} of {free.total} GPUs free"),
             "prices": _prices(row),
             "spot": spot.shown(row, now) if row.spot_floor is not None else None,
-            "weeks": _weeks(row, now, free.total),
+            "weeks": _weeks(row, now, free.total, loaded),
             "open": row.state == Listing.State.PUBLISHED,
         },
     )
 
 
-def _weeks(row: Listing, now: datetime, total: int) -> list[list[dict[str, Any]]]:
+def _weeks(row: Listing, now: datetime, total: int, market: availability.Market) -> list[list[dict[str, Any]]]:
     """The most GPUs that can be had for all of each day, in weeks from Monday, each day a link that asks for it."""
     today = now.replace(hour=0, minute=0, second=0, microsecond=0)
     monday = today - timedelta(days=today.weekday())
     end = monday + timedelta(weeks=CALENDAR_WEEKS)
-    cells = availability.calendar(row, now=now, starts_at=today, ends_at=end, step_s=86_400)
+    cells = availability.calendar(row, now=now, starts_at=today, ends_at=end, step_s=86_400, market=market)
     days: list[dict[str, Any]] = [{} for _ in range(today.weekday())]
     for cell in cells:
         start = availability.instant(cell.start)

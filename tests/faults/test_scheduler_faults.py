@@ -122,7 +122,7 @@ def test_a_killed_process_and_a_cut_connection_undo_what_they_had_not_committed(
             Cell.objects.update(region="nowhere else")
 
     for how, error in ((surgeon.killed, ""), (surgeon.cut, "OperationalError")):
-        ended = how(change, At(3, after=True))
+        ended = how(change, At(2, after=True))
         assert ended.struck
         assert ended.error.startswith(error)
         assert set(Cell.objects.values_list("region", flat=True)) == {"us-tx"}
@@ -158,7 +158,7 @@ def test_a_rival_goes_between_two_statements_as_far_as_locks_let_it(surgeon):
             acquire((Lock.CELL, market.cell.pk))
             seen.append(Cell.objects.get().region)
 
-    for end in surgeon.beside(first, second, At(3, after=True)):
+    for end in surgeon.beside(first, second, At(2, after=True)):
         assert end.error == ""
     assert seen == ["first in", "second", "first out", "first"]
     seen.clear()

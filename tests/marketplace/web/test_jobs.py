@@ -292,7 +292,7 @@ def test_pages_cost_few_queries(market, browser):
     job, _ = running(market)
     client = browser(market.customer)
     ceilings = {
-        "/": 10, f"/listings/{market.listing.public_id}": 22, "/contracts": 6, f"/contracts/{job.contract.public_id}": 9, "/jobs": 5,
+        "/": 10, f"/listings/{market.listing.public_id}": 11, "/contracts": 6, f"/contracts/{job.contract.public_id}": 9, "/jobs": 5,
         "/jobs/new": 5, f"/jobs/{job.public_id}": 13, f"/jobs/{job.public_id}/live": 9, f"/jobs/{job.public_id}/log": 8,
         "/usage": 19, "/invoices": 18, "/team": 7, "/keys": 5,
     }  # fmt: skip

@@ -100,7 +100,9 @@ class PlacementShape(serializers.Serializer):
     reason = serializers.CharField(allow_blank=True)
     granted_at = serializers.DateTimeField(allow_null=True)
     running_at = serializers.DateTimeField(allow_null=True, help_text="billed from here")
-    release_requested_at = serializers.DateTimeField(allow_null=True, help_text="billed to here")
+    release_requested_at = serializers.DateTimeField(
+        allow_null=True, help_text="billed to here; under spot less the notice that was missing"
+    )
     finished_at = serializers.DateTimeField(allow_null=True)
     exit_code = serializers.IntegerField(allow_null=True)
 

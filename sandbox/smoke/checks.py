@@ -14,6 +14,7 @@ from sandbox.smoke.report import expect
 from sandbox.smoke.world import PlantedSite, Tenant, World
 
 FINAL = {"released", "failed", "lost"}
+CHECKPOINT_GRACE_S = 5  # of every job that the smoke run submits
 
 
 def sites_stayed_under_their_caps(world: World) -> list[str]:
@@ -36,12 +37,20 @@ def placements_of(tenant: Tenant) -> list[dict[str, Any]]:
 
 def every_running_second_is_billed_once(tenants: list[Tenant]) -> list[str]:
     """Placement timelines against the usage behind the invoices, second by second, and no record twice."""
-    seconds = milli = 0
+    seconds = milli = free = 0
     for tenant in tenants:
         expected = {}
+        notice = {
+            c["id"]: c["terms"]["eviction_notice_s"] for c in tenant.client.every("contracts") if c["kind"] == "spot"
+        }
         for p in placements_of(tenant):
             expect(p["state"] in FINAL, f"{p['id']} of {tenant.name} is {p['state']}")
-            if (span := _billed(p)) is not None and p["gpus"]:
+            span = _billed(p)
+            if span is not None and p["contract"] in notice and _preempted(tenant, p):
+                kept = max(span[0], span[1] - max(0, notice[p["contract"]] - CHECKPOINT_GRACE_S))
+                free += span[1] - kept
+                span = (span[0], kept) if kept > span[0] else None
+            if span is not None and p["gpus"]:
                 expected[p["id"]] = (*span, len(p["gpus"]) * p["gpu_milli"])
         seen = _records(tenant)
         expect(
@@ -59,7 +68,15 @@ def every_running_second_is_billed_once(tenants: list[Tenant]) -> list[str]:
             expect(all(r == rate for _, _, r in spans), f"{placement}: billed at another share")
             seconds += got
             milli += got * rate
-    return [f"{seconds} placement-seconds, {milli / 3_600_000:.1f} GPU-hours, each billed once"]
+    return [
+        f"{seconds} placement-seconds, {milli / 3_600_000:.1f} GPU-hours, each billed once; {free} s free for spot's short notice"
+    ]
+
+
+def _preempted(tenant: Tenant, p: dict[str, Any]) -> bool:
+    """Whether it was asked to leave for somebody else, without notice: what is missing of its contract's notice is free."""
+    events = tenant.client.every(f"jobs/{p['job']}/events")
+    return any(e["to"] == "preempting" and e["at"] == p["release_requested_at"] for e in events)
 
 
 def _billed(p: dict[str, Any]) -> tuple[int, int] | None:

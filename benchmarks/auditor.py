@@ -20,7 +20,8 @@ DONE = {"succeeded", "failed", "cancelled"}  # jobs
 WAITS, STANDS = {"queued", "requeued"}, {"placed", "running", "preempting"}
 THERE = {"granted", "starting", "running", "draining", "unreachable"}  # placements whose watts are granted
 LEAVING = {"draining", "unreachable"}
-CLOSED = timedelta(hours=24)  # so long before its claim a reservation's GPUs are closed to others
+OPEN_ENDED = timedelta(hours=24)  # so long a job without a limit is taken to stand on GPUs that are reserved later
+LAG = timedelta(seconds=120)  # and so much later it may begin, and be gone
 TOLERATED = ("MarketError", "FencedError", "OperationalError", "InterfaceError", "AdminShutdown")
 
 Row = dict[str, Any]
@@ -46,7 +47,8 @@ class Auditor:
         """Everything that is wrong now, in words."""
         hosts = {r["id"]: r for r in rows("SELECT * FROM marketplace_host")}
         placements = rows(
-            "SELECT p.*, g.state AS watts, g.id AS watts_id FROM marketplace_placement p"
+            "SELECT p.*, g.state AS watts, g.id AS watts_id, j.max_seconds AS max_s, c.kind FROM marketplace_placement p"
+            " JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = p.contract_id"
             " LEFT JOIN marketplace_powergrant g ON g.placement_id = p.id ORDER BY p.id"
         )
         jobs = {r["id"]: r for r in rows("SELECT * FROM marketplace_job")}
@@ -140,8 +142,16 @@ def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
         ):
             continue  # on its own; who has the same GPUs after it comes after it
         for b in windows:
-            closed = b["claims_at"] - CLOSED <= p["created_at"] < b["ends_at"]
-            if p["contract_id"] != b["contract_id"] and closed and born[p["id"]] > b["born"]:
+            gone = p["created_at"] + LAG + (timedelta(seconds=p["max_s"]) if p["max_s"] else OPEN_ENDED)
+            lent = p["created_at"] < b["claims_at"] and (
+                p["kind"] == "spot" or gone.replace(microsecond=0) <= b["claims_at"]
+            )
+            if (
+                p["contract_id"] != b["contract_id"]
+                and p["created_at"] < b["ends_at"]
+                and not lent
+                and born[p["id"]] > b["born"]
+            ):
                 found.append(
                     f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}"
                 )

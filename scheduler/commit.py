@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from django.db import transaction
@@ -27,12 +27,13 @@ from marketplace.services.transitions import transition_many
 from scheduler import fleet as cells
 from scheduler.core import fit_kernels as fit
 from scheduler.core import recheck
-from scheduler.core.fit import rounded_end
+from scheduler.core.fit import bounds
 from scheduler.core.pack import bits, classes_of
 from scheduler.core.state import State, unscored
-from scheduler.core.types import I64, HostFlag, Plan, Preemption, Reason
+from scheduler.core.types import I64, HostFlag, Plan, Preemption, Reason, Request
 from scheduler.core.types import Placement as Planned
-from scheduler.snapshot import Snapshot, reserved_gpus
+from scheduler.reserved import Ahead, Begun, claimed, reservations
+from scheduler.snapshot import Snapshot
 
 ACTOR = "scheduler"
 SITE_LOOP = "scheduler.site_loop"
@@ -43,6 +44,11 @@ _STATE: Final = {
     fit.CPU_ONLY: "cpu_only", fit.POOL: "pool", fit.SITE: "site", fit.FLAGS: "flags", fit.STANDBY: "standby_w", fit.PARKED: "parked_w",
     fit.BASE: "base_w", fit.GMIN: "gpu_min_w", fit.GMAX: "gpu_max_w", fit.CAPCTL: "cap_control", fit.TAINTS: "taints",
     fit.LEAVES: "leaves", fit.VRAM: "vram_total",
+}  # fmt: skip
+
+
+_CLAIMS: Final = {
+    "claimed_at": fit.CLAIM, "claimed_gpus": fit.CLAIMED, "owed_cpu": fit.OWED_CPU, "owed_ram": fit.OWED_RAM, "owed_nvme": fit.OWED_NVME,
 }  # fmt: skip
 
 
@@ -73,19 +79,32 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
         wanted: dict[int, list[Planned]] = defaultdict(list)
         for p in plan.placements:
             wanted[p.job].append(p)
+        here = _Here(sites, {}, now)
         if wanted:
-            _refuse(snapshot, wanted, outcome, now)
+            # Reservations are made and moved under the cell's lock, which we hold: what was sold since the snapshot is seen.
+            longest_s = max(r.duration_s for r in snapshot.requests)
+            begun, ahead = reservations(snapshot.cell.pk, now, longest_s)
+            here = _Here(sites, ahead, now)
+            _refuse(snapshot, wanted, begun, outcome)
         if victims and wanted:
-            _evict(snapshot, plan.preemptions, wanted, sites, outcome, now)
+            _evict(snapshot, plan.preemptions, wanted, here, outcome)
         if wanted:
-            _place(snapshot, wanted, sites, outcome, now)
+            _place(snapshot, wanted, here, outcome)
     return outcome
 
 
-def _refuse(snapshot: Snapshot, wanted: dict[int, list[Planned]], outcome: Outcome, now: datetime) -> None:
+class _Here(NamedTuple):
+    """Sites that are locked, reservations to come by host, and the commit's time."""
+
+    sites: set[int]
+    ahead: dict[int, Ahead]
+    now: datetime
+
+
+def _refuse(snapshot: Snapshot, wanted: dict[int, list[Planned]], begun: Begun, outcome: Outcome) -> None:
     """Takes out of `wanted` who waits no more, and whose GPUs are reserved for somebody else by now."""
     waiting = _still_waiting(list(wanted), snapshot)
-    closed = _closed(snapshot, wanted, now)
+    closed = _closed(snapshot, wanted, begun)
     outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     outcome.conflicts |= dict.fromkeys(closed & waiting, Reason.HOST_RESERVED_FOR_OWNER)
     for job in outcome.conflicts:
@@ -96,22 +115,21 @@ def _evict(
     snapshot: Snapshot,
     preemptions: Sequence[Preemption],
     wanted: dict[int, list[Planned]],
-    sites: set[int],
+    here: _Here,
     outcome: Outcome,
-    now: datetime,
 ) -> None:
     """Asks victims to leave for those who still want their places, and to whom these hosts are open as they stand now."""
     jobs = [job for job in dict.fromkeys(p.for_job for p in preemptions) if job in wanted]
     if not jobs:
         return
-    state, batch, _, _ = _locked(snapshot, {job: wanted[job] for job in jobs}, sites, now)
+    state, batch, _, _ = _locked(snapshot, {job: wanted[job] for job in jobs}, here)
     barred = recheck.barred(state, batch)
     outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, barred.tolist(), strict=True) if why}
     for job in outcome.conflicts.keys() & set(jobs):
         del wanted[job]
     victims = _standing([p.placement for p in preemptions if p.for_job in wanted])
     reason = "preempted: capacity claimed by a higher contract"
-    outcome.preempted = drains.take_off(victims, now=now, actor=ACTOR, reason=reason)
+    outcome.preempted = drains.take_off(victims, now=here.now, actor=ACTOR, reason=reason)
 
 
 def _standing(placements: Sequence[int]) -> QuerySet[Placement]:
@@ -120,21 +138,20 @@ def _standing(placements: Sequence[int]) -> QuerySet[Placement]:
 
 
 def _locked(
-    snapshot: Snapshot, wanted: dict[int, list[Planned]], sites: set[int], now: datetime
+    snapshot: Snapshot, wanted: dict[int, list[Planned]], here: _Here
 ) -> tuple[State, recheck.Batch, cells.Hosts, NodeTable]:
     """The hosts wanted, locked, with the nodes above them, and what is wanted, as the fit rule reads them."""
     replicas = [p for planned in wanted.values() for p in planned]
     hosts = cells.lock(snapshot.fleet.host_id[[p.host for p in replicas]].tolist(), snapshot.names)
-    nodes = node_table(sites)
-    batch = _batch(snapshot, hosts, list(wanted), [len(planned) for planned in wanted.values()], replicas, now)
-    return _state(snapshot, hosts, nodes, sites), batch, hosts, nodes
+    nodes = node_table(here.sites)
+    state = _state(snapshot, hosts, nodes, here)
+    batch = _batch(snapshot, hosts, state, wanted, here.now)
+    return state, batch, hosts, nodes
 
 
-def _place(
-    snapshot: Snapshot, wanted: dict[int, list[Planned]], sites: set[int], outcome: Outcome, now: datetime
-) -> None:
-    jobs, replicas = list(wanted), [p for planned in wanted.values() for p in planned]
-    state, batch, hosts, nodes = _locked(snapshot, wanted, sites, now)
+def _place(snapshot: Snapshot, wanted: dict[int, list[Planned]], here: _Here, outcome: Outcome) -> None:
+    jobs, replicas, now = list(wanted), [p for planned in wanted.values() for p in planned], here.now
+    state, batch, hosts, nodes = _locked(snapshot, wanted, here)
     reasons, watts = recheck.admit(state, batch)
     outcome.conflicts |= {job: Reason(why) for job, why in zip(jobs, reasons.tolist(), strict=True) if why}
     outcome.placed = [job for job, why in zip(jobs, reasons.tolist(), strict=True) if not why]
@@ -174,15 +191,11 @@ def _place(
         outbox.emit(SITE_LOOP, key=str(site), payload={"site": site})
 
 
-def _closed(snapshot: Snapshot, wanted: dict[int, list[Planned]], now: datetime) -> set[int]:
-    """Jobs planned onto GPUs that are reserved for others by now, or no longer for their own contract.
-
-    A reservation is made and moved under the cell's lock, which we hold: what was sold since the snapshot is seen here.
-    """
-    reserved = reserved_gpus(snapshot.cell, now)
+def _closed(snapshot: Snapshot, wanted: dict[int, list[Planned]], begun: Begun) -> set[int]:
+    """Jobs planned onto GPUs that are reserved for others by now, or no longer for their own contract."""
 
     def refused(p: Planned) -> bool:
-        here = reserved.get(int(snapshot.fleet.host_id[p.host]), {})
+        here = begun.get(int(snapshot.fleet.host_id[p.host]), {})
         owner = -int(snapshot.fleet.pool[p.host])
         if owner > 0:  # a row of its own contract's GPUs
             return not here.get(owner, set()) >= set(p.gpus)
@@ -219,14 +232,16 @@ def _still_waiting(jobs: list[int], snapshot: Snapshot) -> set[int]:
     return found
 
 
-def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[int]) -> State:
+def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, here: _Here) -> State:
     """The locked rows as the kernels read them. Site-wide flags were the snapshot's business, the hosts' own are read again."""
     rows = np.zeros((len(hosts), fit.HOST_WIDTH), np.int64)
     for column, name in _STATE.items():
         rows[:, column] = hosts[name]
-    rows[~np.isin(hosts["site"], list(sites)), fit.FLAGS] |= int(
+    rows[~np.isin(hosts["site"], list(here.sites)), fit.FLAGS] |= int(
         HostFlag.DRAINING
     )  # moved to a site that is not locked
+    for name, column in claimed(hosts, here.ahead).items():
+        rows[:, _CLAIMS[name]] = column
     models = snapshot.model_of
     rows[:, fit.MODEL] = [models.get(pk, 62) for pk in hosts["model_id"].tolist()]
     rows[hosts["gpu_count"] == 0, fit.MODEL] = -1
@@ -246,20 +261,25 @@ def _state(snapshot: Snapshot, hosts: cells.Hosts, nodes: NodeTable, sites: set[
 
 
 def _batch(
-    snapshot: Snapshot, hosts: cells.Hosts, jobs: list[int], counts: list[int], replicas: list[Planned], now: datetime
+    snapshot: Snapshot, hosts: cells.Hosts, state: State, wanted: dict[int, list[Planned]], now: datetime
 ) -> recheck.Batch:
+    replicas, counts = (
+        [p for planned in wanted.values() for p in planned],
+        [len(planned) for planned in wanted.values()],
+    )
     requests = {r.job: r for r in snapshot.requests}
-    asked = [requests[job] for job in jobs]
-    leave = np.unique(hosts["leaves"])  # as it is said now: a host may have begun to leave since the snapshot
-    if leave.any():
-        deadlines, now_s, lag_s = leave[leave > 0].tolist(), int(now.timestamp()), snapshot.policy.lag_s
-        asked = [replace(r, until=rounded_end(now_s, r.duration_s, deadlines, lag_s)) for r in asked]
+    asked = [requests[job] for job in wanted]
+    # As it is said now: a host may have begun to leave since the snapshot, or be reserved.
+    leaves, claims = (np.unique(column[column > 0]).tolist() for column in (hosts["leaves"], state.rows[:, fit.CLAIM]))
+    if leaves or claims:
+        now_s = int(now.timestamp())
+        asked = [_bound(r, bounds(r, now_s, leaves, claims, snapshot.policy)) for r in asked]
     classes, of = classes_of(asked)
     classes[:, fit.Q_HOLD] = 0  # a hold is the plan's own promise
     rows = np.array([p.host for p in replicas], np.int64)
     at = hosts.position(snapshot.fleet.host_id[rows])
     planned_pool = snapshot.fleet.pool[rows]
-    wanted = classes[np.repeat(of, counts), fit.Q_VRAM]
+    vram = classes[np.repeat(of, counts), fit.Q_VRAM]
     milli = np.array([p.gpu_milli for p in replicas], np.int64)
     mask = np.array([_mask(p.gpus) for p in replicas], np.int64)
     share = hosts["vram_total"][at].astype(np.int64) * milli // 1000
@@ -269,9 +289,14 @@ def _batch(
         of=of.astype(np.int64),
         host=at,
         mask=mask,
-        vram=np.where(mask == 0, 0, np.where(wanted > 0, wanted, share)),
+        vram=np.where(mask == 0, 0, np.where(vram > 0, vram, share)),
         pool=np.where(planned_pool < 0, planned_pool, hosts["pool"][at]),  # a listing may have let the host go
     )
+
+
+def _bound(r: Request, hours: tuple[int, int]) -> Request:
+    """What stands on its own contract's GPUs takes nothing that goes with others'."""
+    return replace(r, until=hours[0], stays=hours[1] if r.pool >= 0 else 0)
 
 
 def _left(hosts: cells.Hosts, state: State, books: recheck.Power, at: I64, granted: I64) -> host_rows.Left:

@@ -20,8 +20,8 @@ from django.db import connection
 from billing.models import PriceVersion
 from marketplace.models import Contract, Job, Placement
 from marketplace.services import replicas, spot_prices
-from scheduler.core.fit import rounded_end
-from scheduler.core.types import Fleet, Level, Request, Tie, Topology
+from scheduler.core.fit import bounds, deadlines
+from scheduler.core.types import Fleet, Level, Policy, Request, Tie, Topology
 
 _LEVEL: Final = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
 _NVLINK: Final = {"any": 0, "preferred": 1, "required": 2}
@@ -94,19 +94,19 @@ def bind(
     taints: Mapping[str, int],
     mended: Mapping[int, Repair],
     now: datetime,
-    lag_s: int,
+    policy: Policy,
 ) -> None:
     """Fill in what the requests' jobs ask for beyond their shape; the requests are changed in place.
 
     `ruled`: ids of the jobs that have rules. `taints`: taint -> its bit in `fleet.taints`; the highest bit stands for taints
-    without one, which nobody tolerates. `lag_s`: `Policy.lag_s`.
+    without one, which nobody tolerates.
     """
     rows = Rows(host_of, fleet.pool)
-    deadlines = np.unique(fleet.leaves[fleet.leaves > 0]).tolist()
+    leaves, claims = deadlines(fleet)
     now_s = int(now.timestamp())
-    if deadlines:
+    if leaves or claims:
         for r in requests:
-            r.until = rounded_end(now_s, r.duration_s, deadlines, lag_s)
+            r.until, r.stays = bounds(r, now_s, leaves, claims, policy)
     by_job = {r.job: r for r in requests} if mended or ruled else {}
     for pk, repair in mended.items():
         if r := by_job.get(pk):  # type: ignore[assignment]

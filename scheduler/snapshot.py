@@ -1,30 +1,29 @@
 """Rows -> core arrays: the only reader. A fixed number of statements whatever the size of the cell.
 
-Hosts come from `scheduler.fleet`, which reads what has changed. A reserved contract's GPUs stand in rows of their own (pool =
-minus the contract's id) behind those of the hosts, so that its jobs find them and no other's can; the host's open row shows
-them as taken. `Snapshot.host_of` leads from a row back to the host.
+Hosts come from `scheduler.fleet`, which reads what has changed; what of them is reserved, from `scheduler.reserved`: a contract's
+GPUs whose claim has begun stand in rows of their own behind those of the hosts. `Snapshot.host_of` leads from a row back to the host.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 from django.conf import settings
 from django.db import connection
 
-from marketplace.models import Cell, GpuModel, Placement
+from marketplace.models import Cell, GpuModel
 from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.leases import SILENT
 from scheduler import fleet as cells
 from scheduler import promises, rules, standing, usage
 from scheduler.core import gang
-from scheduler.core.types import I32, I64, MAX_GPUS, Fleet, HostFlag, Level, Policy, Request, Running
+from scheduler.core.types import I32, I64, Fleet, HostFlag, Level, Policy, Request, Running
+from scheduler.reserved import Ahead, Parts, claimed, reservations
 from scheduler.standing import KINDS, LAG_S
 
-CLAIM_AHEAD = timedelta(hours=24)  # a reservation's GPUs are closed to others this long before its claim
 MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
 
@@ -76,11 +75,6 @@ FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c O
 JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
 """
 _REPAIRS = _WAITING.replace("j.state IN ('queued', 'requeued')", "j.id = ANY(%(jobs)s)")
-_RESERVED = """
-SELECT b.host_id, r.contract_id, b.gpu_indices FROM marketplace_reservationblock b
-JOIN marketplace_reservation r ON r.id = b.reservation_id JOIN marketplace_host h ON h.id = b.host_id
-WHERE h.cell_id = %(cell)s AND r.state = 'firm' AND r.ends_at > %(now)s AND r.claims_at <= %(by)s
-"""
 
 
 @dataclass
@@ -108,22 +102,23 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     hosts = cells.read(cell.pk)
     sites, site_of = hosts.sites
     nodes = node_table(sites.tolist())
-    claims = reserved_gpus(cell, now)
-    reserved = _Reserved(hosts, claims)
     repairs = rules.repairs(cell.pk)
     jobs = _waiting(cell, now, repairs)
+    begun, ahead = reservations(cell.pk, now, max((job.max_seconds or 0 for job in jobs), default=0))
+    reserved = Parts(hosts, begun)
     model_of = hosts.models[0]
-    fleet = _fleet(hosts, reserved, nodes, _site_flags(sites, now)[site_of])
-    requests = _requests(jobs, claims, model_of, may_preempt=not standing.leaving(cell.pk))
+    fleet = _fleet(hosts, reserved, ahead, nodes, _site_flags(sites, now)[site_of])
+    requests = _requests(jobs, begun, model_of, may_preempt=not standing.leaving(cell.pk))
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
+    capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
+    policy = Policy(shapes=_mix(cell), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S)
     taints = hosts.names.taints
-    rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, lag_s=LAG_S)
+    rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, policy=policy)
     _pack(requests, fleet, hosts, reserved)
     _bar([job for job in jobs if job.contract_kind == "spot"], requests, now)
     usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
-    capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
     return Snapshot(
         cell=cell,
         generation=cell.generation,
@@ -131,7 +126,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         fleet=fleet,
         requests=requests,
         running=standing.running(cell.pk, hosts.id_list, reserved.row_of(len(hosts)), now) if running else [],
-        policy=Policy(shapes=_mix(cell), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S),
+        policy=policy,
         host_of=host_of,
         node_of=nodes.ids.tolist(),
         jobs={job.id: job for job in jobs},
@@ -139,16 +134,6 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         names=hosts.names,
         repairs=repairs,
     )
-
-
-def reserved_gpus(cell: Cell, now: datetime) -> dict[int, dict[int, set[int]]]:
-    """Host id -> contract id -> GPU indices of reservations that are in force or soon will be."""
-    found: dict[int, dict[int, set[int]]] = defaultdict(dict)
-    with connection.cursor() as cursor:
-        cursor.execute(_RESERVED, {"cell": cell.pk, "now": now, "by": now + CLAIM_AHEAD})
-        for host_id, contract_id, indices in cursor.fetchall():
-            found[host_id].setdefault(contract_id, set()).update(indices)
-    return found
 
 
 def _site_flags(sites: I64, now: datetime) -> I32:
@@ -169,76 +154,26 @@ def _site_flags(sites: I64, now: datetime) -> I32:
     return np.array([flags[pk] for pk in sites.tolist()], np.int32)
 
 
-class _Reserved:
-    """Rows of reserved GPUs: which host each is part of, for which contract, which GPUs; and what is kept there for it.
-
-    CPU, RAM and NVMe go with the GPUs: a reservation of g of n GPUs is owed g/n of the host, less what its own jobs hold
-    already. The host's open row offers what is free beyond that.
-    """
-
-    def __init__(self, hosts: cells.Hosts, claims: dict[int, dict[int, set[int]]]) -> None:
-        here = set(hosts.id_list) if claims else set()
-        found = [(pk, c, gpus) for pk in sorted(claims) if pk in here for c, gpus in sorted(claims[pk].items())]
-        self.host_ids = [pk for pk, _, _ in found]
-        self.contracts = [contract for _, contract, _ in found]
-        self.gpus = [gpus for _, _, gpus in found]
-        self.rows = hosts.position(self.host_ids)
-        self.mine = np.zeros((len(found), MAX_GPUS), bool)
-        for i, gpus in enumerate(self.gpus):
-            self.mine[i, sorted(gpus)] = True
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row_of(self, first: int) -> dict[tuple[int, int], int]:
-        """(host id, GPU) -> the row, where they stand behind `first` rows of hosts."""
-        found = enumerate(zip(self.host_ids, self.gpus, strict=True), first)
-        return {(pk, gpu): i for i, (pk, gpus) in found for gpu in gpus}
-
-    def owed(self, hosts: cells.Hosts) -> dict[str, I64]:
-        """Per row: CPU, RAM and NVMe that are owed and still free. Their sum is never more than the host has free."""
-        held = self._held()
-        out: dict[str, I64] = {}
-        for name, total in (("cpu_free", "cpu_total"), ("ram_free", "ram_total"), ("nvme_free", "nvme_total")):
-            left = dict(zip(self.host_ids, hosts[name][self.rows].tolist(), strict=True))
-            offers = []
-            for i, (pk, contract) in enumerate(zip(self.host_ids, self.contracts, strict=True)):
-                row = self.rows[i]
-                share = int(hosts[total][row]) * len(self.gpus[i]) // max(1, int(hosts["gpu_count"][row]))
-                offer = min(left[pk], max(0, share - held[name].get((pk, contract), 0)))
-                left[pk] -= offer
-                offers.append(offer)
-            out[name] = np.array(offers, np.int64)
-        return out
-
-    def _held(self) -> dict[str, dict[tuple[int, int], int]]:
-        """What each contract's own jobs hold on these hosts."""
-        names = {"cpu_free": "vcpu_milli", "ram_free": "ram_mib", "nvme_free": "nvme_gib"}
-        held: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in names}
-        live = Placement.objects.filter(host_id__in=set(self.host_ids)).exclude(state__in=Placement.FINAL)
-        for host_id, contract_id, *amounts in live.values_list("host_id", "contract_id", *names.values()):
-            for name, amount in zip(names, amounts, strict=True):
-                held[name][host_id, contract_id] += amount
-        return held  # type: ignore[return-value]
-
-
 _SAME = (
     "host_id", "gpu_count", "leaf", "spine", "site", "standby_w", "parked_w", "base_w", "gpu_min_w", "gpu_max_w", "cap_control",
     "gpu_active", "cpu_only", "nvlink", "taints", "leaves", "vram_total",
 )  # fmt: skip
 
 
-def _fleet(hosts: cells.Hosts, reserved: _Reserved, nodes: NodeTable, site_flags: I32) -> Fleet:
+def _fleet(hosts: cells.Hosts, reserved: Parts, ahead: dict[int, Ahead], nodes: NodeTable, site_flags: I32) -> Fleet:
     columns: dict[str, Any] = {name: hosts[name] for name in _SAME}
     columns |= {name: hosts[name] for name in ("cpu_free", "ram_free", "nvme_free", "gpu_free", "vram_free", "pool")}
     columns["gpu_model"] = hosts.models[1]
     columns["power_node"] = hosts.nodes(nodes.ids)
     columns["flags"] = hosts["flags"] | site_flags
     columns["owner"] = np.zeros(len(hosts), np.int64)
+    claims = claimed(hosts, ahead)
+    columns |= claims
     if len(reserved):
         rows, mine, owed = reserved.rows, reserved.mine, reserved.owed(hosts)
         extra = {name: column[rows] for name, column in columns.items()}
         extra["pool"] = -np.array(reserved.contracts, np.int64)
+        extra |= {name: np.zeros_like(extra[name]) for name in claims}
         for name in ("gpu_free", "vram_free"):
             extra[name] = np.where(mine, extra[name], 0).astype(np.int32)
             columns[name] = columns[name].copy()
@@ -285,9 +220,9 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     with connection.cursor() as cursor:
         cursor.execute(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
         rows = [Waiting(*row) for row in cursor.fetchall()]
-    made = _requests(rows, reserved_gpus(taken.cell, taken.now), taken.model_of, may_preempt=False)
-    taints = taken.names.taints
-    rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, lag_s=LAG_S)
+    made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, may_preempt=False)
+    taints, policy = taken.names.taints, taken.policy
+    rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, policy=policy)
     return made
 
 
@@ -298,7 +233,7 @@ def _bar(spot: list[Waiting], requests: list[Request], now: datetime) -> None:
             r.price_ok = r.price_ok and r.job not in lost
 
 
-def _pack(requests: list[Request], fleet: Fleet, hosts: cells.Hosts, reserved: _Reserved) -> None:
+def _pack(requests: list[Request], fleet: Fleet, hosts: cells.Hosts, reserved: Parts) -> None:
     """Gangs without GPUs that wait for the closest place get its level: the smallest at which their pool, all of it free, could
     hold them. (The core knows GPUs of a host in all, but of CPU, RAM and NVMe only what is free.)
     """

@@ -6,9 +6,9 @@ from typing import Final, NamedTuple
 
 from django.db import connection
 
+from marketplace.services.availability import LAG_S
 from scheduler.core.types import Kind, Running
 
-LAG_S = 120  # most that passes before a placed job runs (miners shed), and from its limit until its GPUs are back
 KINDS: Final = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
 
 

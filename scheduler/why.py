@@ -38,13 +38,14 @@ from scheduler.core.choice import Choice, choice
 from scheduler.core.types import Request
 from scheduler.models import CycleRecord, Decision
 from scheduler.packed import UnreadableError
+from scheduler.reserved import CLAIM_AHEAD
 
 log = logging.getLogger(__name__)
 FRESH_S: Final = 15  # an answer about a waiting job serves so long, whatever cycles pass
 KEPT_S: Final = 3600
 MAX_SHOWN: Final = 64  # replicas and job names in an answer
 ROUNDED: Final = 1 / 32  # milli-GPU: scores are kept rounded
-AHEAD: Final = snapshot.CLAIM_AHEAD
+AHEAD: Final = CLAIM_AHEAD
 _API: Final = {
     "gpus": "gpus", "replicas": "replicas", "gpu_milli": "gpu_milli", "cpu": "vcpu_milli", "ram": "ram_mib", "nvme": "nvme_gib",
     "vram": "vram_mib", "duration_s": "max_seconds",

@@ -44,6 +44,10 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
         "the hosts that would do leave for maintenance before it would end",
         "staying long enough",
     ),
+    Reason.RESERVED_SOON: (
+        "the GPUs that would do are reserved before it would end",
+        "free of reservations for long enough",
+    ),
     Reason.AFFINITY: ("its affinity rules keep it off the hosts that would do", "where its affinity rules let it go"),
 }
 # Reasons whose words are what is missing: it waits for that. The others are sentences.

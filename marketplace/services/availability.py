@@ -22,6 +22,8 @@ from scheduler.core.capacity import FOREVER, Admission, Claim, Hosts, Pool, Shap
 
 CHECKPOINT_GRACE_S = 60  # what runs there as spot may use this to write its checkpoint, after its notice
 SHED_LEAD_S = 60  # miners asleep and confirmed by readings, before the GPUs start
+LAG_S = 120  # most that passes before a placed job runs (miners shed), and from its limit until its GPUs are back
+BEGAN = ("running_at", "created_at")
 HOLDING = (Kind.RESERVED, Kind.FLEXIBLE)  # kinds that hold capacity
 NOW_WINDOW = timedelta(hours=1)  # "free now" means: for all of the next hour
 HORIZON_S = 400 * 86_400
@@ -135,16 +137,20 @@ def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[in
     return [Claim(("reservation", pk), start, end, tuple(hold)) for (pk, start, end), hold in blocks.items()]
 
 
-def unreserved_gpus(host_ids: Collection[int], now: datetime) -> dict[int, dict[int, int]]:
-    """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out."""
+def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = False) -> dict[int, dict[int, int]]:
+    """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out. With
+    `limits` a job's own time limit ends it, too, `LAG_S` later at most.
+    """
     live = (
         Placement.objects.filter(host_id__in=host_ids)
         .exclude(state__in=Placement.FINAL)
         .exclude(contract__kind=Kind.SPOT)
-        .values_list("host_id", "gpu_indices", "contract_id", "contract__kind", "contract__ends_at")
+        .values_list(
+            "host_id", "gpu_indices", "contract_id", "contract__kind", "contract__ends_at", "job__max_seconds", *BEGAN
+        )
     )
     rows = list(live)
-    holders = {contract for _, _, contract, kind, _ in rows if kind in HOLDING}
+    holders = {contract for _, _, contract, kind, *_ in rows if kind in HOLDING}
     own: dict[tuple[int, int], set[int]] = {}
     if holders:
         blocks = ReservationBlock.objects.filter(
@@ -154,9 +160,11 @@ def unreserved_gpus(host_ids: Collection[int], now: datetime) -> dict[int, dict[
         ).values_list("reservation__contract_id", "host_id", "gpu_indices")
         own = {(contract, host): set(indices) for contract, host, indices in blocks}
     taken: dict[int, dict[int, int]] = defaultdict(dict)
-    for host, indices, contract, _, ends_at in rows:
-        # Past its contract's end a placement still drains, nobody knows how long.
+    for host, indices, contract, _, ends_at, limit, running_at, created_at in rows:
+        # Past its contract's end, or its own, a placement still drains, nobody knows how long.
         end = seconds(ends_at) if ends_at is not None and ends_at > now else FOREVER
+        if limits and limit and (over := seconds(running_at or created_at) + limit + LAG_S) > seconds(now):
+            end = min(end, over)
         for index in set(indices) - own.get((contract, host), set()):
             taken[host][index] = max(end, taken[host].get(index, 0))
     return taken

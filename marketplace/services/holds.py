@@ -177,7 +177,7 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
     for block in ReservationBlock.objects.filter(reservation_id__in=wanted).select_related("host"):
         blocks[block.reservation_id].append(block)
     host_ids = {block.host_id for group in blocks.values() for block in group}
-    running, usable = availability.unreserved_gpus(host_ids, now), _usable(host_ids)
+    running, usable = availability.unreserved_gpus(host_ids, now, limits=True), _usable(host_ids)
 
     def spoilt(block: ReservationBlock, start: int, end: int) -> bool:
         ends = running.get(block.host_id, {})

@@ -234,13 +234,11 @@ class Horizon:
         return best
 
     def _latest(self, times: I64, q: I64, duration: int) -> list[int]:
-        """Indices of the starts to try first, latest first: the last of all, and of those from which the job ends before some
-        host leaves.
-        """
+        """Indices of the starts to try first: the last, and the last from which it ends before each host leaves, or is reserved."""
         latest = [len(times)]
-        if q[fit.Q_UNTIL] and duration:
-            leaves = np.unique(self.state.rows[:, fit.LEAVES])[::-1] - self.lag - duration
-            latest += np.searchsorted(times, leaves, side="right").tolist()
+        if (q[fit.Q_UNTIL] or q[fit.Q_STAYS]) and duration:
+            hours = np.unique(self.state.rows[:, [fit.LEAVES, fit.CLAIM]])[::-1] - self.lag - duration
+            latest += np.searchsorted(times, hours, side="right").tolist()
         return [i - 1 for i in dict.fromkeys(latest) if i]
 
     def again(
@@ -339,11 +337,11 @@ class Horizon:
         return hold
 
     def _begun(self, q: I64, start: int, duration: int) -> I64:
-        """The request begun at `start`: hosts that leave before its end are no place for it."""
-        if not q[fit.Q_UNTIL]:
-            return q
-        q = q.copy()
-        q[fit.Q_UNTIL] = self.until(start, duration)
+        """The request begun at `start`: no place for it are hosts that leave, and GPUs that are reserved, before its end."""
+        q, end = q.copy(), self.until(start, duration)
+        lent = q[fit.Q_STAYS] == self.now + 1  # spot gives way, and does not begin where a reservation has begun
+        q[fit.Q_UNTIL] = end if q[fit.Q_UNTIL] else 0
+        q[fit.Q_STAYS] = (start + 1 if lent else end) if q[fit.Q_STAYS] else 0
         return q
 
     def _pin(self, trial: State, q: I64, rows: Sequence[int], start: int, duration: int) -> Hold | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scheduler.core.fit import rounded_end, vram_of
+from scheduler.core.fit import bounds, deadlines, vram_of
 from scheduler.core.plan import plan
 from scheduler.core.types import I64, WHOLE, Fleet, HostFlag, Plan, Policy, Request, Running, Tie
 
@@ -92,10 +92,12 @@ class Case:
         return replace(later, now_s=time, requests=[self.lasting(r, r.duration_s, time) for r in later.requests])
 
     def lasting(self, r: Request, duration_s: int, now_s: int | None = None) -> Request:
-        """The request with another time limit, or begun at another time: hosts that leave are refused accordingly."""
-        deadlines = sorted({int(t) for t in self.fleet.leaves if t > 0})
-        until = rounded_end(self.now_s if now_s is None else now_s, duration_s, deadlines, self.policy.lag_s)
-        return replace(r, duration_s=duration_s, until=until)
+        """The request with another time limit, or begun at another time: hosts that leave, and GPUs that are reserved, are
+        refused accordingly.
+        """
+        asked = replace(r, duration_s=duration_s)
+        until, stays = bounds(asked, self.now_s if now_s is None else now_s, *deadlines(self.fleet), self.policy)
+        return replace(asked, until=until, stays=stays)
 
 
 def _charged(requests: Sequence[Request], rows: Sequence[Running], sign: int) -> list[Request]:
@@ -149,6 +151,11 @@ def shift(fleet: Fleet, rows: Sequence[Running], sign: int) -> None:
     before = _watts(fleet, touched)
     for name, held in (("cpu_free", "cpu"), ("ram_free", "ram"), ("nvme_free", "nvme")):
         np.add.at(getattr(fleet, name), host, [sign * getattr(r, held) for r in rows])
+    there = [bool(sum(1 << g for g in r.gpus) & int(fleet.claimed_gpus[r.host])) for r in rows]
+    for name, held in (("owed_cpu", "cpu"), ("owed_ram", "ram"), ("owed_nvme", "nvme")):
+        np.add.at(
+            getattr(fleet, name), host[there], [sign * getattr(r, held) for r, t in zip(rows, there, strict=True) if t]
+        )
     np.subtract.at(fleet.cpu_only, host[[not r.gpus for r in rows]], sign)
     devices = [(r.host, gpu, sign * r.gpu_milli, sign * r.vram) for r in rows for gpu in r.gpus]
     at, gpu, milli, vram = np.array(devices, np.int64).reshape(-1, 4).T

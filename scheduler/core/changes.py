@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from scheduler.core.case import Case, Window
+from scheduler.core.fit import deadlines
 from scheduler.core.types import MAX_GPUS, WHOLE, Kind, Level, Request
 
 ONE_SHAPE: Final = ((1000, 1024, 1, 1000, 0, 1),)
@@ -225,7 +226,8 @@ class _Search:
         case, me = self.case, self.me
         # It may begin, and end, so much later (`backfill.Horizon.until`).
         begins = case.now_s + case.policy.lag_s
-        times = {r.promised_start for r in case.requests if r.job != me.job} | {int(t) for t in case.fleet.leaves}
+        times = {r.promised_start for r in case.requests if r.job != me.job}
+        times |= {hour for hours in deadlines(case.fleet) for hour in hours}
         for time in sorted((t for t in times if t > begins), reverse=True)[:MAX_LIMITS]:
             limited = case.lasting(me, time - begins)
             if (not me.duration_s or limited.duration_s < me.duration_s) and (hosts := self.in_queue(limited)):

@@ -47,7 +47,7 @@ def look_kernel(s: State, q: I64, allowed: Bools, hosts: I64, short: I64, nodes:
     for h in range(len(s.rows)):
         row = s.rows[h]
         reason, _, delta, node = fit_kernel(row, s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)
-        if not allowed[h] and (reason == 0 or 6 <= reason <= 14):  # the stages after affinity
+        if not allowed[h] and (reason == 0 or 6 <= reason <= 14 or reason == 23):  # the stages after affinity
             reason = 22
         hosts[reason] += 1
         lack = np.int64(0)
@@ -170,6 +170,7 @@ def _change(reason: Reason, binding: Reason, node: int, short: int, request: Req
         Reason.HOST_RESERVED_FOR_OWNER: "the hosts that would fit are reserved for another organization",
         Reason.TAINTED: "the hosts that would fit have taints that it does not tolerate",
         Reason.LEAVES_TOO_SOON: "the hosts that would fit leave for maintenance before it would end",
+        Reason.RESERVED_SOON: "the GPUs that would fit are reserved, and it may stand there when the reservation begins",
         Reason.AFFINITY: "the hosts that would fit stand where the job's affinity rules do not let it go",
         Reason.HELD_FOR_EARLIER_JOB: "the hosts that would fit are held for a job that waits longer",
         Reason.NO_CPU: f"the best host lacks {short} milli-CPU",

@@ -11,7 +11,21 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from scheduler.core.types import BLOCKING, FOREVER, MAX_GPUS, NO_NODE, WHOLE, Fleet, HostFlag, Reason, Request
+import numpy as np
+
+from scheduler.core.types import (
+    BLOCKING,
+    FOREVER,
+    MAX_GPUS,
+    NO_NODE,
+    WHOLE,
+    Fleet,
+    HostFlag,
+    Kind,
+    Policy,
+    Reason,
+    Request,
+)
 
 _SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
 _OFF: Final = int(HostFlag.OFF)
@@ -46,6 +60,11 @@ class HostRow(NamedTuple):
     taints: int = 0
     leaves: int = 0
     vram_total: int = 0
+    claimed_at: int = 0
+    claimed_gpus: int = 0
+    owed_cpu: int = 0
+    owed_ram: int = 0
+    owed_nvme: int = 0
 
 
 class Fit(NamedTuple):
@@ -97,6 +116,11 @@ def host_row(fleet: Fleet, host: int) -> HostRow:
         taints=at("taints"),
         leaves=at("leaves"),
         vram_total=at("vram_total"),
+        claimed_at=at("claimed_at"),
+        claimed_gpus=at("claimed_gpus"),
+        owed_cpu=at("owed_cpu"),
+        owed_ram=at("owed_ram"),
+        owed_nvme=at("owed_nvme"),
     )
 
 
@@ -111,6 +135,28 @@ def rounded_end(now_s: int, duration_s: int, deadlines: Sequence[int], lag_s: in
         return 0
     at = bisect_left(deadlines, now_s + lag_s + duration_s) if duration_s else len(deadlines)
     return deadlines[at] if at < len(deadlines) else FOREVER
+
+
+def bounds(
+    request: Request, now_s: int, leaves: Sequence[int], claims: Sequence[int], policy: Policy
+) -> tuple[int, int]:
+    """(`until`, `stays`) of a request that begins now, by the ascending hours of hosts that leave and of reservations that begin.
+
+    Spot gives way when a reservation begins, so it stands on anybody's GPUs until then: it is only kept from those whose hour
+    has come. Any other job without a length is taken to stand for `Policy.unknown_s`.
+    """
+    until = rounded_end(now_s, request.duration_s, leaves, policy.lag_s)
+    if not claims:
+        return until, 0
+    if request.kind == Kind.SPOT:
+        return until, now_s + 1
+    return until, rounded_end(now_s, request.duration_s or policy.unknown_s, claims, policy.lag_s)
+
+
+def deadlines(fleet: Fleet) -> tuple[list[int], list[int]]:
+    """The ascending hours at which hosts leave, and at which reservations begin."""
+    leaves, claims = (np.unique(column[column > 0]).tolist() for column in (fleet.leaves, fleet.claimed_at))
+    return leaves, claims
 
 
 def host_watts(host: HostRow, gpu_active: int, cpu_only: int) -> int:
@@ -146,12 +192,37 @@ def request_error(request: Request) -> str:
 
 
 def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...]]:
-    """Which GPUs of the host the request gets, or the reason why none (NO_GPU, NO_GPU_SHARE, NO_VRAM, TOPOLOGY)."""
+    """Which GPUs of the host the request gets, or the reason why none (NO_GPU, NO_GPU_SHARE, NO_VRAM, TOPOLOGY, RESERVED_SOON)."""
+    reason, gpus = _choose(host, request, 0)
+    if reason or not stands_too_long(host, request):
+        return reason, gpus
+    if owed_short(host, request):
+        return Reason.RESERVED_SOON, ()
+    reason, gpus = _choose(host, request, host.claimed_gpus)
+    return (Reason.RESERVED_SOON, ()) if reason else (Reason.OK, gpus)
+
+
+def stands_too_long(host: HostRow, request: Request) -> bool:
+    """Whether it may still stand when some of the host's GPUs are claimed."""
+    return 0 < host.claimed_at < request.stays
+
+
+def owed_short(host: HostRow, request: Request) -> bool:
+    """Whether CPU, RAM or NVMe beside the claimed GPUs, and what goes with them, are not enough."""
+    return (
+        host.cpu_free - max(0, host.owed_cpu) < request.cpu
+        or host.ram_free - max(0, host.owed_ram) < request.ram
+        or host.nvme_free - max(0, host.owed_nvme) < request.nvme
+    )
+
+
+def _choose(host: HostRow, request: Request, but: int) -> tuple[Reason, tuple[int, ...]]:
+    """Without the GPUs of the mask `but`."""
     count, vram = host.gpu_count, vram_of(request.vram, request.gpu_milli, host.vram_total)
     if request.gpus == 0:
         return Reason.OK, ()
     if request.gpu_milli < WHOLE:
-        roomy = [i for i in range(count) if host.gpu_free[i] >= request.gpu_milli]
+        roomy = [i for i in range(count) if host.gpu_free[i] >= request.gpu_milli and not but >> i & 1]
         if not roomy:
             total = sum(host.gpu_free[:count])
             return (Reason.NO_GPU_SHARE if total >= request.gpu_milli else Reason.NO_GPU), ()
@@ -160,7 +231,7 @@ def choose_gpus(host: HostRow, request: Request) -> tuple[Reason, tuple[int, ...
             return Reason.NO_VRAM, ()
         best = min(roomy, key=lambda i: (not host.gpu_active >> i & 1, host.gpu_free[i], i))
         return Reason.OK, (best,)
-    idle = [i for i in range(count) if host.gpu_free[i] >= WHOLE and not host.gpu_active >> i & 1]
+    idle = [i for i in range(count) if host.gpu_free[i] >= WHOLE and not (host.gpu_active | but) >> i & 1]
     if len(idle) < request.gpus:
         return Reason.NO_GPU, ()
     idle = [i for i in idle if host.vram_free[i] >= vram]
@@ -191,7 +262,7 @@ def fits_one(
     """One replica of `request` on one host, in plain ints.
 
     `budgets`: the host's ancestors, lowest first, as they stand now. `gpus`: the indices a plan chose; they are checked
-    instead of chosen, and answer NO_GPU, NO_GPU_SHARE, NO_VRAM or TOPOLOGY when they are no longer free as needed.
+    instead of chosen, and answer NO_GPU, NO_GPU_SHARE, NO_VRAM, TOPOLOGY or RESERVED_SOON when they are no longer free as needed.
     """
     refusal = _refusal(host, request, held)
     if refusal:
@@ -253,4 +324,7 @@ def _check_gpus(host: HostRow, request: Request, gpus: tuple[int, ...]) -> Reaso
         domains = {host.nvlink[i] for i in gpus}
         if len(domains) > 1 or min(domains) < 0:
             return Reason.TOPOLOGY
+    if stands_too_long(host, request):
+        claimed = any(host.claimed_gpus >> i & 1 for i in gpus)
+        return Reason.RESERVED_SOON if claimed or owed_short(host, request) else Reason.OK
     return Reason.OK

@@ -11,11 +11,12 @@ from scheduler.core.types import BLOCKING, I16, I32, I64, HostFlag, Request
 
 # Columns of a state row (int64) and of a request vector (int64).
 CPU, RAM, NVME, MODEL, NGPU, ACTIVE, CPU_ONLY, POOL, SITE, OWNER, NODE, FLAGS = range(12)
-STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, TAINTS, LEAVES, VRAM = range(12, 25)
-HOST_WIDTH: Final = 25
+STANDBY, PARKED, BASE, GMIN, GMAX, CAPCTL, LEAF, SPINE, HELD, TOTAL, TAINTS, LEAVES = range(12, 24)
+VRAM, CLAIM, CLAIMED, OWED_CPU, OWED_RAM, OWED_NVME = range(24, 30)
+HOST_WIDTH: Final = 30
 Q_POOL, Q_SITE, Q_MODELS, Q_CPU, Q_RAM, Q_NVME, Q_GPUS, Q_MILLI, Q_VRAM, Q_ORG, Q_NVLINK, Q_HOLD = range(12)
-Q_TOLERATES, Q_UNTIL = range(12, 14)
-REQUEST_WIDTH: Final = 14
+Q_TOLERATES, Q_UNTIL, Q_STAYS = range(12, 15)
+REQUEST_WIDTH: Final = 15
 
 _SCHEDULABLE: Final = int(HostFlag.SCHEDULABLE)
 _OFF: Final = int(HostFlag.OFF)
@@ -31,7 +32,7 @@ def request_vector(request: Request) -> I64:
         [
             *(request.pool, request.site, request.models, request.cpu, request.ram, request.nvme),
             *(request.gpus, milli, vram, request.org, t, 1),
-            *(request.tolerates, request.until),
+            *(request.tolerates, request.until, request.stays),
         ],
         np.int64,
     )
@@ -99,9 +100,27 @@ def shape_kernel(row: I64, q: I64) -> int:
     return 0
 
 
+@inlined
+def claimed_kernel(row: I64, q: I64) -> int:
+    """Bit mask of the GPUs on which the request may still stand when they are claimed."""
+    if 0 < row[CLAIM] < q[Q_STAYS]:
+        return row[CLAIMED]  # type: ignore[no-any-return]
+    return 0
+
+
+@inlined
+def owed_kernel(row: I64, q: I64) -> bool:
+    """`fit.owed_short` on a state row."""
+    return (  # type: ignore[no-any-return]
+        row[CPU] - max(np.int64(0), row[OWED_CPU]) < q[Q_CPU]
+        or row[RAM] - max(np.int64(0), row[OWED_RAM]) < q[Q_RAM]
+        or row[NVME] - max(np.int64(0), row[OWED_NVME]) < q[Q_NVME]
+    )
+
+
 @kernel
-def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[int, int]:
-    """`choose_gpus` on state rows: (Reason, bit mask of the GPUs)."""
+def _choose(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64, but: int) -> tuple[int, int]:
+    """Without the GPUs of the mask `but`."""
     need = q[Q_GPUS]
     if need == 0:
         return 0, 0
@@ -112,7 +131,7 @@ def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[i
         for i in range(n):
             g = np.int64(gfree[i])
             total += g
-            if g >= milli:
+            if g >= milli and not (but >> i) & 1:
                 roomy = True
                 if vfree[i] >= vram:
                     key = g if (active >> i) & 1 else g + 4096
@@ -125,7 +144,7 @@ def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[i
         return (11, 0) if total >= milli else (10, 0)
     idle, usable, mask = 0, 0, 0
     for i in range(n):
-        if gfree[i] >= 1000 and not (active >> i) & 1:
+        if gfree[i] >= 1000 and not ((active | but) >> i) & 1:
             idle += 1
             if vfree[i] >= vram:
                 usable += 1
@@ -155,6 +174,19 @@ def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[i
             out |= 1 << i
             need -= 1
     return 0, out
+
+
+@kernel
+def choose_kernel(row: I64, gfree: I32, vfree: I32, nvl: I16, q: I64) -> tuple[int, int]:
+    """`choose_gpus` on state rows: (Reason, bit mask of the GPUs)."""
+    reason, mask = _choose(row, gfree, vfree, nvl, q, 0)
+    claimed = claimed_kernel(row, q)
+    if reason or claimed == 0:
+        return reason, mask
+    if owed_kernel(row, q):
+        return 23, 0
+    reason, mask = _choose(row, gfree, vfree, nvl, q, claimed)
+    return (23, 0) if reason else (0, mask)
 
 
 @kernel

@@ -75,17 +75,25 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
         if static_kernel(row, q) or (q[Q_HOLD] and row[HELD]):
             continue
         n = np.int64(1 << 30)
+        cpu, ram, nvme = row[CPU], row[RAM], row[NVME]
+        claimed = fit.claimed_kernel(row, q)
+        if claimed:
+            cpu -= max(np.int64(0), row[fit.OWED_CPU])
+            ram -= max(np.int64(0), row[fit.OWED_RAM])
+            nvme -= max(np.int64(0), row[fit.OWED_NVME])
         if q[Q_CPU] > 0:
-            n = min(n, row[CPU] // q[Q_CPU])
+            n = min(n, cpu // q[Q_CPU])
         if q[Q_RAM] > 0:
-            n = min(n, row[RAM] // q[Q_RAM])
+            n = min(n, ram // q[Q_RAM])
         if q[Q_NVME] > 0:
-            n = min(n, row[NVME] // q[Q_NVME])
+            n = min(n, nvme // q[Q_NVME])
         if n > 0 and need > 0:
             g, v, nvl, vram = s.gfree[h], s.vfree[h], s.nvl[h], vram_kernel(row, q)
             gpus = np.int64(0)
             if milli < 1000:
                 for i in range(row[NGPU]):
+                    if (claimed >> i) & 1:
+                        continue
                     each = np.int64(g[i]) // milli
                     if vram > 0:
                         each = min(each, np.int64(v[i]) // vram)
@@ -93,7 +101,7 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
             else:
                 idle = 0
                 for i in range(row[NGPU]):
-                    if g[i] >= 1000 and not (row[ACTIVE] >> i) & 1 and v[i] >= vram:
+                    if g[i] >= 1000 and not ((row[ACTIVE] | claimed) >> i) & 1 and v[i] >= vram:
                         idle |= 1 << i
                 if need > 1 and q[Q_NVLINK] == 2:
                     for i in range(row[NGPU]):
@@ -108,7 +116,7 @@ def room_kernel(s: State, q: I64, out: I64) -> None:
                 else:
                     gpus = fit.popcount(idle) // need
             n = min(n, gpus)
-        out[h] = n
+        out[h] = max(np.int64(0), n)
 
 
 @kernel

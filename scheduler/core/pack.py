@@ -42,19 +42,18 @@ _COPY: Final = (
     (fit.LEAVES, "leaves"),
     (fit.VRAM, "vram_total"),
 )
+_CLAIMS: Final = (
+    (fit.CLAIM, "claimed_at"),
+    (fit.CLAIMED, "claimed_gpus"),
+    (fit.OWED_CPU, "owed_cpu"),
+    (fit.OWED_RAM, "owed_ram"),
+    (fit.OWED_NVME, "owed_nvme"),
+)
 # What the score and the shape stages read of a host, besides its GPUs.
 _SCORED: Final = (
-    fit.CPU,
-    fit.RAM,
-    fit.NVME,
-    fit.MODEL,
-    fit.NGPU,
-    fit.ACTIVE,
-    fit.CPU_ONLY,
-    fit.HELD,
-    fit.VRAM,
-    fit.OWNER,
-)
+    fit.CPU, fit.RAM, fit.NVME, fit.MODEL, fit.NGPU, fit.ACTIVE, fit.CPU_ONLY, fit.HELD, fit.VRAM, fit.OWNER, fit.CLAIM,
+    fit.CLAIMED, fit.OWED_CPU, fit.OWED_RAM, fit.OWED_NVME,
+)  # fmt: skip
 
 
 def make_state(fleet: Fleet, order: I64 | None = None) -> State:
@@ -62,7 +61,7 @@ def make_state(fleet: Fleet, order: I64 | None = None) -> State:
     hosts = len(fleet)
     places = np.arange(hosts) if order is None else order
     rows = np.zeros((hosts, HOST_WIDTH), np.int64)
-    for column, name in _COPY:
+    for column, name in (*_COPY, *_CLAIMS) if fleet.claimed_at.any() else _COPY:
         rows[:, column] = getattr(fleet, name) if order is None else getattr(fleet, name)[order]
     gfree, vfree = np.empty((hosts, MAX_GPUS), np.int32), np.empty((hosts, MAX_GPUS), np.int32)
     nvl = np.empty((hosts, MAX_GPUS), np.int16)
@@ -280,6 +279,7 @@ def classes_of(requests: Sequence[Request], owners: frozenset[int] = frozenset()
             r.topology.nvlink,
             r.tolerates,
             r.until,
+            r.stays,
         )
         k = index.get(key)
         if k is None:

@@ -37,6 +37,7 @@ class Reason(IntEnum):
     TAINTED = 20
     LEAVES_TOO_SOON = 21
     AFFINITY = 22
+    RESERVED_SOON = 23  # it would fit, but may stand on GPUs when their reservation begins
 
 
 FIT_STAGES: Final = (
@@ -48,6 +49,8 @@ FIT_STAGES: Final = (
     Reason.TAINTED,
     Reason.LEAVES_TOO_SOON,
     Reason.AFFINITY,
-    *(Reason(i) for i in range(6, 15)),
+    *(Reason(i) for i in range(6, 14)),
+    Reason.RESERVED_SOON,
+    Reason.NO_WATTS,
 )
 REASONS: Final = 1 + max(Reason)  # length of a histogram of reasons

@@ -14,11 +14,15 @@ import numpy as np
 
 from scheduler.core.fit_kernels import (
     ACTIVE,
+    CLAIMED,
     CPU,
     CPU_ONLY,
     NGPU,
     NODE,
     NVME,
+    OWED_CPU,
+    OWED_NVME,
+    OWED_RAM,
     POOL,
     Q_CPU,
     Q_GPUS,
@@ -29,7 +33,9 @@ from scheduler.core.fit_kernels import (
     Q_VRAM,
     RAM,
     TOTAL,
+    claimed_kernel,
     delta_kernel,
+    owed_kernel,
     popcount,
     shape_kernel,
     static_kernel,
@@ -74,6 +80,9 @@ def check_kernel(row: I64, gfree: I32, vfree: I32, nvl: I64, q: I64, mask: int, 
             domain = nvl[i]
     if q[Q_GPUS] > 1 and q[Q_NVLINK] == 2 and not linked:
         return 13
+    claimed = claimed_kernel(row, q)
+    if claimed and (claimed & mask or owed_kernel(row, q)):
+        return 23
     return 0
 
 
@@ -86,6 +95,10 @@ def _take(s: State, h: int, q: I64, mask: int, vram: int, delta: int, sign: int)
     row[RAM] -= sign * q[Q_RAM]
     row[NVME] -= sign * q[Q_NVME]
     row[TOTAL] -= sign * milli * q[Q_GPUS]
+    if mask & row[CLAIMED]:
+        row[OWED_CPU] -= sign * q[Q_CPU]
+        row[OWED_RAM] -= sign * q[Q_RAM]
+        row[OWED_NVME] -= sign * q[Q_NVME]
     if mask == 0:
         row[CPU_ONLY] += sign
     for i in range(row[NGPU]):

@@ -8,6 +8,7 @@ import numpy as np
 
 from scheduler.core.fit_kernels import (
     ACTIVE,
+    CLAIMED,
     CPU,
     CPU_ONLY,
     FLAGS,
@@ -16,6 +17,9 @@ from scheduler.core.fit_kernels import (
     NGPU,
     NODE,
     NVME,
+    OWED_CPU,
+    OWED_NVME,
+    OWED_RAM,
     OWNER,
     Q_CPU,
     Q_GPUS,
@@ -28,6 +32,7 @@ from scheduler.core.fit_kernels import (
     RAM,
     TOTAL,
     choose_kernel,
+    claimed_kernel,
     delta_kernel,
     vram_kernel,
 )
@@ -136,7 +141,8 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
     n = rows[h, NGPU]
     shared = need == 1 and milli < 1000
     picky = need > 0 and not shared and (q[Q_VRAM] > 0 or q[Q_NVLINK] == 2)
-    if picky and choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
+    claimed = claimed_kernel(rows[h], q)
+    if (picky or claimed) and choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
         return NO, 0
     y = max(rows[h, MODEL], 0)
     rank = cpu_rank(t.cpus, cpu)
@@ -176,7 +182,7 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
     last, vram = -1, vram_kernel(rows[h], q)
     for i in range(n):
         gi = g[h, i]
-        if gi < milli or gi == last or s.vfree[h, i] < vram:
+        if gi < milli or gi == last or (claimed >> i) & 1 or s.vfree[h, i] < vram:
             continue
         last = gi
         rest = gi - milli
@@ -284,6 +290,10 @@ def take(h: int, q: I64, mask: int, s: State) -> int:
     row[NVME] -= q[Q_NVME]
     row[TOTAL] -= q[Q_GPUS] * q[Q_MILLI]
     row[ACTIVE] |= mask
+    if mask & row[CLAIMED]:  # what it holds comes back with the GPUs
+        row[OWED_CPU] -= q[Q_CPU]
+        row[OWED_RAM] -= q[Q_RAM]
+        row[OWED_NVME] -= q[Q_NVME]
     if mask == 0:
         row[CPU_ONLY] += 1
     g, v, vram = s.gfree[h], s.vfree[h], vram_kernel(row, q)
@@ -307,6 +317,10 @@ def give(h: int, q: I64, mask: int, s: State) -> int:
     row[RAM] += q[Q_RAM]
     row[NVME] += q[Q_NVME]
     row[TOTAL] += q[Q_GPUS] * q[Q_MILLI]
+    if mask & row[CLAIMED]:
+        row[OWED_CPU] += q[Q_CPU]
+        row[OWED_RAM] += q[Q_RAM]
+        row[OWED_NVME] += q[Q_NVME]
     if mask == 0:
         row[CPU_ONLY] -= 1
     g, v, vram = s.gfree[h], s.vfree[h], vram_kernel(row, q)

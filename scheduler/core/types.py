@@ -120,7 +120,7 @@ class Request:
     `near`, `apart`: every replica stands in a domain with one of the group, or with none of it. `joins`: groups that the
     job itself belongs to. A group that stands nowhere yet does not bind a job of its own: its replicas stay together.
     `members`: hosts where the rest of this gang runs; the request is for the replicas that it lost, and they keep to
-    its topology. `until`: see `fit.rounded_end`.
+    its topology. `until`, `stays`: see `fit.bounds`.
     """
 
     job: int
@@ -151,6 +151,7 @@ class Request:
     promised_hosts: tuple[int, ...] = ()  # the host held for each replica, as indices of the fleet
     tolerates: int = 0  # bit i = taint i of the cell
     until: int = 0  # seconds by which it has left its hosts, rounded up; 0 = no host of the cell leaves
+    stays: int = 0  # seconds until which it may stand on GPUs that are reserved later, rounded up; 0 = none is
     near: tuple[Tie, ...] = ()
     apart: tuple[Tie, ...] = ()
     joins: tuple[int, ...] = ()
@@ -259,32 +260,15 @@ class Plan:
     counters: dict[str, int] = field(default_factory=dict)
 
 
+_LATER: Final = ("taints", "leaves", "claimed_at", "owed_cpu", "owed_ram", "owed_nvme")  # zeros when left out
+_WIDE: Final = ("host_id", "cpu_free", "ram_free", "nvme_free", "pool", "owner", *_LATER)
+_NARROW: Final = (
+    "gpu_model", "gpu_count", "leaf", "spine", "site", "power_node", "flags", "standby_w", "parked_w", "base_w", "gpu_min_w",
+    "gpu_max_w", "gpu_active", "cpu_only", "vram_total", "claimed_gpus",
+)  # fmt: skip
 _HOST_COLUMNS: Final[dict[str, Any]] = {
-    "host_id": np.int64,
-    "cpu_free": np.int64,
-    "ram_free": np.int64,
-    "nvme_free": np.int64,
-    "gpu_model": np.int32,
-    "gpu_count": np.int32,
-    "leaf": np.int32,
-    "spine": np.int32,
-    "site": np.int32,
-    "pool": np.int64,
-    "owner": np.int64,
-    "power_node": np.int32,
-    "flags": np.int32,
-    "standby_w": np.int32,
-    "parked_w": np.int32,
-    "base_w": np.int32,
-    "gpu_min_w": np.int32,
-    "gpu_max_w": np.int32,
-    "cap_control": np.int8,
-    "gpu_active": np.int32,
-    "cpu_only": np.int32,
-    "taints": np.int64,
-    "leaves": np.int64,
-    "vram_total": np.int32,
-}
+    **dict.fromkeys(_WIDE, np.int64), **dict.fromkeys(_NARROW, np.int32), "cap_control": np.int8,
+}  # fmt: skip
 _GPU_COLUMNS: Final[dict[str, Any]] = {"gpu_free": np.int32, "vram_free": np.int32, "nvlink": np.int16}
 _NODE_COLUMNS: Final[dict[str, Any]] = {
     "node_parent": np.int32,
@@ -333,11 +317,19 @@ class Fleet:
     taints: I64 = None  # type: ignore[assignment]  # bit i: only requests that tolerate taint i; none when left out
     leaves: I64 = None  # type: ignore[assignment]  # seconds: what may run longer does not start here; 0 = stays
     vram_total: I32 = None  # type: ignore[assignment]  # MiB of each GPU; left out: the most that is free on one
+    # GPUs (bits) that are reserved from that second on (the earliest, where windows differ), and what goes with them of the
+    # host, less what stands on them holds: who may stand longer (`Request.stays`) leaves them alone. 0 = none.
+    claimed_at: I64 = None  # type: ignore[assignment]
+    claimed_gpus: I32 = None  # type: ignore[assignment]
+    owed_cpu: I64 = None  # type: ignore[assignment]
+    owed_ram: I64 = None  # type: ignore[assignment]
+    owed_nvme: I64 = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         hosts = len(self.host_id)
-        self.taints = np.zeros(hosts, np.int64) if self.taints is None else self.taints
-        self.leaves = np.zeros(hosts, np.int64) if self.leaves is None else self.leaves
+        for name in (*_LATER, "claimed_gpus"):
+            if getattr(self, name) is None:
+                setattr(self, name, np.zeros(hosts, _HOST_COLUMNS[name]))
         self.vram_total = self.vram_free.max(axis=1) if self.vram_total is None else self.vram_total
         nodes = len(self.node_parent)
         for columns, shape in ((_HOST_COLUMNS, (hosts,)), (_GPU_COLUMNS, (hosts, MAX_GPUS)), (_NODE_COLUMNS, (nodes,))):

@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 from marketplace.models import Host, Placement, PowerNode, Reservation
 from marketplace.services import holds, jobs, placements
 from marketplace.services.holds import Lodger, Taken
-from scheduler import cycle
+from scheduler import commit, cycle, snapshot
 from scheduler.core import capacity
 from scheduler.core.capacity import FOREVER, LEVELS, Claim, Hosts, Pool, Shape
+from scheduler.core.fit import bounds, deadlines
 from scheduler.core.plan import plan
-from scheduler.core.types import Fleet, Kind, Level, Request, Topology
+from scheduler.core.types import Fleet, Kind, Level, Policy, Reason, Request, Topology
+from scheduler.models import Decision
+from scheduler.standing import LAG_S
 from tests import factories as f
 from tests.factories import NOW
 
-AHEAD = 24  # hours before a claim in which its devices are closed to others (snapshot.CLAIM_AHEAD)
+AHEAD = 24  # hours for which work without an end is taken to stand (reserved.CLAIM_AHEAD)
+POLICY = Policy(unknown_s=AHEAD)
 CORE = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
 
 
@@ -33,8 +37,9 @@ class World:
         self.rows = [(i, self.gpus, f"l{i // 2}", f"s{i // 4}") for i in range(dice.randrange(1, 7))]
         self.hosts = Hosts.of(self.rows)
         self.promises = {}  # contract -> (start, end, level, {host: devices})
+        self.came = {}  # job -> when
         self.work = {}  # job -> (kind, end, [(host, devices)])
-        self.kept = self.asked = 0
+        self.kept = self.asked = self.lent = 0
 
     # --- the market
     def firm(self):
@@ -86,10 +91,11 @@ class World:
 
     # --- the cycles
     def fleet(self):
-        """Open rows, and one row for each promise that is near, as the snapshot makes them."""
+        """Open rows with what is promised for later, and one row for each promise that has begun, as the snapshot makes them."""
         busy = {(h, d) for _, _, where in self.work.values() for h, devices in where for d in devices}
-        near = {k: p for k, p in self.promises.items() if p[0] <= self.now + AHEAD and p[1] > self.now}
-        closed = {(h, d) for _, _, _, at in near.values() for h, devices in at.items() for d in devices}
+        begun = {k: p for k, p in self.promises.items() if p[0] <= self.now < p[1]}
+        closed = {(h, d) for _, _, _, at in begun.values() for h, devices in at.items() for d in devices}
+        later = [(start, at) for start, _, _, at in self.promises.values() if start > self.now]
         rows = []
         for host, gpus, leaf, spine in self.rows:
             place = {
@@ -101,8 +107,14 @@ class World:
             }
             place["gpu_active"] = sum(1 << d for d in range(gpus) if (host, d) in busy)
             open_ = [0 if (host, d) in busy | closed else 1000 for d in range(gpus)]
-            rows.append({**place, "pool": 1, "gpu_free": open_})
-            for key, (*_, at) in near.items():
+            claims = [(start, d) for start, at in later for d in at.get(host, ())]
+            claimed = (
+                {"claimed_at": min(s for s, _ in claims), "claimed_gpus": sum({1 << d for _, d in claims})}
+                if claims
+                else {}
+            )
+            rows.append({**place, "pool": 1, "gpu_free": open_, **claimed})
+            for key, (*_, at) in begun.items():
                 own = [1000 if d in at.get(host, ()) and (host, d) not in busy else 0 for d in range(gpus)]
                 if host in at:
                     rows.append({**place, "pool": -key, "gpu_free": own})
@@ -111,11 +123,16 @@ class World:
     def place(self, kind, replicas, gpus, pool, end, topology=Topology()):  # noqa: B008 (frozen)
         self.number += 1
         fleet = self.fleet()
-        job = Request(job=self.number, kind=kind, replicas=replicas, gpus=gpus, pool=pool, topology=topology)
-        made = plan(fleet, [job], seed=self.now % 3)
+        lasts = end - self.now if end < FOREVER else 0
+        job = Request(
+            job=self.number, kind=kind, replicas=replicas, gpus=gpus, pool=pool, topology=topology, duration_s=lasts
+        )
+        job.until, job.stays = bounds(job, self.now, *deadlines(fleet), POLICY)
+        made = plan(fleet, [job], policy=POLICY, seed=self.now % 3, now_s=self.now)
         where = [(int(fleet.host_id[p.host]), p.gpus) for p in made.placements]
         if where:
             self.work[self.number] = (kind, end, where)
+            self.came[self.number] = self.now
         return where
 
     def lend(self):
@@ -132,11 +149,12 @@ class World:
         for key, (start, end, level, at) in list(self.promises.items()):
             if start > self.now or key in self.claimed():
                 continue
-            self.work = {
-                k: w
-                for k, w in self.work.items()
-                if w[0] == Kind.FIRM or not any(set(d) & set(at.get(h, ())) for h, d in w[2])
-            }
+            for k, w in list(self.work.items()):
+                if w[0] != Kind.FIRM and any(set(d) & set(at.get(h, ())) for h, d in w[2]):
+                    del self.work[k]
+                    self.lent += 1
+                    # Who names an end is never there still, and who names none came long before.
+                    assert w[0] == Kind.SPOT or (w[1] == FOREVER and self.came[k] + AHEAD <= start)
             count = sum(map(len, at.values()))
             where = self.place(Kind.FIRM, count, 1, -key, end, Topology(CORE[level], required=True))
             assert len(where) == count, f"promise {key} of {count} GPUs in one {level} is not to be had"
@@ -170,6 +188,7 @@ def test_the_world_of_promises_is_no_empty_one():
             world.dice.choice((world.ask, world.lend, world.lend, world.hour))()
     assert sum(world.asked for world in worlds) > 40
     assert sum(world.kept for world in worlds) > 15
+    assert sum(world.lent for world in worlds) > 5
 
 
 # --- CPU, RAM and NVMe go with the GPUs
@@ -252,3 +271,96 @@ def test_a_promise_is_not_starved_by_what_stands_beside_its_gpus():
     mine.refresh_from_db()
     assert mine.state == "placed"
     assert holds.crowding(site.cell_id, start + timedelta(seconds=2)) == []  # its own jobs hold what it was owed
+
+
+class Lent:
+    """A host of eight GPUs, the upper four reserved from `start` on, two hours from now."""
+
+    def __init__(self):
+        self.site = f.site(pdus=1)
+        self.host = f.host(self.site, power_node="pdu-1", beat_at=NOW)
+        f.agent(self.site, last_sync_at=NOW, lease_until=NOW + timedelta(days=9))
+        PowerNode.objects.update(measured_w=1000, measured_at=NOW)
+        self.listing = f.listing(self.site, hosts=[self.host])
+        self.start = NOW + timedelta(hours=2)
+        self.owner = f.contract(
+            self.listing, f.organization(), gpu_count=4, kind="reserved", starts_at=self.start, ends_at=self.start + timedelta(days=9)
+        )  # fmt: skip
+        self.contracts = {
+            kind: f.contract(self.listing, f.organization(), gpu_count=8, kind=kind, limit_price=900_000)
+            for kind in ("on_demand", "spot")
+        }
+
+    def reserve(self):
+        row = Reservation.objects.create(
+            listing=self.listing, contract=self.owner, starts_at=self.start, ends_at=self.owner.ends_at, claims_at=self.start, state="firm"
+        )  # fmt: skip
+        row.blocks.create(host=self.host, gpu_indices=[4, 5, 6, 7])
+        return row
+
+    def submit(self, kind="on_demand", **spec):
+        contract = self.contracts[kind]
+        spec = {"command": ["true"], "gpus": 4, "vcpu_milli": 1000, "ram_mib": 1024, **spec}
+        return jobs.submit(f.actor(contract.organization), contract, spec, now=NOW)
+
+    def gpus(self, job):
+        return [p.gpu_indices for p in Placement.objects.filter(job=job)]
+
+
+@pytest.mark.django_db
+def test_gpus_are_lent_until_their_claim_to_who_is_gone_by_then():
+    here = Lent()
+    here.reserve()
+    long = here.submit(gpus=8, max_seconds=7201 - LAG_S)
+    endless = here.submit()
+    cycle.run(here.site.cell_id, now=NOW)
+    assert here.gpus(long) == []
+    decision = Decision.objects.get(job=long)
+    assert decision.reason == "RESERVED_SOON"
+    assert here.gpus(endless) == [[0, 1, 2, 3]]
+    short = here.submit(max_seconds=7200 - LAG_S)
+    cycle.run(here.site.cell_id, now=NOW)
+    assert here.gpus(short) == [[4, 5, 6, 7]]
+    assert holds.disturbed(Reservation.objects.all(), NOW) == set()  # it is gone in time: nothing need move
+
+
+@pytest.mark.django_db
+def test_spot_stands_on_reserved_gpus_until_their_claim_and_not_after():
+    here = Lent()
+    here.reserve()
+    spot = here.submit("spot", gpus=8)
+    cycle.run(here.site.cell_id, now=NOW)
+    assert here.gpus(spot) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    type(here.site.agents.get()).objects.update(last_sync_at=here.start)
+    Host.objects.update(beat_at=here.start)
+    cycle.run(here.site.cell_id, now=here.start)
+    spot.refresh_from_db()
+    assert spot.state == "preempting"
+
+
+@pytest.mark.django_db
+def test_cpu_that_goes_with_reserved_gpus_is_lent_alike():
+    here = Lent()
+    here.reserve()
+    half = here.host.vcpu_milli // 2
+    greedy, modest = here.submit(vcpu_milli=half + 1000), here.submit(vcpu_milli=half)
+    cycle.run(here.site.cell_id, now=NOW)
+    assert here.gpus(greedy) == []
+    assert here.gpus(modest) == [[0, 1, 2, 3]]
+    short = here.submit(vcpu_milli=half, max_seconds=60)
+    cycle.run(here.site.cell_id, now=NOW)
+    assert here.gpus(short) == [[4, 5, 6, 7]]
+
+
+@pytest.mark.django_db
+def test_what_is_reserved_between_the_plan_and_its_commit_is_left_alone():
+    here = Lent()
+    long, short = here.submit(), here.submit(max_seconds=60)
+    taken = snapshot.take(here.site.cell, now=NOW)
+    taken.requests.sort(key=lambda r: r.job, reverse=True)
+    made = plan(taken.fleet, taken.requests, policy=taken.policy, now_s=int(NOW.timestamp()))
+    where = {p.job: p.gpus for p in made.placements}
+    row = here.reserve()
+    row.blocks.update(gpu_indices=list(where[long.pk]))
+    outcome = commit.commit(taken, made, now=NOW)
+    assert (outcome.placed, outcome.conflicts) == ([short.pk], {long.pk: Reason.RESERVED_SOON})

@@ -41,6 +41,11 @@ def cell(dice: random.Random, hosts: int = 12, *, watts: bool = True, tight: flo
             "taints": dice.choice((0, 0, 0, 0b1, 0b10, 0b11)),
             "leaves": dice.choice((0, 0, 0, 700, 2000)),
         }
+        if gpus and dice.random() < 0.3:
+            share = dice.choice((4, 2, 1))
+            row["claimed_at"] = dice.choice((500, 900, 2500))
+            row["claimed_gpus"] = (1 << max(1, gpus // share)) - 1
+            row["owed_cpu"], row["owed_ram"] = row["cpu_free"] // share, row["ram_free"] // share
         if nodes:
             row["power_node"] = 1 + i % pdus
             full = 900 + gpus * 700 - 350
@@ -86,6 +91,7 @@ def queue(dice: random.Random, jobs: int = 25) -> list[Request]:
                 duration_s=dice.choice((0, 0, 600)),
                 tolerates=dice.choice((0, 0b1, 0b11, 0b11)),
                 until=dice.choice((0, 700, 2000, FOREVER)),
+                stays=dice.choice((0, 101, 500, 900, FOREVER)),
                 quota_id=dice.choice((0, 0, 5)),
                 quota_milli=4000,
             )
@@ -93,6 +99,13 @@ def queue(dice: random.Random, jobs: int = 25) -> list[Request]:
         if out[-1].quota_id == 0:
             out[-1].quota_milli = -1
     return out
+
+
+def owe(fleet: Fleet, host: int, gpus: tuple[int, ...], what: Request | Running, sign: int) -> None:
+    """What stands on claimed GPUs brings its CPU and memory back with them."""
+    if any(fleet.claimed_gpus[host] >> g & 1 for g in gpus):
+        for column, amount in ((fleet.owed_cpu, what.cpu), (fleet.owed_ram, what.ram), (fleet.owed_nvme, what.nvme)):
+            column[host] += sign * amount
 
 
 def settle(fleet: Fleet, nodes: list[dict], plan: Plan, requests: list[Request]) -> tuple[Fleet, list[Running]]:
@@ -107,6 +120,7 @@ def settle(fleet: Fleet, nodes: list[dict], plan: Plan, requests: list[Request])
         after.cpu_free[p.host] -= r.cpu
         after.ram_free[p.host] -= r.ram
         after.nvme_free[p.host] -= r.nvme
+        owe(after, p.host, p.gpus, r, -1)
         for g in p.gpus:
             after.gpu_free[p.host, g] -= p.gpu_milli
             after.vram_free[p.host, g] -= vram_of(r.vram, r.gpu_milli, int(fleet.vram_total[p.host]))
@@ -152,6 +166,7 @@ def leave(fleet: Fleet, running: list[Running]) -> Fleet:
         after.cpu_free[r.host] += r.cpu
         after.ram_free[r.host] += r.ram
         after.nvme_free[r.host] += r.nvme
+        owe(after, r.host, r.gpus, r, 1)
         for g in r.gpus:
             after.gpu_free[r.host, g] += r.gpu_milli
             after.vram_free[r.host, g] += r.vram
@@ -193,6 +208,8 @@ def check(fleet: Fleet, plan: Plan, requests: list[Request], running: list[Runni
         assert fleet.owner[p.host] in {0, r.org}
         assert not fleet.taints[p.host] & ~r.tolerates
         assert not fleet.leaves[p.host] or r.until <= fleet.leaves[p.host]
+        if 0 < fleet.claimed_at[p.host] < r.stays:
+            assert not any(fleet.claimed_gpus[p.host] >> g & 1 for g in p.gpus)
         if r.topology.nvlink == 2 and r.gpus > 1:
             assert len({int(fleet.nvlink[p.host, g]) for g in p.gpus}) == 1
     quotas = defaultdict(int)

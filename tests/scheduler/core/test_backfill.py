@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core.backfill import Horizon, reduce_kernel
-from scheduler.core.fit import rounded_end, vram_of
+from scheduler.core.fit import bounds, deadlines, rounded_end, vram_of
 from scheduler.core.fit_kernels import request_vector
 from scheduler.core.pack import copy_state, make_state
 from scheduler.core.plan import plan
@@ -283,8 +283,9 @@ def history(seed):
             replace(r, promised_start=promises[j][0], promised_hosts=promises[j][1]) if j in promises else r
             for j, r in waiting.items()
         ]
-        leave = sorted({int(t) for t in fleet.leaves if t})
-        requests = [replace(r, until=rounded_end(now, r.duration_s, leave)) for r in requests]
+        hours = deadlines(fleet)
+        bound = [(r, bounds(r, now, *hours, policy)) for r in requests]
+        requests = [replace(r, until=until, stays=stays) for r, (until, stays) in bound]
         rows = [r for group in running.values() for r in group]
         made = plan(fleet, requests, rows, now_s=now, policy=policy, seed=now)
         check(fleet, made, requests, rows)

@@ -52,6 +52,10 @@ class Plain:
                 gpu_free=gpu_free, vram_free=vram_free, gpu_active=active, cpu_free=row.cpu_free - request.cpu,
                 ram_free=row.ram_free - request.ram, nvme_free=row.nvme_free - request.nvme, cpu_only=row.cpu_only + (not p.gpus),
             )  # fmt: skip
+            if any(row.claimed_gpus >> i & 1 for i in p.gpus):
+                self.rows[p.host] = self.rows[p.host]._replace(
+                    owed_cpu=row.owed_cpu - request.cpu, owed_ram=row.owed_ram - request.ram, owed_nvme=row.owed_nvme - request.nvme
+                )  # fmt: skip
             for at in self.path(p.host):
                 self.budget[at.node] -= fit.watts_delta * at.k_permille
         return Reason.OK, deltas

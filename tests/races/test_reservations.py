@@ -24,8 +24,11 @@ from tests.threads import in_thread
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.mark.parametrize("starts_at", [None, NOW + timedelta(hours=1)])
-def test_gpus_that_were_sold_between_plan_and_commit_are_refused(starts_at):
+@pytest.mark.parametrize(
+    ("starts_at", "why"),
+    [(None, Reason.HOST_RESERVED_FOR_OWNER), (NOW + timedelta(hours=1), Reason.RESERVED_SOON)],
+)
+def test_gpus_that_were_sold_between_plan_and_commit_are_refused(starts_at, why):
     market = Market(hosts=2)
     job, beside = market.submit(gpus=8), market.submit(gpus=4)
     the_plan = market.planned()
@@ -33,7 +36,7 @@ def test_gpus_that_were_sold_between_plan_and_commit_are_refused(starts_at):
     (at,) = ReservationBlock.objects.values_list("host_id", flat=True)
     hit = {p.job for p in the_plan[1].placements if the_plan[0].host_of[p.host] == at}
     outcome = commit.commit(*the_plan, now=NOW)
-    assert outcome.conflicts == dict.fromkeys(hit, Reason.HOST_RESERVED_FOR_OWNER)
+    assert outcome.conflicts == dict.fromkeys(hit, why)
     assert set(outcome.placed) == {job.pk, beside.pk} - hit
     assert not Placement.objects.filter(host=at).exclude(contract=reserved).exists()
     market.sound()

@@ -218,6 +218,7 @@ def check(fleet: Fleet, plan: Plan, requests: list[Request], running: list[Runni
         assert sorted(p.replica for p in places) == list(range(r.replicas)), f"job {job} is not whole"
         t = r.topology
         of = {Level.HOST: lambda h: h, Level.LEAF: lambda h: fleet.leaf[h], Level.SPINE: lambda h: fleet.spine[h]}
+        of[Level.SITE] = lambda h: fleet.site[h]
         assert len({int(fleet.site[p.host]) for p in places}) == 1, "a gang stays at one site"
         if t.required and t.pack != Level.NONE and r.replicas > 1:
             assert len({int(of[t.pack](p.host)) for p in places}) == 1

@@ -242,7 +242,9 @@ def test_every_suggestion_is_true(seed, watts):
                 then = [case.lasting(x, x.duration_s, c.start) for x in here.requests]
                 here = replace(here, now_s=c.start, requests=then)
             evicts = c.kind == "contract"
-            queue = [replace(c.request, may_preempt=evicts) if x.job == r.job else x for x in here.requests]
+            # It is said as it is now: what leaves or is claimed before it would end is worked out anew in each cycle.
+            asked = case.lasting(c.request, c.request.duration_s, c.start) if c.start else c.request
+            queue = [replace(asked, may_preempt=evicts) if x.job == r.job else x for x in here.requests]
             again = replace(here, requests=queue, policy=QUIET).plan()
             assert [p.host for p in again.placements if p.job == r.job], c
             cells.check(here.fleet, again, queue, here.running)

@@ -35,7 +35,7 @@ from scheduler import record, said, snapshot, words
 from scheduler.core.case import Case, Window
 from scheduler.core.changes import Change, changes, reserved
 from scheduler.core.choice import Choice, choice
-from scheduler.core.types import Request
+from scheduler.core.types import Kind, Request
 from scheduler.models import CycleRecord, Decision
 from scheduler.packed import UnreadableError
 from scheduler.reserved import CLAIM_AHEAD
@@ -121,7 +121,7 @@ def _waits(job: Job, decision: Decision, staff: bool, now: datetime) -> dict[str
     )
     told = _Told(job, scene, request, listings, None if staff else mine)
     held = words.reason(decision.reason) in said.ROOM and reserved(scene.case, job.pk, windows)
-    kept = [told.change(c) for c in found if _holds(c, scene.case, now)]
+    kept = [told.change(c) for c in found if _holds(c, scene.case)]
     notes = (
         "" if scene.recorded else "The last cycle was not recorded: this is how things stand now.",
         "" if kept else "No single change that was tried would make it fit.",
@@ -164,7 +164,7 @@ def _windows(case: Case, now: datetime) -> list[Window]:
         return []
     blocks = ReservationBlock.objects.filter(
         host_id__in={int(case.fleet.host_id[row]) for row in rows}, reservation__state="firm", reservation__ends_at__gt=now,
-        reservation__claims_at__lte=now + AHEAD,
+        reservation__claims_at__lte=_seen(case),
     )  # fmt: skip
     on: dict[int, list[tuple[int, set[int], datetime]]] = defaultdict(list)
     found = blocks.values_list("host_id", "reservation__contract_id", "gpu_indices", "reservation__ends_at")
@@ -180,14 +180,23 @@ def _windows(case: Case, now: datetime) -> list[Window]:
     return windows
 
 
-def _holds(c: Change, case: Case, now: datetime) -> bool:
-    """Whether a later start is free of reservations that the snapshot does not close yet: those beyond its horizon."""
-    start = datetime.fromtimestamp(c.start, UTC)
-    if not c.start or start <= now + AHEAD:
+def _holds(c: Change, case: Case) -> bool:
+    """Whether a later start is free of reservations that the case does not know yet: those beyond its horizon."""
+    if not c.start:
         return True
+    stays = timedelta(seconds=c.request.duration_s) if c.request.duration_s else AHEAD
+    by = datetime.fromtimestamp(c.start + case.policy.lag_s, UTC) + (
+        timedelta() if c.request.kind == Kind.SPOT else stays
+    )
     hosts = [int(case.fleet.host_id[h]) for h in c.hosts]
     later = ReservationBlock.objects.filter(host_id__in=hosts, reservation__state="firm")
-    return not later.filter(reservation__claims_at__gt=now + AHEAD, reservation__claims_at__lte=start + AHEAD).exists()
+    return not later.filter(reservation__claims_at__gt=_seen(case), reservation__claims_at__lte=by).exists()
+
+
+def _seen(case: Case) -> datetime:
+    """By when reservations begin that the case knows (`reserved.reservations`)."""
+    longest_s = max((r.duration_s for r in case.requests), default=0)
+    return datetime.fromtimestamp(case.now_s + case.policy.lag_s, UTC) + max(AHEAD, timedelta(seconds=longest_s))
 
 
 class _Told:

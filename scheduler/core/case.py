@@ -15,7 +15,7 @@ from scheduler.core.types import I64, WHOLE, Fleet, HostFlag, Plan, Policy, Requ
 
 
 class Window(NamedTuple):
-    """A reserved row of the fleet (a contract's GPUs on a host), and when its window is over, seconds."""
+    """A reserved row of the fleet (a contract's GPUs on a host), and when its window is over, seconds: with it, those after it."""
 
     row: int
     ends_at: int
@@ -197,7 +197,8 @@ def _watts(fleet: Fleet, hosts: I64) -> I64:
 def _open(fleet: Fleet, row: int) -> None:
     """What is free in a reserved row becomes part of the host's open row.
 
-    CPU and memory of the two rows are shares of the same free amount, so the larger of them is what is surely there.
+    CPU and memory of the two rows are shares of the same free amount, so the larger of them is what is surely there. No later
+    reservation claims these GPUs: a window ends with the last of them.
     """
     twins = np.flatnonzero((fleet.host_id == fleet.host_id[row]) & (fleet.pool >= 0))
     if not len(twins):
@@ -206,6 +207,10 @@ def _open(fleet: Fleet, row: int) -> None:
     for name in ("cpu_free", "ram_free", "nvme_free"):
         column = getattr(fleet, name)
         column[to] = max(column[to], column[row])
+    fleet.claimed_gpus[to] &= ~sum(1 << gpu for gpu in np.flatnonzero(fleet.gpu_free[row]).tolist())
+    if not fleet.claimed_gpus[to]:
+        for name in ("claimed_at", "owed_cpu", "owed_ram", "owed_nvme"):
+            getattr(fleet, name)[to] = 0
     for name in ("gpu_free", "vram_free"):
         column = getattr(fleet, name)
         column[to] = np.maximum(column[to], column[row])

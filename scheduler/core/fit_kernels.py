@@ -103,7 +103,7 @@ def shape_kernel(row: I64, q: I64) -> int:
 @inlined
 def claimed_kernel(row: I64, q: I64) -> int:
     """Bit mask of the GPUs on which the request may still stand when they are claimed."""
-    if 0 < row[CLAIM] < q[Q_STAYS]:
+    if q[Q_STAYS] and 0 < row[CLAIM] < q[Q_STAYS]:  # most cells have no claim to read
         return row[CLAIMED]  # type: ignore[no-any-return]
     return 0
 

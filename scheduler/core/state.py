@@ -8,6 +8,7 @@ import numpy as np
 
 from scheduler.core.fit_kernels import (
     ACTIVE,
+    CLAIM,
     CLAIMED,
     CPU,
     CPU_ONLY,
@@ -28,11 +29,11 @@ from scheduler.core.fit_kernels import (
     Q_NVLINK,
     Q_NVME,
     Q_RAM,
+    Q_STAYS,
     Q_VRAM,
     RAM,
     TOTAL,
     choose_kernel,
-    claimed_kernel,
     delta_kernel,
     vram_kernel,
 )
@@ -141,7 +142,9 @@ def score_host(h: int, q: I64, s: State, t: Tables) -> tuple[Any, int]:
     n = rows[h, NGPU]
     shared = need == 1 and milli < 1000
     picky = need > 0 and not shared and (q[Q_VRAM] > 0 or q[Q_NVLINK] == 2)
-    claimed = claimed_kernel(rows[h], q)
+    claimed = np.int64(0)  # `claimed_kernel`
+    if q[Q_STAYS] and 0 < rows[h, CLAIM] < q[Q_STAYS]:
+        claimed = rows[h, CLAIMED]
     if (picky or claimed) and choose_kernel(rows[h], g[h], s.vfree[h], s.nvl[h], q)[0]:
         return NO, 0
     y = max(rows[h, MODEL], 0)

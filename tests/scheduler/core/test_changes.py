@@ -160,6 +160,19 @@ def test_after_a_reservation_ends_its_gpus_are_anybodys():
     assert (soon.start, soon.rows, soon.jobs, soon.hosts) == (150, (2,), (), (1,))
 
 
+@pytest.mark.parametrize(("next_gpus", "start"), [(0, 150), (0b1111, 150), (0b11110000, 0)])
+def test_a_window_ends_with_the_last_reservation_of_its_gpus_and_not_with_those_of_others(next_gpus, start):
+    """The window's GPUs are the lower four; the claim at 100 is over by 150 where it is on these, and stays where it is not."""
+    open_ = one_host(gpu_free=[0] * 4 + [1000] * 4, vram_free=[0] * 4 + [80_000] * 4)
+    if next_gpus:
+        open_ |= {"claimed_at": 100, "claimed_gpus": next_gpus, "owed_cpu": 48_000}
+    own = one_host(pool=-5, gpu_free=[1000] * 4 + [0] * 4, vram_free=[80_000] * 4 + [0] * 4)
+    case = case_of(Fleet.build([open_, own]), [Request(job=1, gpus=8, pool=7, stays=1 << 62 if next_gpus else 0)])
+    found = kinds(changes(case, 1, windows=[Window(1, 150)]))
+    assert ("window" in found, found["window"].start if "window" in found else 0) == (start > 0, start)
+    assert case.fleet.claimed_gpus[0] == next_gpus
+
+
 def test_only_jobs_that_may_be_named_are_named_as_a_help():
     fleet = Fleet.build([busy(1, range(8)), busy(2, range(8))])
     running = [ran(3, 0, range(8)), ran(4, 1, range(8))]

@@ -66,7 +66,7 @@ def at_once(statement):
 
 @pytest.mark.django_db(transaction=True)
 def test_two_writers_of_the_same_records_in_opposite_order_store_each_once(row):
-    """Each may wait for what the other has just written: one goes back and leaves out what is there."""
+    """One waits for what the other has just written, and leaves out what is there."""
     rows = [replace(row, start_s=3600 * i, end_s=3600 * (i + 1), event_id=f"t-{i}") for i in range(200)]
     gate, fresh = threading.Barrier(2), []
 

@@ -164,7 +164,8 @@ class Core:
     """Our planner. Waiting jobs stay in groups of one tenant and shape, in its own order; a plan is given the first of each.
 
     Not every event needs a plan: nothing can start that did not a moment ago unless something ended, a promise is due, or what
-    arrived fits the free GPUs of some host. Of a group whose shape fits no host as it stands, only the first job is shown.
+    arrived fits the free GPUs of some host. Of a group whose shape fits no host as it stands, only the first job is shown; of
+    the others the first few that end before the first held start, and the first few that do not.
     `promises` [J]: the first start time promised, 0 = none; `moved`: promises that a later plan put off.
     """
 
@@ -223,10 +224,12 @@ class Core:
     def _shown(self, now: int, groups: dict[tuple[int, int, int], I64]) -> tuple[list[Request], list[set[int]]]:
         idle = (self.fleet.gpu_free >= WHOLE).sum(axis=1)
         shown, more = list(self.promised), []
+        promised = len(shown)
         leader: dict[int, tuple[float, int]] = {}
         fitting: list[tuple[tuple[int, int, int], F64, I64]] = []
-        for key, mine in groups.items():
+        for key, group in groups.items():
             tenant, gpus, replicas = key
+            mine = group[~np.isin(group, shown[:promised])] if promised else group
             if not len(mine):
                 continue
             size: F64 = mine.astype(np.float64)  # job numbers are in order of arrival
@@ -237,12 +240,17 @@ class Core:
             leader[tenant] = min(leader.get(tenant, (np.inf, -1)), (float(size[best]), int(mine[best])))
             if int((idle // gpus).sum()) >= replicas:
                 fitting.append((key, size, mine))
+        held = min((start for start, _ in self.promised.values()), default=_NEVER)
         for _, size, mine in fitting:
-            k = min(self.first, len(mine))
-            chosen = mine[np.argpartition(size, k - 1)[:k]] if k < len(mine) else mine
-            shown += chosen.tolist()
-            if k < len(mine):
-                more.append({int(j) for j in chosen})
+            # What ends before the first held start may go where the rest may not.
+            short = now + self.work.estimate[mine] <= held
+            for part in (short, ~short):
+                those = mine[part]
+                k = min(self.first, len(those))
+                chosen = those[np.argpartition(size[part], k - 1)[:k]] if k < len(those) else those
+                shown += chosen.tolist()
+                if k < len(those):
+                    more.append({int(j) for j in chosen})
         shown += [job for _, job in leader.values()]
         return [self._request(j) for j in dict.fromkeys(shown)], more
 

@@ -26,7 +26,8 @@ from typing import Final
 from scheduler.core.types import Fleet, Policy, Request
 
 # The past outweighs the present: a running job cannot be taken away, so that what an organization holds too much today is made
-# good only if it counts beyond its end. Between 1 (the worst share of a week 0.90 on the Philly trace) and 10 little changes.
+# good only if it counts beyond its end. On the Philly trace the worst share of a week is 0.90 at once the past, 0.95 at 3 times and
+# 0.96 at 10 times (decision 17).
 PAST: Final = 3.0
 
 

@@ -13,6 +13,13 @@ from marketplace.models.agreements import Amendment, ContractDocument, TermsAcce
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
+from marketplace.models.maintenance import (
+    CalendarFeed,
+    Maintenance,
+    MaintenanceHost,
+    MaintenanceNotice,
+    MaintenanceShortfall,
+)
 from marketplace.models.outbox import IdempotencyKey, OutboxMessage
 from marketplace.models.placements import LogChunk, Placement, PlacementEvent
 from marketplace.models.power import (
@@ -47,6 +54,7 @@ __all__ = [
     "ApiKey",
     "AuditEvent",
     "BillingStanding",
+    "CalendarFeed",
     "Cell",
     "Contract",
     "ContractDocument",
@@ -65,6 +73,10 @@ __all__ = [
     "Kind",
     "Listing",
     "LogChunk",
+    "Maintenance",
+    "MaintenanceHost",
+    "MaintenanceNotice",
+    "MaintenanceShortfall",
     "Membership",
     "MeterReading",
     "Miner",

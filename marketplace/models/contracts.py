@@ -93,6 +93,12 @@ class Contract(TenantModel):
     def __str__(self) -> str:
         return f"{self.public_id} {self.kind} {self.gpu_count} GPUs"
 
+    @property
+    def reservation(self) -> "Reservation":
+        """Its own GPUs for its term; what stands in during maintenance is not among them."""
+        found: Reservation = self.reservations.get(maintenance=None)
+        return found
+
 
 class ContractEvent(models.Model):
     """Append-only."""
@@ -112,7 +118,9 @@ class ContractEvent(models.Model):
 
 
 class Reservation(models.Model):
-    """Capacity held over a half-open window: for a quote (minutes) or a contract (its term)."""
+    """Capacity held over a half-open window: for a quote (minutes), a contract (its term), or for maintenance, which takes hosts
+    and may have other GPUs stand in for a contract's.
+    """
 
     class State(models.TextChoices):
         HELD = "held"
@@ -121,7 +129,13 @@ class Reservation(models.Model):
 
     listing = models.ForeignKey(Listing, on_delete=models.PROTECT, related_name="reservations")
     quote = models.OneToOneField(Quote, null=True, on_delete=models.CASCADE, related_name="reservation")
-    contract = models.OneToOneField(Contract, null=True, on_delete=models.CASCADE, related_name="reservation")
+    contract = models.ForeignKey(
+        Contract, null=True, on_delete=models.CASCADE, related_name="reservations", db_index=False
+    )
+    maintenance = models.ForeignKey(
+        "marketplace.Maintenance", null=True, on_delete=models.CASCADE, related_name="reservations",
+        help_text="what it takes (no contract), or GPUs that stand in meanwhile for those of a contract",
+    )  # fmt: skip
     starts_at = models.DateTimeField()
     ends_at = models.DateTimeField()
     claims_at = models.DateTimeField(
@@ -131,8 +145,16 @@ class Reservation(models.Model):
     state = models.CharField(max_length=10, choices=State)
 
     class Meta:
-        constraints = [models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="reservation_window")]
-        indexes = [models.Index(fields=["listing", "state", "ends_at"])]
+        constraints = [
+            models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="reservation_window"),
+            models.UniqueConstraint(
+                fields=["contract"], condition=Q(maintenance__isnull=True), name="reservation_once_for_a_contract"
+            ),
+        ]
+        indexes = [
+            models.Index(fields=["listing", "state", "ends_at"]),
+            models.Index(fields=["contract"], name="reservation_of_contract"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.starts_at:%F %R} to {self.ends_at:%F %R}"

@@ -71,6 +71,10 @@ class Listing(TenantModel):
     eviction_notice_s = models.PositiveIntegerField(default=120)
     flexible_hours_per_month = models.PositiveIntegerField(default=40)
     flexible_notice_s = models.PositiveIntegerField(default=600)
+    maintenance_hours_per_month = models.PositiveIntegerField(
+        default=4,
+        help_text="of announced maintenance that a firm contract bears; beyond it reserved time is not charged",
+    )
     available_from = models.DateTimeField(null=True, blank=True)
     available_until = models.DateTimeField(null=True, blank=True)
     interconnect = models.CharField(max_length=40, blank=True)

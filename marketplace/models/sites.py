@@ -186,6 +186,9 @@ class Host(TenantModel):
     leaves_at = models.DateTimeField(
         null=True, blank=True, help_text="while draining: until then it takes what ends before; empty: nothing new"
     )
+    back_at = models.DateTimeField(
+        null=True, blank=True, help_text="when maintenance that took it gives it back; empty: nothing does by itself"
+    )
     taints = ArrayField(
         models.CharField(max_length=80),
         default=list,

@@ -7,7 +7,7 @@ that has begun overlaps now, and an interval graph is coloured greedily from the
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -17,7 +17,7 @@ from django.db.models import Q, Value
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Host, Kind, Placement, Reservation, ReservationBlock
+from marketplace.models import Contract, Host, Kind, Placement, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
 
@@ -124,6 +124,24 @@ def grow(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: date
         block.refresh_from_db()
         block.gpu_indices = sorted({*block.gpu_indices, *indices})
         block.save(update_fields=["gpu_indices"])
+
+
+def neighbours(reservation: Reservation, level: str) -> Collection[int] | None:
+    """Hosts in the same cell of `level` as the contract's own; None: any of the listing."""
+    if level == "site":
+        return None
+    hosts = Host.objects.filter(listing_id=reservation.listing_id)
+    own_hosts = Host.objects.filter(reservation_blocks__reservation=reservation)
+    if level == "host":
+        return list(own_hosts.values_list("pk", flat=True))
+    return list(hosts.filter(**{f"{level}__in": own_hosts.values(level)}).values_list("pk", flat=True))
+
+
+def cut(contract: Contract, ends_at: datetime) -> None:
+    """Its GPUs, and those that stand in for them, are free from `ends_at` on."""
+    rows = Reservation.objects.filter(contract=contract)
+    rows.filter(starts_at__gte=ends_at).update(state=Reservation.State.RELEASED)
+    rows.filter(Q(maintenance=None) | Q(ends_at__gt=ends_at), starts_at__lt=ends_at).update(ends_at=ends_at)
 
 
 def _renumber(
@@ -308,7 +326,11 @@ def heal(now: datetime) -> int:
     many moved. What finds no room stays as it is, is logged, and is tried again by the next tick.
     """
     soon = Reservation.objects.filter(
-        state=Reservation.State.FIRM, contract__isnull=False, starts_at__gt=now, claims_at__lte=now + HEAL_AHEAD
+        state=Reservation.State.FIRM,
+        contract__isnull=False,
+        maintenance=None,
+        starts_at__gt=now,
+        claims_at__lte=now + HEAL_AHEAD,
     ).select_related("listing__site", "contract", "quote")
     rows = {row.pk: row for row in soon.order_by("claims_at", "pk")[:HEAL_BATCH]}
     return sum(_move(rows[pk], now) for pk in sorted(disturbed(rows.values(), now))) if rows else 0

@@ -8,7 +8,6 @@ listing asks now; what was agreed before keeps its price. (At the old price a sm
 A proposal holds no capacity. Nothing more is due at signing: what is added is billed by the month.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,7 +17,7 @@ from django.db import transaction
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Amendment, Contract, Host, Listing, Organization, Reservation
+from marketplace.models import Amendment, Contract, Listing, Organization, Reservation
 from marketplace.services import audit, availability, documents, holds, listings, quoted, quotes, search, terms
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.contracts.signing import check_limit, check_standing
@@ -100,7 +99,7 @@ def accept(actor: Actor, proposal: Amendment, *, now: datetime) -> Amendment:
         asked = Asked(row.ends_at, row.added_gpus)
         _check(fresh, listing, asked, now)
         hold = _room(fresh, listing, asked, now, "capacity_gone")
-        reservation = Reservation.objects.select_for_update(no_key=True).get(contract=fresh)
+        reservation = Reservation.objects.select_for_update(no_key=True).get(contract=fresh, maintenance=None)
         before = {"ends_at": fresh.ends_at, "gpu_count": fresh.gpu_count}
         if asked.ends_at:
             _lengthen(fresh, reservation, asked.ends_at, hold, now)
@@ -203,13 +202,13 @@ def _total(contract: Contract, asked: Asked, begin: datetime, price: int) -> int
 
 def _room(contract: Contract, listing: Listing, asked: Asked, now: datetime, code: str) -> Hold:
     """((host id, GPUs), ...) to hold: the contract's own hosts for longer, or what is added. MarketError(`code`) without."""
-    reservation = Reservation.objects.get(contract=contract)
+    reservation = contract.reservation
     if asked.ends_at:
         return _room_for_longer(contract, listing, reservation, asked.ends_at, now, code)
     assert contract.ends_at is not None
     found = availability.admit(
         listing, gpus=asked.added, level=_level(contract), starts_at=max(contract.starts_at, now), ends_at=contract.ends_at,
-        now=now, among=_neighbours(reservation, _level(contract)),
+        now=now, among=holds.neighbours(reservation, _level(contract)),
     )  # fmt: skip
     if found.admitted:
         return tuple((int(str(host)), count) for host, count in found.hold)
@@ -276,17 +275,6 @@ def _elsewhere(
         for row in rows
         if row.listing.pk != listing.pk
     ][: quotes.OTHER_LISTINGS]
-
-
-def _neighbours(reservation: Reservation, level: str) -> Collection[int] | None:
-    """Hosts in the same cell of `level` as the contract's own; None: any of the listing."""
-    if level == "site":
-        return None
-    hosts = Host.objects.filter(listing_id=reservation.listing_id)
-    own_hosts = Host.objects.filter(reservation_blocks__reservation=reservation)
-    if level == "host":
-        return list(own_hosts.values_list("pk", flat=True))
-    return list(hosts.filter(**{f"{level}__in": own_hosts.values(level)}).values_list("pk", flat=True))
 
 
 def _lengthen(contract: Contract, reservation: Reservation, ends_at: datetime, hold: Hold, now: datetime) -> None:

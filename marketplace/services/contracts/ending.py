@@ -10,7 +10,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, Job, Placement, Reservation
-from marketplace.services import audit, terms
+from marketplace.services import audit, holds, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
 from marketplace.services.transitions import transition_many
@@ -108,7 +108,7 @@ def _ends(contract: Contract) -> dict[str, str | None]:
 def _shorten(contract: Contract, ends_at: datetime, *, now: datetime, actor: Actor, reason: str) -> None:
     """It goes on to `ends_at` and no further; what it held after that is free."""
     Contract.objects.filter(pk=contract.pk).update(ends_at=ends_at, terminated_at=now)
-    Reservation.objects.filter(contract=contract).update(ends_at=ends_at)
+    holds.cut(contract, ends_at)
     text = f"{reason}: it ends at {ends_at:%F %R}Z, by its rule of early termination"
     contract.events.create(at=now, actor=actor.label[:120], from_state="active", to_state="active", reason=text[:200])
 

@@ -220,7 +220,7 @@ def confirm_payment(contract_id: int, *, now: datetime) -> bool:
             return False
         # Nobody pays for a time in which it could not be used: it waited for its payment.
         starts_at = max(contract.starts_at, now)
-        Reservation.objects.filter(contract=contract).update(starts_at=starts_at)
+        Reservation.objects.filter(contract=contract, maintenance=None).update(starts_at=starts_at)
         transition_many(
             Contract, [contract_id], expected=("pending_payment",), to="active", now=now, actor="billing",
             reason="what is due at signing is paid", set_columns={"starts_at": starts_at, "pay_by": None},

@@ -229,6 +229,7 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/listings", "POST", "listings:write"),
     R("api/v1/listings/<str:listing>", "GET", "listings:read", listing, stranger="sees"),
     R("api/v1/listings/<str:listing>", "PATCH", "listings:write", draft),
+    R("api/v1/calendar", "GET", "listings:read", stranger="sees"),
     R("api/v1/listings/<str:listing>/calendar", "GET", "listings:read", listing, stranger="sees"),
     R("api/v1/listings/<str:listing>/publish", "POST", "listings:write", draft),
     R("api/v1/listings/<str:listing>/pause", "POST", "listings:write", draft),

@@ -1,5 +1,7 @@
 """What goes into and comes out of the routes of listings."""
 
+from typing import Any
+
 from rest_framework import serializers
 
 from marketplace.api import shapes
@@ -9,8 +11,8 @@ from marketplace.services import search
 from scheduler.core.capacity import LEVELS
 
 
-class SearchShape(Shape):
-    """The query of a search. A list is written with commas."""
+class FilterShape(Shape):
+    """What an offer must have. A list is written with commas."""
 
     gpu_model = serializers.CharField(required=False, help_text="names, separated by commas")
     vram_min_mib = serializers.IntegerField(required=False, min_value=0)
@@ -36,6 +38,22 @@ class SearchShape(Shape):
     level = serializers.ChoiceField(
         LEVELS, required=False, default="site", help_text="all of the block in one such cell"
     )
+
+
+def filters_of(query: dict[str, Any]) -> search.Filters:
+    """Of a validated FilterShape."""
+    asked: dict[str, Any] = {name: query[name] for name in search.FILTER_NAMES if name in query}
+    for name in search.FACETS:
+        if name in asked:
+            asked[name] = tuple(v.strip() for v in asked[name].split(",") if v.strip())
+    if "where" in asked:
+        asked["where"] = search.comparisons(asked["where"])
+    return search.Filters(**asked)
+
+
+class SearchShape(FilterShape):
+    """The query of a search."""
+
     sort = serializers.ChoiceField(search.SORTS, required=False, default="price")
     limit = serializers.IntegerField(required=False, min_value=1, max_value=100, default=20)
     cursor = serializers.CharField(required=False)
@@ -47,13 +65,6 @@ class MineShape(Shape):
     state = serializers.ChoiceField(Listing.State.choices, required=False)
     limit = serializers.CharField(required=False)
     cursor = serializers.CharField(required=False)
-
-
-class CalendarQuery(Shape):
-    start = serializers.DateTimeField(required=False)
-    end = serializers.DateTimeField(required=False)
-    step_hours = serializers.IntegerField(required=False, min_value=1, max_value=24 * 31, default=24)
-    level = serializers.ChoiceField(LEVELS, required=False, default="site")
 
 
 class TermsShape(Shape):
@@ -126,11 +137,3 @@ class SearchPage(shapes.page_of("Listing", ListingShape)):  # type: ignore[misc]
     as_of = serializers.DateTimeField()
     facets = serializers.DictField(required=False)
     nothing = serializers.DictField(required=False, help_text="only with no offer: which filter removed the last ones")
-
-
-class CalendarShape(serializers.Serializer):
-    object = serializers.CharField()
-    listing = serializers.CharField()
-    level = serializers.ChoiceField(LEVELS)
-    as_of = serializers.DateTimeField()
-    data = serializers.ListField(child=serializers.DictField())  # type: ignore[assignment]

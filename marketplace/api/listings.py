@@ -1,7 +1,6 @@
 """Listings: search, show, calendar; and, for operators, draft, change, publish, pause, retire."""
 
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
@@ -14,22 +13,19 @@ from rest_framework.response import Response
 from marketplace.api import shapes
 from marketplace.api.base import Resource
 from marketplace.api.listing_shapes import (
-    CalendarQuery,
-    CalendarShape,
     DraftShape,
     ListingShape,
     MineShape,
     SearchPage,
     SearchShape,
     TermsShape,
+    filters_of,
 )
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Site, SpotInterval
 from marketplace.services import availability, listings, search, spot_prices
 from marketplace.services.availability import Stock
 from scheduler.core.capacity import LEVELS
-
-MAX_CALENDAR_STEPS = 1000
 
 
 class ListingResource(Resource):
@@ -137,13 +133,7 @@ class Listings(ListingResource):
             return self.mine(request)
         query = shapes.query(request, SearchShape)
         now = timezone.now()
-        asked: dict[str, Any] = {name: query[name] for name in search.FILTER_NAMES if name in query}
-        for name in ("gpu_model", "region", "country", "interconnect", "runtime"):
-            if name in asked:
-                asked[name] = tuple(v.strip() for v in asked[name].split(",") if v.strip())
-        if "where" in asked:
-            asked["where"] = search.comparisons(asked["where"])
-        wanted = search.Filters(**asked)
+        wanted = filters_of(query)
         found = search.search(
             self.actor, wanted, now=now, sort=query["sort"], limit=query["limit"], cursor=query.get("cursor"),
             with_facets=query["facets"],
@@ -226,37 +216,6 @@ class ListingMove(ListingResource):
         return self.write(lambda: self.answer(act(self.actor, row, now=timezone.now())))
 
 
-class ListingCalendar(ListingResource):
-    actions = {"GET": "listings:read"}
-
-    @extend_schema(
-        tags=["listings"], operation_id="listings_calendar", responses={200: CalendarShape}, parameters=[CalendarQuery]
-    )
-    def get(self, request: Request, listing: str) -> Response:
-        """Per step, the most GPUs that one block can have for all of it; 31 days from now, day by day, unless asked otherwise."""
-        row = self.row(listing)
-        query = shapes.query(request, CalendarQuery)
-        now = timezone.now().replace(microsecond=0)
-        start = query.get("start") or now
-        end = query.get("end") or start + timedelta(days=31)
-        step_s = query["step_hours"] * 3600
-        if end <= start or (end - start).total_seconds() / step_s > MAX_CALENDAR_STEPS:
-            raise MarketError(
-                "invalid_request",
-                f"after start, at most {MAX_CALENDAR_STEPS} steps.",
-                {"/end": "after start, not too far"},
-            )
-        cells = availability.calendar(row, now=now, starts_at=start, ends_at=end, step_s=step_s, level=query["level"])
-        data = [{"starts_at": _at(c.start), "ends_at": _at(c.end), "gpus": c.gpus} for c in cells]
-        return Response(
-            {"object": "calendar", "listing": row.public_id, "level": query["level"], "as_of": now, "data": data}
-        )
-
-
-def _at(second: int) -> datetime:
-    return availability.instant(second)
-
-
 class ListingPublish(ListingMove):
     @extend_schema(tags=["listings"], operation_id="listings_publish", request=None, responses={200: ListingShape})
     def post(self, request: Request, listing: str) -> Response:  # noqa: ARG002
@@ -281,7 +240,6 @@ class ListingRetire(ListingMove):
 urlpatterns = [
     path("listings", Listings.as_view(), name="listings"),
     path("listings/<str:listing>", ListingDetail.as_view(), name="listing"),
-    path("listings/<str:listing>/calendar", ListingCalendar.as_view(), name="listing-calendar"),
     path("listings/<str:listing>/publish", ListingPublish.as_view(), name="listing-publish"),
     path("listings/<str:listing>/pause", ListingPause.as_view(), name="listing-pause"),
     path("listings/<str:listing>/retire", ListingRetire.as_view(), name="listing-retire"),

@@ -5,6 +5,7 @@ from django.urls import URLPattern, URLResolver
 from marketplace.api import (
     agent,
     amendments,
+    calendars,
     contracts,
     curtailments,
     health,
@@ -28,7 +29,7 @@ from marketplace.api import (
 )
 
 RESOURCES = (
-    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, quotes, contracts, amendments, spot, jobs,
+    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, calendars, quotes, contracts, amendments, spot, jobs,
     usage, invoices, payment_methods, payouts, agent, staff, webhooks, schema,
 )  # fmt: skip
 

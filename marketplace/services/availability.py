@@ -238,22 +238,6 @@ def largest(
     return stock([listing], now=now, level=level, kind=kind, starts_at=starts_at, ends_at=ends_at)[listing.pk].gpus
 
 
-def calendar(
-    listing: Listing,
-    *,
-    now: datetime,
-    starts_at: datetime,
-    ends_at: datetime,
-    step_s: int,
-    level: str = "site",
-    market: Market | None = None,
-) -> list[capacity.CalendarCell]:
-    """How many GPUs one block could have in each step of [starts_at, ends_at): free for all of the step. Ends and starts in s."""
-    market = market or load([listing], now)
-    shape = Shape(market.chunks[listing.pk])
-    return list(capacity.free_calendar(market.pool, shape, level, seconds(starts_at), seconds(ends_at), step_s))
-
-
 def admit(
     listing: Listing,
     *,

@@ -123,6 +123,18 @@ class Offers:
             later.__dict__["_lines"] = self.__dict__["_lines"]
         return later
 
+    def only(self, listing_ids: Ints) -> "Offers":
+        """The same reading of these listings alone."""
+        hosts = _among(self.hosts, "listing_id", listing_ids)
+        return Offers(
+            listings=_among(self.listings, "id", listing_ids),
+            partners=_among(self.partners, "listing_id", listing_ids),
+            hosts=hosts,
+            holds=_among(self.holds, "host_id", hosts["id"]),
+            tasks=_among(self.tasks, "host_id", hosts["id"]),
+            names=self.names,
+        )
+
     # --- who may see what
     def visible(self, actor: Actor) -> Mask:
         """bool[N]: what `search.on_offer` would show: of the actor's own mode, public, for its organization, or its own."""
@@ -183,20 +195,54 @@ class Offers:
     # --- how much of it is free
     def stock(self, *, now: datetime, level: str, kind: str, starts_at: datetime, ends_at: datetime) -> Ints:
         """int64[N]: the most GPUs that one block inside one cell of `level` can have in the window; as `availability.stock`."""
-        rows, shelf = self.listings, self.shelf
+        shelf = self.shelf
         at, start, end = seconds(now), seconds(starts_at), seconds(ends_at)
-        t1 = np.full(len(rows), start, np.int64)
-        if kind in HOLDING:  # the claim begins early, by the lead (availability.lead_s)
-            lead = -(-(rows["eviction_notice_s"] + CHECKPOINT_GRACE_S + SHED_LEAD_S) // 60) * 60
-            t1 = np.minimum(start, np.maximum(at, start - lead))
-        closed = (rows["available_from"] > t1) | ((rows["available_until"] != NONE) & (rows["available_until"] < end))
-        smallest = shelf.least(self.hosts["gpu_count"][shelf.order])
-        chunk = np.maximum(1, np.minimum(self._gathered(rows["min_gpus"], 1), smallest))
+        t1 = np.full(len(self), start, np.int64)
+        if kind in HOLDING:  # the claim begins early, by the lead
+            t1 = np.minimum(start, np.maximum(at, start - self.lead_s))
         most = stock.largest(
-            shelf, self._timeline(at), self._working, chunk, level, self._gathered(t1, start), end,
-            self._gathered(closed.astype(np.int64), 0),
+            shelf, self._timeline(at), self._working, self._chunk, level, self._gathered(t1, start), end,
+            self._gathered(self._closed(t1, end).astype(np.int64), 0),
         )  # fmt: skip
         return self._spread(most)
+
+    def stock_over(self, *, now: datetime, level: str, kind: str, windows: Ints) -> Ints:
+        """int64[windows, N]: `stock` in each of `windows` (int64[windows, 2], s), by one sweep for each lead that is kept."""
+        if kind in HOLDING and len(leads := np.unique(self.lead_s)) > 1:
+            found = np.zeros((len(windows), len(self)), np.int64)
+            for lead in leads:
+                those = np.flatnonzero(self.lead_s == lead)
+                part = self.only(self.listings["id"][those])
+                found[:, those] = part.stock_over(now=now, level=level, kind=kind, windows=windows)
+            return found
+        shelf, at = self.shelf, seconds(now)
+        claimed = windows.copy()
+        if kind in HOLDING and len(self):
+            claimed[:, 0] = np.minimum(windows[:, 0], np.maximum(at, windows[:, 0] - self.lead_s[0]))
+        free = np.maximum(self._working - self._timeline(at).peaks(len(self._working), claimed), 0)
+        most = shelf.most(free // self._chunk[shelf.group], level) * self._chunk
+        has = self._group >= 0
+        found = np.zeros((len(windows), len(self)), np.int64)
+        found[:, has] = most[:, self._group[has]]
+        found[self._closed(claimed[:, :1], claimed[:, 1:])] = 0
+        return found
+
+    @property
+    def lead_s(self) -> Ints:
+        """int64[N]: as `availability.lead_s`."""
+        return -(-(self.listings["eviction_notice_s"] + CHECKPOINT_GRACE_S + SHED_LEAD_S) // 60) * 60
+
+    def _closed(self, t1: Ints, end: Ints | int) -> Mask:
+        """Not on offer in some of [t1, end)."""
+        opens, closes = self.listings["available_from"], self.listings["available_until"]
+        closed: Mask = (opens > t1) | ((closes != NONE) & (closes < end))
+        return closed
+
+    @cached_property
+    def _chunk(self) -> Ints:
+        """GPUs that a block of each group is made of."""
+        smallest = self.shelf.least(self.hosts["gpu_count"][self.shelf.order])
+        return np.maximum(1, np.minimum(self._gathered(self.listings["min_gpus"], 1), smallest))
 
     @cached_property
     def _working(self) -> Ints:
@@ -245,6 +291,11 @@ class Offers:
         )
         turns = np.concatenate([holds["held_until"], tasks["own_until"], tasks["ends_at"]])
         return at, int(turns[turns > at].min(initial=FOREVER)), line
+
+
+def _among(rows: Rows, column: str, keys: Ints) -> Rows:
+    keep = np.isin(rows[column], keys)
+    return Rows({name: values[keep] for name, values in rows.columns.items()})
 
 
 _TABLES: Final = ("listings", "partners", "hosts", "holds", "tasks")

@@ -1,27 +1,27 @@
 """The market: search with facets, and one listing with its terms, prices and calendar."""
 
-from datetime import datetime, timedelta
+from collections import Counter
 from typing import Any
-from urllib.parse import urlencode
 
 from django.db.models import Min, Q, Sum
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
-from django.urls import path, reverse
+from django.urls import path
 from django.utils import timezone
 from django.utils.cache import patch_vary_headers
+from django.utils.safestring import SafeString
 
 from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
 from marketplace.services import availability, search
 from marketplace.tenancy import Actor
-from marketplace.web import charts, spot
-from marketplace.web.base import iso_minute, page, row_of, visitor
+from marketplace.web import calendars, charts, spot
+from marketplace.web.base import page, row_of, visitor
 from marketplace.web.forms import SearchForm
 from marketplace.web.tags import kind_words
+from scheduler.core.capacity import LEVELS
 
 PAGE_SIZE = 12
-CALENDAR_WEEKS = 6
 FILTER_WORDS = {
     "gpu_model": "GPU model", "vram_min_mib": "GPU memory", "price_max": "price", "count": "number of GPUs", "end": "term",
     "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "kind": "contract", "availability": "window and number of GPUs",
@@ -58,13 +58,20 @@ def market(request: HttpRequest) -> HttpResponse:
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),
         "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level", "view"} and any(v)),
-        "table": request.GET.get("view") == "table",
+        "view": request.GET.get("view") if request.GET.get("view") in {"table", "calendar"} else "",
     }
+    if found and context["view"] == "calendar":
+        context["free"] = calendars.market_shown(actor, form.filters(), request.GET, now)
     if getattr(request, "htmx", False) and request.htmx.target == "results":  # type: ignore[attr-defined]
         response = render(request, "part/results.html", context)
     else:
         response = render(request, "market.html", {**context, "hero": _hero(actor)})
-    patch_vary_headers(response, ["HX-Request", "HX-Target"])  # one address, two answers
+    return varied(response)
+
+
+def varied(response: HttpResponse) -> HttpResponse:
+    """One address, two answers: the page, and a fragment of it for htmx."""
+    patch_vary_headers(response, ["HX-Request", "HX-Target"])
     return response
 
 
@@ -81,11 +88,10 @@ def _hero(actor: Actor) -> dict[str, Any] | None:
 
 def _offer(found: search.Found, actor: Actor) -> dict[str, Any]:
     row, stock = found.listing, found.stock
-    label = f"{stock.gpus} of {stock.total} GPUs free"
     return {
         "row": row,
         "stock": stock,
-        "meter": charts.meter(stock.gpus, stock.total, label=label),
+        "meter": _meter(stock),
         "prices": _prices(row),
         "mine": actor.organization_id == row.organization_id,
     }
@@ -157,50 +163,32 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
     row = listing_of(request, listing)
     now = timezone.now()
     loaded = availability.load([row], now)
-    stock = {
-        level: availability.stock([row], now=now, level=level, market=loaded)[row.pk]
-        for level in ("site", "spine", "host")
-    }
-    free = stock["site"]
+    stock = {level: availability.stock([row], now=now, level=level, market=loaded)[row.pk] for level in LEVELS}
+    free = calendars.shown(row, request.GET, now, stock["site"].total, loaded)
+    if getattr(request, "htmx", False) and request.htmx.target == "free":  # type: ignore[attr-defined]
+        return varied(render(request, "part/calendar.html", {"row": row, "free": free}))
     host = row.hosts.exclude(state=Host.State.RETIRED).order_by("id").first()
-    return render(
+    response = render(
         request,
         "listing.html",
         {
             "row": row,
             "stock": stock,
+            "now": stock["site"],
             "free": free,
             "host": host,
-            "meter": charts.meter(free.gpus, free.total, label=f"{free.gpus} of {free.total} GPUs free"),
+            "nvlink": max(Counter(host.nvlink_domains).values(), default=0) if host else 0,
+            "meter": _meter(stock["site"]),
             "prices": _prices(row),
             "spot": spot.shown(row, now) if row.spot_floor is not None else None,
-            "weeks": _weeks(row, now, free.total, loaded),
             "open": row.state == Listing.State.PUBLISHED,
         },
     )
+    return varied(response)
 
 
-def _weeks(row: Listing, now: datetime, total: int, market: availability.Market) -> list[list[dict[str, Any]]]:
-    """The most GPUs that can be had for all of each day, in weeks from Monday, each day a link that asks for it."""
-    today = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    monday = today - timedelta(days=today.weekday())
-    end = monday + timedelta(weeks=CALENDAR_WEEKS)
-    cells = availability.calendar(row, now=now, starts_at=today, ends_at=end, step_s=86_400, market=market)
-    days: list[dict[str, Any]] = [{} for _ in range(today.weekday())]
-    for cell in cells:
-        start = availability.instant(cell.start)
-        query = {"ends_at": iso_minute(start + timedelta(days=1))}
-        if start > now:
-            query["starts_at"] = iso_minute(start)
-        days.append(
-            {
-                "at": start,
-                "gpus": cell.gpus,
-                "heat": 0 if not total or not cell.gpus else 1 + 3 * cell.gpus // total,
-                "href": f"{reverse('web:quote-new', args=[row.public_id])}?{urlencode(query)}",
-            }
-        )
-    return [days[i : i + 7] for i in range(0, len(days), 7)]
+def _meter(stock: availability.Stock) -> SafeString:
+    return charts.meter(stock.gpus, stock.total, label=f"{stock.gpus} of {stock.total} GPUs free")
 
 
 urlpatterns = [

@@ -10,7 +10,9 @@ API (times are integer seconds, windows half-open ``[start, end)``, counts are w
     pool.free(t1, t2)                       -> int64[hosts]    free on each host for all of it
     largest(pool, shape, level, t1, t2)     -> int             most GPUs one block can have
     largest_each(pool, shape, level, t1, t2)-> {site: int}     per site (or listing, as site)
+    largest_over(pool, shape, windows, levels)   -> {level: int64[windows]}   of many windows, by one sweep
     free_calendar(pool, shape, level, t1, t2, step_s=None) -> (CalendarCell, ...)
+    first_windows(pool, shape, level, gpus, span, t1, t2)  -> ((start, end), ...)   the first that fit
     admit(pool, shape, level, gpus, t1, t2, not_before=t1, horizon_s=..., movable=()) -> Admission
     claim_window(start, end, lead_s, now)   -> (start, end)  a claim begins early by its lead
     violations(pool)                        -> tuple[str]      empty unless something is oversold or a promise broke
@@ -26,7 +28,6 @@ unused may be lent to spot and hashing meanwhile.
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -42,26 +43,20 @@ from scheduler.core.claims import (
     Shape,
     check_level,
     check_window,
+    claim_window,
 )
+from scheduler.core.windows import CalendarCell, first_windows, free_calendar, largest_over
 
 __all__ = [
     "FOREVER", "FRAGMENTED", "LEVELS", "NEVER_FITS", "NO_CAPACITY", "Admission", "Alternatives", "CalendarCell", "CapacityError",
-    "Claim", "Hosts", "Pool", "Shape", "admit", "claim_window", "free_calendar", "largest", "largest_each", "violations",
+    "Claim", "Hosts", "Pool", "Shape", "admit", "claim_window", "first_windows", "free_calendar", "largest", "largest_each",
+    "largest_over", "violations",
 ]  # fmt: skip
 
 # Reasons of a refusal, in the order in which they are examined.
 NEVER_FITS = "shape_never_fits"  # not even with every host empty
 NO_CAPACITY = "no_capacity_in_window"  # the GPUs exist; others hold them in this window
 FRAGMENTED = "fragmented_at_level"  # enough GPUs are free in a wider cell, but not inside one of the level asked for
-
-
-@dataclass(frozen=True)
-class CalendarCell:
-    """`gpus` can be booked as one block for the whole of [start, end)."""
-
-    start: int
-    end: int
-    gpus: int
 
 
 @dataclass(frozen=True)
@@ -95,14 +90,6 @@ class Admission:
     alternatives: Alternatives | None = None
 
 
-def claim_window(start: int, end: int, lead_s: int, now: int) -> tuple[int, int]:
-    """When the capacity of a contract over [start, end) must be taken: `lead_s` (notice + checkpoint grace + shed lead)
-    early, not in the past.
-    """
-    check_window(start, end)
-    return min(start, max(now, start - lead_s)), end
-
-
 def _by_cell(hosts: Hosts, units: Ints, level: str) -> Ints:
     """Chunks per cell of a level."""
     cells = hosts.cell[level]
@@ -129,33 +116,6 @@ def largest_each(pool: Pool, shape: Shape, level: str, t1: int, t2: int) -> dict
     best = np.zeros(len(hosts.sites), np.int64)
     np.maximum.at(best, hosts.cell["site"], cells[hosts.cell[level]])
     return {site: int(count) * shape.chunk for site, count in zip(hosts.sites, best, strict=True)}
-
-
-def free_calendar(
-    pool: Pool, shape: Shape, level: str, t1: int, t2: int, step_s: int | None = None
-) -> tuple[CalendarCell, ...]:
-    """What one block can be, step by step over [t1, t2).
-
-    With `step_s`: per step of that length (the last may be shorter), bookable for the whole step. Without: the exact
-    step function, cut where any claim begins or ends, equal neighbours joined.
-    """
-    check_level(level)
-    check_window(t1, t2)
-    if step_s is not None:
-        if step_s < 1:
-            raise CapacityError(f"step of {step_s} s")
-        cuts = [*range(t1, t2, step_s), t2]
-        return tuple(CalendarCell(a, b, largest(pool, shape, level, a, b)) for a, b in pairwise(cuts))
-    marks = np.unique(np.concatenate((pool.starts, pool.ends)))
-    cuts = [t1, *(int(mark) for mark in marks if t1 < mark < t2), t2]
-    cells: list[CalendarCell] = []
-    for a, b in pairwise(cuts):
-        count = largest(pool, shape, level, a, b)
-        if cells and cells[-1].gpus == count:
-            cells[-1] = replace(cells[-1], end=b)
-        else:
-            cells.append(CalendarCell(a, b, count))
-    return tuple(cells)
 
 
 def _choose(cells: npt.NDArray[np.intp], units: Ints, idle: Ints) -> int:

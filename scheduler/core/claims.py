@@ -28,6 +28,14 @@ def check_level(level: str) -> None:
         raise CapacityError(f"level {level!r} is none of {', '.join(LEVELS)}")
 
 
+def claim_window(start: int, end: int, lead_s: int, now: int) -> tuple[int, int]:
+    """When the capacity of a contract over [start, end) must be taken: `lead_s` (notice + checkpoint grace + shed lead)
+    early, not in the past.
+    """
+    check_window(start, end)
+    return min(start, max(now, start - lead_s)), end
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a block is made of: GPUs come in chunks of `chunk` on one host (8 = whole 8-GPU hosts, 1 = any)."""
@@ -161,3 +169,55 @@ class Pool:
         """
         free: Ints = np.maximum(self.hosts.gpus - self.peak(t1, t2), 0)
         return free
+
+    def free_over(self, windows: Ints) -> Ints:
+        """int64[windows, hosts]: `free` in each of `windows` (int64[windows, 2]), from one sweep over the claims."""
+        peaks = peaks_over(len(self.hosts.ids), self.at, self.starts, self.ends, self.held, windows)
+        free: Ints = np.maximum(self.hosts.gpus - peaks, 0)
+        return free
+
+
+def peaks_over(hosts: int, at: Ints, starts: Ints, ends: Ints, held: Ints, windows: Ints) -> Ints:
+    """int64[windows, hosts]: most GPUs held at one instant of each of `windows` (int64[windows, 2], half-open, in any order).
+
+    Claims are columns: `held` GPUs of the host at place `at` during [starts, ends). The windows' edges cut time into
+    segments; one pass over the claims' begins and ends finds the most of every segment, and a window takes the most of its own.
+    """
+    for t1, t2 in windows[windows[:, 0] >= windows[:, 1]].tolist():
+        check_window(t1, t2)
+    if not len(windows):
+        return np.zeros((0, hosts), np.int64)
+    edges = np.unique(windows)
+    near = np.flatnonzero((starts < edges[-1]) & (ends > edges[0]))
+    host = np.concatenate((at[near], at[near]))
+    time = np.concatenate((np.maximum(starts[near], edges[0]), ends[near]))
+    change = np.concatenate((held[near], -held[near]))
+    order = np.lexsort((time, host))
+    host, time, change = host[order], time[order], change[order]
+    level = np.cumsum(change)  # every host's changes sum to zero, so the running sum needs no restart
+    # Of all changes at one instant of a host only what they come to counts: what ends and what begins there never met.
+    last = np.flatnonzero(np.r_[(host[1:] != host[:-1]) | (time[1:] != time[:-1]), np.ones(len(host[:1]), bool)])
+    inside = last[time[last] < edges[-1]]
+    segment = np.searchsorted(edges, time[inside], "right") - 1
+    shape = len(edges) - 1, hosts
+    # What stands when a segment begins: all that came before, and what changes on its very edge.
+    moved = np.diff(level[last], prepend=0)
+    fresh = np.r_[True, host[last][1:] != host[last][:-1]][: len(last)]
+    moved[fresh] = level[last][fresh]
+    moved = moved[time[last] < edges[-1]]
+    on_edge = time[inside] == edges[segment]
+    at_edge = _summed(segment[on_edge], host[inside][on_edge], moved[on_edge], shape)
+    after = np.cumsum(_summed(segment, host[inside], moved, shape), axis=0)
+    most = at_edge
+    most[1:] += after[:-1]
+    np.maximum.at(most, (segment, host[inside]), level[inside])
+    spans = np.searchsorted(edges, windows).reshape(-1)
+    closed = np.concatenate((most, np.zeros((1, hosts), np.int64)))  # reduceat wants a row behind the last
+    peaks: Ints = np.maximum.reduceat(closed, spans, axis=0)[::2]
+    return peaks
+
+
+def _summed(row: Ints, column: Ints, values: Ints, shape: tuple[int, int]) -> Ints:
+    """int64[shape]: the sum of `values` that fall on each place."""
+    flat = np.bincount(row * shape[1] + column, weights=values, minlength=shape[0] * shape[1])
+    return flat.astype(np.int64).reshape(shape)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.core.claims import LEVELS, Ints, check_level, check_window
+from scheduler.core.claims import LEVELS, Ints, check_level, check_window, peaks_over
 
 _OWN = 1 << 40  # cells nobody named: each host's own
 _LAST = (1 << 42) - 1  # an instant is sorted by its lower 42 bits (the year 141,000), beside 20 bits of host
@@ -53,12 +53,13 @@ class Shelf:
         )
 
     def most(self, units: Ints, level: str) -> Ints:
-        """int64[G]: the most of `units` [H, in this order] that one cell of `level` has, per listing."""
+        """int64[..., G]: the most of `units` [..., H, in this order] that one cell of `level` has, per listing."""
         check_level(level)
-        if not len(units):
-            return np.zeros(0, np.int64)
-        inside = units if level == "host" else np.add.reduceat(units, self.starts[level])
-        return np.maximum.reduceat(inside, self.cells[level])
+        if not len(self.order):
+            return np.zeros((*units.shape[:-1], 0), np.int64)
+        inside = units if level == "host" else np.add.reduceat(units, self.starts[level], axis=-1)
+        most: Ints = np.maximum.reduceat(inside, self.cells[level], axis=-1)
+        return most
 
     def total(self, column: Ints) -> Ints:
         """int64[G]: the sum over each listing's hosts."""
@@ -107,6 +108,11 @@ class Timeline:
         first = np.flatnonzero(np.r_[True, host[1:] != host[:-1]])
         peak[host[first]] = np.maximum.reduceat(level, first)
         return peak
+
+    def peaks(self, hosts: int, windows: Ints) -> Ints:
+        """int64[windows, hosts]: most that is held at one instant of each of `windows` (int64[windows, 2])."""
+        claims = self.change > 0  # of each claim's two changes, its begin
+        return peaks_over(hosts, self.host[claims], self.start[claims], self.end[claims], self.change[claims], windows)
 
 
 def largest(

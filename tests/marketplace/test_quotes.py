@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marketplace.models import Contract, Quote, Reservation
-from marketplace.services import availability, contracts, documents, holds, listings, quotes
+from marketplace.services import availability, calendars, contracts, documents, holds, listings, quotes
 from marketplace.services.holds import Taken
 from tests import factories
 from tests.factories import NOW
@@ -228,8 +228,10 @@ def test_a_listing_without_hosts_has_nothing(site, customer, kind):
 @pytest.mark.django_db
 def test_closed_hours_are_not_stock_and_the_calendar_shows_them(site, customer):
     listing = offer(site, available_from=NOW + DAY, available_until=NOW + 4 * DAY)
-    cells = availability.calendar(listing, now=NOW, starts_at=NOW, ends_at=NOW + 5 * DAY, step_s=86_400)
-    assert [c.gpus for c in cells] == [0, 8, 8, 8, 0]
+    cuts = calendars.steps(NOW, NOW + 5 * DAY, DAY, NOW)
+    cells = calendars.of_listing(listing, cuts, now=NOW, kind="reserved")
+    assert [c.gpus["site"] for c in cells] == [0, 8, 8, 8, 0]
+    assert [c.start - c.at for c in cells] == [timedelta(0), timedelta(seconds=240), *[timedelta(0)] * 3]  # its lead
     refused("no_capacity", ask, customer, listing)
 
 

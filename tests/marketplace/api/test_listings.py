@@ -182,4 +182,42 @@ def test_a_calendar_shows_a_booking(listing, api):
     assert quoted.status_code == 201
     query = {"start": (day - timedelta(days=1)).isoformat(), "end": (day + timedelta(days=3)).isoformat()}
     cells = api.get(f"{URL}/{listing.public_id}/calendar", query).json()["data"]
-    assert [c["gpus"] for c in cells] == [2, 2, 2, 8]  # the lead reaches into the day before
+    assert [c["gpus"] for c in cells] == [8, 2, 2, 8]
+    # The lead reaches into the day before, and the next one's lead follows it: these days are shorter, and say so.
+    assert [c["starts_at"][11:16] for c in cells] == ["00:00", "00:00", "00:00", "00:04"]
+    assert [c["ends_at"][11:16] for c in cells] == ["23:56", "00:00", "00:00", "00:00"]
+    assert cells[0]["levels"] == {"host": 8, "leaf": 8, "spine": 8, "site": 8}
+    assert "fits" not in cells[0]
+    assert api.get(f"{URL}/{listing.public_id}/calendar", query).json()["windows"] == []
+
+
+def test_a_calendar_says_where_a_count_fits_and_its_windows_can_be_quoted(listing, api):
+    day = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=3)
+    body = {"listing": listing.public_id, "kind": "reserved", "gpu_count": 6}
+    held = {**body, "starts_at": day.isoformat(), "ends_at": (day + timedelta(days=2)).isoformat()}
+    assert api.post("/api/v1/quotes", held, format="json").status_code == 201
+    query = {
+        "start": (day - timedelta(days=1)).isoformat(), "end": (day + timedelta(days=30)).isoformat(), "count": 8,
+        "level": "host", "term_hours": 20,
+    }  # fmt: skip
+    found = api.get(f"{URL}/{listing.public_id}/calendar", query).json()
+    assert [c["fits"] for c in found["data"]][:4] == [True, False, False, True]
+    assert len(found["windows"]) == 2
+    for window in found["windows"]:
+        asked = {**body, "gpu_count": 8, "level": "host", **window}
+        assert api.post("/api/v1/quotes", asked, format="json").status_code == 201
+
+
+def test_the_calendar_of_a_search_names_the_cheapest_offer_that_fits(listing, site, api):
+    other = factories.listing(site, hosts=[factories.host(site) for _ in range(2)], reserved_price=3_000_000)
+    query = {"count": 8, "step_hours": 24, "gpu_model": "H100-SXM", "kind": "reserved"}
+    cells = api.get("/api/v1/calendar", query).json()["data"]
+    assert len(cells) == 31
+    assert {(c["gpus"], c["offers"], c["cheapest"]) for c in cells} == {(16, 2, listing.public_id)}
+    cells = api.get("/api/v1/calendar", {**query, "count": 16}).json()["data"]
+    assert {(c["gpus"], c["offers"], c["cheapest"]) for c in cells} == {(16, 1, other.public_id)}
+    cells = api.get("/api/v1/calendar", {**query, "gpu_model": "B200"}).json()["data"]
+    assert {(c["gpus"], c["offers"], c["cheapest"]) for c in cells} == {(0, 0, None)}
+    far = {"start": "2027-01-01T00:00:00Z", "end": "2028-01-01T00:00:00Z", "step_hours": 1}
+    assert api.get("/api/v1/calendar", far).json()["code"] == "invalid_request"
+    assert api.get("/api/v1/calendar", {"moon": 1}).status_code == 400

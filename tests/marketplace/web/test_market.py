@@ -81,6 +81,35 @@ def test_a_listing_shows_terms_and_a_calendar_whose_days_lead_to_a_quote(market,
     assert "H100-SXM" in page
 
 
+def test_the_calendar_marks_what_fits_and_lists_the_first_windows(market, browser):
+    here = f"/listings/{market.listing.public_id}"
+    page = text(browser().get(f"{here}?count=16&level=spine&days=2&months=1"))
+    assert "The first windows of <strong>16 GPUs</strong>, one fabric, for 2 days or longer" in page
+    assert page.count("day-fits") >= 28
+    assert "gpu_count=16&amp;level=spine" in page
+    none = text(browser().get(f"{here}?count=17&months=1"))
+    assert "No window of <strong>17 GPUs</strong>" in none
+    assert "day-fits" not in none
+    assert none.count("day-short") >= 28
+    tomorrow = timezone.now() + timedelta(days=1)
+    hours = text(browser().get(f"{here}?day={tomorrow:%Y-%m-%d}"))
+    assert "hour by hour" in hours
+    assert f"starts_at={tomorrow:%Y-%m-%d}T13%3A00" in hours
+    part = text(browser().get(here, headers={"HX-Request": "true", "HX-Target": "free"}))
+    assert '<table class="calendar"' in part
+    assert "<html" not in part
+    assert browser().get(f"{here}?count=x&months=2&day=never&start=-&level=moon").status_code == 200
+
+
+def test_the_market_has_a_calendar_whose_days_lead_to_offers(market, browser):
+    page = text(browser().get("/?view=calendar&count=16&level=spine"))
+    assert "Largest free block of one offer" in page
+    assert page.count("day-fits") >= 85
+    tomorrow = timezone.now() + timedelta(days=1)
+    assert f'href="?count=16&amp;level=spine&amp;start={tomorrow:%Y-%m-%d}T00%3A00' in page
+    assert "view=calendar" in text(browser().get("/?count=17"))  # from "no offer matches"
+
+
 def test_who_is_not_logged_in_comes_back_to_the_quote(market, browser):
     response = browser().get(f"/listings/{market.listing.public_id}/quote")
     assert response.status_code == 302

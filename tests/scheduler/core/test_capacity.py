@@ -267,3 +267,45 @@ def test_an_empty_pool_offers_nothing():
     assert capacity.largest(pool, Shape(1), "site", 0, 1) == 0
     assert capacity.largest_each(pool, Shape(1), "site", 0, 1) == {}
     assert capacity.admit(pool, Shape(1), "site", 1, 0, 1).reason == NEVER_FITS
+
+
+@BOUNDED
+@given(small_sites(), st.lists(windows, max_size=6), st.integers(1, 2))
+def test_one_sweep_answers_as_largest_does_window_by_window(drawn, asked, chunk):
+    rows, claims = drawn
+    pool, shape = Pool.build(Hosts.of(rows), claims), Shape(chunk)
+    found = capacity.largest_over(pool, shape, asked)
+    for level in LEVELS:
+        assert found[level].tolist() == [capacity.largest(pool, shape, level, *window) for window in asked]
+        assert found[level].tolist() == [brute_largest(rows, claims, chunk, level, *window) for window in asked]
+
+
+@BOUNDED
+@given(
+    small_sites(), st.sampled_from(LEVELS), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2), st.integers(1, 3)
+)
+def test_the_first_windows_begin_as_early_and_last_as_long_as_they_can(drawn, level, gpus, span, lead, grain):
+    rows, claims = drawn
+    now = 1
+    pool = Pool.build(Hosts.of(rows), claims)
+    found = capacity.first_windows(
+        pool, Shape(1), level, gpus, span, 1, HORIZON, lead_s=lead, now=now, grain_s=grain, limit=20
+    )
+
+    def fits(start, end):
+        return brute_largest(rows, claims, 1, level, min(start, max(now, start - lead)), end) >= gpus
+
+    expected, at = [], -(-1 // grain) * grain
+    while True:
+        starts = [t for t in range(at, HORIZON - span + 1) if t % grain == 0 and fits(t, t + span)]
+        aligned = [at] if at % grain and at + span <= HORIZON and fits(at, at + span) else []
+        start = min([*starts, *aligned], default=None)
+        if start is None:
+            break
+        at = max(
+            t
+            for t in range(start + span, HORIZON + 1)
+            if fits(start, t) and (t % grain == 0 or t in {start + span, HORIZON})
+        )
+        expected.append((start, at))
+    assert list(found) == expected

@@ -14,6 +14,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Membership, Organization
+from marketplace.services import screening
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,17 @@ KEY_LIFETIME = timedelta(hours=20)
 
 def operator_account(organization: Organization, *, now: datetime) -> OperatorAccount:
     """The operator's row at Stripe; opened on first use."""
-    account, _ = OperatorAccount.objects.get_or_create(
+    account, fresh = OperatorAccount.objects.get_or_create(
         organization=organization, defaults={"currency": organization.currency, "created_at": now}
     )
+    if fresh:  # it can be paid out from now on
+        screening.begin(organization, now=now)
     return account
+
+
+def held(organization: Organization) -> bool:
+    """Does its money wait for its business and sanctions checks? What is owed stays owed; a test operator is never held."""
+    return organization.livemode and organization.verification != Organization.Verification.VERIFIED
 
 
 def onboarding_link(organization: Organization, *, refresh_url: str, return_url: str, now: datetime) -> str:
@@ -95,10 +103,12 @@ def unsettled(operator_id: int) -> dict[str, int]:
 def settle(operator_id: int, *, now: datetime) -> list[Payout]:
     """Make a payout per currency of all paid lines that have none, where the sum is positive and the operator onboarded.
 
-    A negative sum stays and is netted from what comes. The transfer itself goes through the outbox.
+    A negative sum stays and is netted from what comes, and so does all of it while the operator is `held`. The transfer itself
+    goes through the outbox.
     """
-    account = OperatorAccount.objects.filter(organization_id=operator_id, transfers_enabled=True).first()
-    if account is None:
+    accounts = OperatorAccount.objects.filter(organization_id=operator_id, transfers_enabled=True)
+    account = accounts.select_related("organization").first()
+    if account is None or held(account.organization):
         return []
     made: list[Payout] = []
     with transaction.atomic():
@@ -135,8 +145,8 @@ def send(payout_id: int, *, now: datetime) -> bool:
     if payout.state != Payout.State.PENDING:
         return payout.state == Payout.State.SENT
     account = payout.organization.operator_account
-    if not account.stripe_account:
-        return False
+    if not account.stripe_account or held(payout.organization):
+        return False  # `released` sends it
     transfer = ""
     key = f"payout-{payout.pk}-{payout.attempt}"
     if now - payout.created_at > KEY_LIFETIME or gateway.burnt(key):
@@ -172,6 +182,13 @@ def mark_sent(payout_id: int, transfer: str, *, now: datetime) -> bool:
         clearing = ledger.Entry(ledger.Code.STRIPE_CLEARING, None, payout.currency, -payout.amount_minor)
         ledger.book(ledger.Booking(f"payout-{payout.pk}-sent", "payout", payout.public_id, now, (payable, clearing)))
     return True
+
+
+def released(operator_id: int, *, now: datetime) -> None:
+    """The operator has passed its checks (again): what was held is paid out."""
+    for payout in Payout.objects.filter(organization_id=operator_id, state=Payout.State.PENDING).order_by("pk"):
+        outbox.emit(SEND, key=str(payout.pk), payload={"payout": payout.pk})
+    settle(operator_id, now=now)
 
 
 def retry_failed() -> int:

@@ -18,7 +18,7 @@ from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Contract, Membership, Organization
 from marketplace.outbox import handler
-from marketplace.services import contracts
+from marketplace.services import contracts, screening
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ def mirror_invoice(payload: dict[str, Any]) -> None:
 @handler(payments.SETTLE)
 def settle_payouts(payload: dict[str, Any]) -> None:
     payouts.settle(payload["operator"], now=timezone.now())
+
+
+@handler(screening.OPERATOR_CLEAR)
+def operator_clear(payload: dict[str, Any]) -> None:
+    payouts.released(payload["operator"], now=timezone.now())
 
 
 @handler(payouts.SEND)

@@ -50,6 +50,8 @@ CATALOGUE: Final[dict[str, Kind]] = {
     "quote_expired": Kind(409, "The quote is no longer firm"),
     "capacity_gone": Kind(409, "The capacity went to somebody else", "after"),
     "terms_not_accepted": Kind(409, "The terms of service are to be accepted first"),
+    "screening_required": Kind(409, "A check of your organization must pass first"),
+    "screening_rejected": Kind(403, "A check of your organization did not pass"),
     "card_required": Kind(402, "Add a card first"),
     "payment_failed": Kind(402, "The payment was declined"),
     "billing_suspended": Kind(402, "The account is suspended until its invoices are paid"),

@@ -149,6 +149,7 @@ CELERY_BEAT_SCHEDULE = {
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
     "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
+    "screening": {"task": "marketplace.tasks.tick_screening", "schedule": 30.0, "options": {"expires": 30}},
     "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
 }
 
@@ -251,6 +252,27 @@ if DEFRAG_SECONDS and DEFRAG_MOVES:
         "schedule": float(DEFRAG_SECONDS),
         "options": {"expires": DEFRAG_SECONDS},
     }
+
+# --- screening (marketplace.services.screening)
+SCREENING_PROVIDER = env.str("SCREENING_PROVIDER", default="manual")
+SCREENING_URL = env.str("SCREENING_URL", default="")
+SCREENING_KEY = env.str("SCREENING_KEY", default="")
+SCREENING_LIST = env.str("SCREENING_LIST", default="")
+SCREENING_MATCH = env.int("SCREENING_MATCH", default=85)
+SCREENING_FOUR_EYES = env.bool("SCREENING_FOUR_EYES", default=False)
+SCREENING_FREE_GPUS = env.int("SCREENING_FREE_GPUS", default=16)
+_needs = {"manual": "SCREENING_PROVIDER", "list": "SCREENING_LIST", "http": "SCREENING_URL"}.get(SCREENING_PROVIDER)
+if _needs is None or not vars()[_needs]:
+    raise ImproperlyConfigured(
+        f"SCREENING_PROVIDER is {SCREENING_PROVIDER!r}: manual, list (with SCREENING_LIST), http (with SCREENING_URL)"
+    )
+if not 50 <= SCREENING_MATCH <= 100:
+    raise ImproperlyConfigured(f"SCREENING_MATCH is {SCREENING_MATCH}: 50 to 100")
+SANCTIONED_COUNTRIES = env.list("SANCTIONED_COUNTRIES", default=["CU", "IR", "KP", "SY"])
+EXPORT_RESTRICTED_COUNTRIES = env.str(  # as they stand: EAR country group D:5, and Macau
+    "EXPORT_RESTRICTED_COUNTRIES", default="AF,BY,CD,CF,CN,CU,ER,HT,IQ,IR,KH,KP,LB,LY,MM,MO,NI,RU,SD,SO,SS,SY,VE,ZW"
+).split(",")
+EXPORT_FREE_GPU_MODELS = env.list("EXPORT_FREE_GPU_MODELS", default=["A2", "A10", "P40", "P100", "T4", "V100"])
 
 # --- quotes
 QUOTE_FIRM_SECONDS = env.int("QUOTE_FIRM_SECONDS", default=900)

@@ -6,7 +6,7 @@ from celery import shared_task
 from django.utils import timezone
 
 from marketplace import outbox
-from marketplace.services import contracts, feeds, jobs, spot
+from marketplace.services import contracts, feeds, jobs, screening, spot
 
 
 @shared_task
@@ -29,6 +29,22 @@ def fetch_feeds() -> None:
 def tick_spot() -> None:
     """Every spot market: prices that are due, and who has lost leaves."""
     spot.ask()
+
+
+@shared_task
+def tick_screening() -> None:
+    """What time brings to screenings: questions are asked again, old answers renewed or expired."""
+    screening.tick(timezone.now())
+
+
+@outbox.handler(screening.ASK, one_at_a_time=True)
+def ask_screening(payload: dict[str, Any]) -> None:
+    screening.ask(payload["screening"], now=timezone.now())
+
+
+@outbox.handler(screening.NOTICE)
+def screening_notice(payload: dict[str, Any]) -> None:
+    screening.send_notice(payload["organization"], payload["what"])
 
 
 @outbox.handler(spot.TOPIC, one_at_a_time=True)

@@ -15,6 +15,8 @@ ACTIONS: dict[str, frozenset[str]] = {
     "members:read": frozenset(ROLES),
     "members:write": frozenset({"owner", "admin"}),
     "audit:read": frozenset({"owner", "admin"}),
+    "screening:read": frozenset({"owner", "admin", "billing"}),
+    "screening:write": frozenset({"owner", "admin"}),
     "keys:read": frozenset({"owner", "admin", "engineer"}),
     "keys:write": frozenset({"owner", "admin"}),
     "listings:read": frozenset(ROLES),

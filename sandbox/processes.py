@@ -27,6 +27,7 @@ class Ports:
     stream: int = 8001
     stripe: int = 8003
     feeds: int = 8005
+    screening: int = 8007
     site: int = 8010
 
     @classmethod
@@ -107,6 +108,8 @@ def environment(at: Ports, house: Path, servers: dict[str, str]) -> dict[str, st
         "STREAM_URL": at.url("stream"),
         "MEMPOOL_URL": at.url("feeds"),
         "ENERGY_PRICE_URL": at.url("feeds") + "/energy",
+        "SCREENING_PROVIDER": "http",
+        "SCREENING_URL": at.url("screening"),
         "NUMBA_CACHE_DIR": given.get("NUMBA_CACHE_DIR", str(ROOT / ".numba")),
         "PYTHONUNBUFFERED": "1",
     }
@@ -156,6 +159,7 @@ def table(at: Ports, house: Path, env: dict[str, str], *, workers: int = 2, traf
         )
     rows += [
         Process("feeds", _python("sandbox.feeds", "--port", at.feeds), at.feeds),
+        Process("screening", _python("sandbox.screening", "--port", at.screening), at.screening),
         Process(
             "web",
             _python(

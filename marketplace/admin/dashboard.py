@@ -24,6 +24,7 @@ from marketplace.models import (
     OutboxMessage,
     Placement,
     PowerNode,
+    Screening,
     Site,
     SiteMinute,
 )
@@ -299,6 +300,13 @@ def staff() -> dict[str, Any]:
                 _n(BillingCase, closed_at=None),
                 "billing_billingcase",
                 "closed_at__isempty=1",
+                True,
+            ),
+            (
+                "Screenings for us",
+                _n(Screening, needs_person=True),
+                "marketplace_screening",
+                "needs_person__exact=1",
                 True,
             ),
             (

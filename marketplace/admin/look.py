@@ -177,6 +177,7 @@ def staff_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: ARG
             "items": [
                 m("Organizations", "apartment", "marketplace_organization"),
                 m("Users", "person", "marketplace_user"),
+                m("Screenings", "verified_user", "marketplace_screening"),
                 m("Audit log", "history", "marketplace_auditevent"),
             ],
         },

@@ -9,6 +9,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     miners,
     money,
     power,
+    screening,
     spot,
     staff_market,
     staff_money,

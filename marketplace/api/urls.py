@@ -21,6 +21,7 @@ from marketplace.api import (
     power,
     quotes,
     schema,
+    screening,
     sites,
     spot,
     staff,
@@ -29,7 +30,8 @@ from marketplace.api import (
 )
 
 RESOURCES = (
-    health, organizations, keys, sites, hosts, miners, power, curtailments, listings, calendars, quotes, contracts, amendments, spot, jobs,
+    health, organizations, screening, keys, sites, hosts, miners, power, curtailments, listings, calendars, quotes, contracts,
+    amendments, spot, jobs,
     usage, invoices, payment_methods, payouts, agent, staff, webhooks, schema,
 )  # fmt: skip
 

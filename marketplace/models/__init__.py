@@ -32,6 +32,7 @@ from marketplace.models.power import (
     ShedClaim,
     SiteMinute,
 )
+from marketplace.models.screening import BusinessProfile, Screening, ScreeningEvent
 from marketplace.models.sites import (
     Agent,
     AgentEvent,
@@ -54,6 +55,7 @@ __all__ = [
     "ApiKey",
     "AuditEvent",
     "BillingStanding",
+    "BusinessProfile",
     "CalendarFeed",
     "Cell",
     "Contract",
@@ -92,6 +94,8 @@ __all__ = [
     "Quote",
     "Reservation",
     "ReservationBlock",
+    "Screening",
+    "ScreeningEvent",
     "ShedBatch",
     "ShedClaim",
     "Site",

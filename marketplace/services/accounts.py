@@ -12,7 +12,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import ApiKey, BillingStanding, Invitation, Membership, Organization, User
 from marketplace.outbox import emit
-from marketplace.services import audit, tokens
+from marketplace.services import audit, screening, tokens
 from marketplace.tenancy import ROLES, SCOPES, SYSTEM, Actor
 
 INVITATION_DAYS = 7
@@ -71,7 +71,7 @@ def create_organization(
 
 @transaction.atomic
 def update_organization(organization: Organization, *, actor: Actor, now: datetime, **changes: Any) -> Organization:
-    """Change name, country, is_customer or is_operator. An organization never becomes neither."""
+    """Change name, country, is_customer or is_operator. An organization never becomes neither. Its screening hears of it."""
     acquire((Lock.ORG, organization.pk))
     organization.refresh_from_db()
     assert set(changes) <= {"name", "country", "is_customer", "is_operator"}, changes
@@ -92,6 +92,7 @@ def update_organization(organization: Organization, *, actor: Actor, now: dateti
         before=before,
         after=changes,
     )
+    screening.refresh(organization, actor=actor, now=now)
     return organization
 
 
@@ -179,6 +180,7 @@ def accept_invitation(user: User, token: str, *, now: datetime) -> Membership:
         now=now,
         after={"email": user.email, "role": row.role},
     )
+    screening.refresh(row.organization, actor=actor_for(user, row.organization, row.role), now=now)
     return membership
 
 
@@ -202,6 +204,7 @@ def change_role(membership: Membership, role: str, *, actor: Actor, now: datetim
         before={"role": before},
         after={"role": role},
     )
+    screening.refresh(membership.organization, actor=actor, now=now)
     return membership
 
 
@@ -223,6 +226,7 @@ def remove_member(membership: Membership, *, actor: Actor, now: datetime) -> Non
         organization_id=membership.organization_id,
         before={"email": email, "role": membership.role},
     )
+    screening.refresh(membership.organization, actor=actor, now=now)
 
 
 def _still_there(membership: Membership) -> Membership:
@@ -342,4 +346,6 @@ def set_billing_standing(
             before={"state": before.state} if before else None,
             after={"state": state, "available_minor": available_minor},
         )
+        if state == BillingStanding.State.GOOD:  # it can sign from now on
+            screening.begin(row.organization, now=now)
     return row

@@ -14,7 +14,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Host, Job, JobEvent, Placement
 from marketplace.rows import Read
-from marketplace.services import job_rules, replicas, secrets
+from marketplace.services import job_rules, replicas, screening, secrets
 from marketplace.services.transitions import transition_many
 from marketplace.tenancy import Actor
 
@@ -54,7 +54,7 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
     with nullcontext() if connection.in_atomic_block else transaction.atomic():
         standings = _hold(contracts)
         for contract in contracts:
-            _check_contract(contract, standings[contract.pk], now)
+            _check_contract(contract, *standings[contract.pk], now)
         jobs = []
         for contract, spec in wanted:
             plain = {k: v for k, v in spec.items() if k != "secrets"}
@@ -98,31 +98,34 @@ def _insert(jobs: list[Job], actor: Actor, now: datetime) -> None:
             job._state.adding, job._state.db = False, connection.alias  # noqa: SLF001 (as bulk_create does)
 
 
-def _hold(contracts: Iterable[Contract]) -> dict[int, str | None]:
+def _hold(contracts: Iterable[Contract]) -> dict[int, tuple[str | None, list[str]]]:
     """The contracts as they are now, and none of them ends before we commit: who ends it sees our jobs, or we see its end.
-    Answers the standing of each one's organization.
+    Answers of each one's organization its standing and the checks that it did not pass.
     """
     rows = {contract.pk: contract for contract in contracts}
-    standings: dict[int, str | None] = {}
+    standings: dict[int, tuple[str | None, list[str]]] = {}
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT c.id, c.state, c.ends_at, s.state FROM marketplace_contract c LEFT JOIN marketplace_billingstanding s"
-            " ON s.organization_id = c.organization_id WHERE c.id = ANY(%s) ORDER BY c.id FOR SHARE OF c",
+            "SELECT c.id, c.state, c.ends_at, s.state, ARRAY(SELECT x.kind::text FROM marketplace_screening x"
+            " WHERE x.organization_id = c.organization_id AND x.state = 'rejected' ORDER BY 1)"
+            " FROM marketplace_contract c LEFT JOIN marketplace_billingstanding s ON s.organization_id = c.organization_id"
+            " WHERE c.id = ANY(%s) ORDER BY c.id FOR SHARE OF c",
             [list(rows)],
         )
-        for pk, state, ends_at, standing in cursor.fetchall():
+        for pk, state, ends_at, standing, rejected in cursor.fetchall():
             rows[pk].state, rows[pk].ends_at = state, ends_at
-            standings[pk] = standing
+            standings[pk] = standing, rejected
     return standings
 
 
-def _check_contract(contract: Contract, standing: str | None, now: datetime) -> None:
+def _check_contract(contract: Contract, standing: str | None, rejected: list[str], now: datetime) -> None:
     if contract.state != Contract.State.ACTIVE or (contract.ends_at and contract.ends_at <= now):
         raise MarketError("contract_inactive", f"{contract.public_id} is {contract.state}; book another one.")
     if standing is None or standing == BillingStanding.State.NO_CARD:
         raise MarketError("card_required", "Add a card on the page Payment methods, then submit again.")
     if standing == BillingStanding.State.SUSPENDED:
         raise MarketError("billing_suspended", "Pay the open invoices, then submit again.")
+    screening.refuse_rejected(rejected, contract.terms.get("gpu_model"))
 
 
 _LARGE = """

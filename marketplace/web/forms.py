@@ -315,6 +315,55 @@ class OrganizationForm(forms.Form):
     )  # fmt: skip
 
 
+class Lines(forms.CharField):
+    """A value a line; empty lines do not count."""
+
+    widget = forms.Textarea(attrs={"rows": 3})
+
+    def to_python(self, value: Any) -> list[str]:  # type: ignore[override]  # a list of what CharField gives one of
+        found = super().to_python(value) or ""
+        return [line.strip() for line in found.splitlines() if line.strip()]
+
+    def prepare_value(self, value: Any) -> Any:
+        return "\n".join(value) if isinstance(value, list) else value
+
+
+class ProfileForm(forms.Form):
+    """What an organization tells of itself for its screening."""
+
+    legal_name = forms.CharField(
+        label="Legal name", max_length=160, help_text="As registered.", widget=forms.TextInput(attrs={"autocomplete": "organization"})
+    )  # fmt: skip
+    registration_number = forms.CharField(
+        label="Registration number", max_length=60, help_text="Of the company register or the tax office."
+    )
+    address = forms.CharField(
+        label="Registered address", max_length=300, widget=forms.Textarea(attrs={"rows": 3, "autocomplete": "street-address"})
+    )  # fmt: skip
+    website = forms.URLField(label="Website", max_length=200, required=False, assume_scheme="https")
+    beneficial_owners = Lines(
+        label="Beneficial owners", max_length=2000,
+        help_text="Full names, one a line: the people who own or control a quarter of it or more; without any, who directs it.",
+    )  # fmt: skip
+    end_use = forms.CharField(
+        label="What the GPUs are used for", max_length=500, widget=forms.Textarea(attrs={"rows": 3}),
+        help_text="In a sentence or two.",
+    )  # fmt: skip
+    end_use_countries = forms.RegexField(
+        r"^\s*[A-Za-z]{2}([\s,]+[A-Za-z]{2})*\s*$", label="Countries of use", max_length=240,
+        help_text="Where the results are used: two letters each, as US, DE.", error_messages={"invalid": "Two letters each, as US, DE."},
+    )  # fmt: skip
+
+    def clean_beneficial_owners(self) -> list[str]:
+        found: list[str] = self.cleaned_data["beneficial_owners"]
+        if any(len(name) > 160 for name in found) or len(found) > 30:
+            raise forms.ValidationError("At most 30 names, of 160 letters each.")
+        return found
+
+    def clean_end_use_countries(self) -> list[str]:
+        return sorted({code.upper() for code in re.findall("[A-Za-z]{2}", self.cleaned_data["end_use_countries"])})
+
+
 class InviteForm(forms.Form):
     email = forms.EmailField(label="E-mail", widget=forms.EmailInput(attrs={"autocomplete": "off"}))
     role = forms.ChoiceField(label="Role", choices=[(r, r) for r in ROLES], initial="engineer")

@@ -17,12 +17,12 @@ register = template.Library()
 
 SIGNS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
 TONES = {
-    "good": {"running", "succeeded", "active", "paid", "firm", "published", "good", "placed", "granted", "accepted"},
+    "good": {"running", "succeeded", "active", "paid", "firm", "published", "good", "placed", "granted", "accepted", "clear"},
     "wait": {
         "queued", "requeued", "preempting", "intended", "shedding", "starting", "draining", "pending_payment", "ending", "open",
-        "draft", "past_due", "unreachable",
+        "draft", "past_due", "unreachable", "pending", "review", "expired",
     },
-    "bad": {"failed", "lost", "defaulted", "uncollectible", "suspended", "no_card", "parked"},
+    "bad": {"failed", "lost", "defaulted", "uncollectible", "suspended", "no_card", "parked", "rejected"},
 }  # fmt: skip
 STATE_WORDS = {"requeued": "queued again", "pending_payment": "awaiting payment", "no_card": "no card"}
 

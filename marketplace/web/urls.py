@@ -12,6 +12,7 @@ from marketplace.web import (
     quotes,
     team,
     usage,
+    verification,
 )
 
 app_name = "web"
@@ -26,5 +27,6 @@ urlpatterns = [
     *cards.urlpatterns,
     *organizations.urlpatterns,
     *team.urlpatterns,
+    *verification.urlpatterns,
     *keys.urlpatterns,
 ]

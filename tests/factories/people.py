@@ -1,15 +1,18 @@
 """Who: people, organizations, their members and keys, and clients that speak for them."""
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 from rest_framework.test import APIClient
 
-from marketplace.models import ApiKey, BillingStanding, Membership, Organization, TermsAcceptance, User
+from marketplace.models import ApiKey, BillingStanding, Membership, Organization, Screening, TermsAcceptance, User
 from marketplace.services import documents
 from marketplace.services.tokens import digest
 from marketplace.tenancy import SCOPES, Actor
 from tests.factories.rows import NOW, number
+
+YEARS = timedelta(days=3650)
 
 
 def user(email: str | None = None, *, password: str | None = None, **fields: Any) -> User:
@@ -27,10 +30,23 @@ def organization(
     standing: str = "good",
     available_minor: int = 10_000_000,
     terms: bool = True,
+    screened: bool = True,
     **fields: Any,
 ) -> Organization:
-    """A customer with a good card that accepted the terms, unless told otherwise. It has no members: see `member`."""
+    """A customer with a good card that accepted the terms and passed its checks, unless told otherwise. It has no members: see
+    `member`.
+    """
+    if screened:
+        fields = {"verification": Organization.Verification.VERIFIED, **fields}
     made = Organization.objects.create(name=name or f"Organization {next(number)}", **fields)
+    if screened and made.livemode:
+        Screening.objects.bulk_create(
+            Screening(
+                organization=made, kind=kind, state="clear", provider="factory", changed_at=NOW, valid_until=NOW + YEARS,
+                renew_at=NOW + YEARS, facts={"name": made.name, "country": made.country},
+            )
+            for kind in Screening.Kind.values
+        )  # fmt: skip
     BillingStanding.objects.create(organization=made, state=standing, available_minor=available_minor, updated_at=NOW)
     if terms:
         TermsAcceptance.objects.create(

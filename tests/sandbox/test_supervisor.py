@@ -155,7 +155,7 @@ def test_the_table_follows_its_ports_and_its_sites(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "secrets.json").stat().st_mode & 0o077 == 0
     rows = {row.name: row for row in processes.table(at, tmp_path, env)}
     assert list(rows) == [
-        "stripe", "feeds", "web", "stream", "worker-1", "worker-2", "beat",
+        "stripe", "feeds", "screening", "web", "stream", "worker-1", "worker-2", "beat",
         "site-basin", "agent-basin", "site-mesa", "agent-mesa", "demo",
     ]  # fmt: skip
     taken = [row.port for row in rows.values() if row.port]

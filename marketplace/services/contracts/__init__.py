@@ -19,6 +19,7 @@ from marketplace.services.contracts.ending import (
     END_JOBS,
     Leaving,
     actions,
+    close_out,
     default,
     end,
     leaving,
@@ -55,6 +56,6 @@ def decline_amendment(actor: Actor, row: Amendment, *, now: datetime) -> Amendme
 
 __all__ = [
     "ACCEPTED", "CANCELLED", "END_JOBS", "NOTICE", "Leaving", "Ticked", "accept", "accept_amendment", "actions",
-    "amendment_actions", "amendments", "check_standing", "clock", "confirm_payment", "decline_amendment", "default", "end",
+    "amendment_actions", "amendments", "check_standing", "clock", "close_out", "confirm_payment", "decline_amendment", "default", "end",
     "leaving", "prices", "send_notice", "sentence", "settle", "terminate",
 ]  # fmt: skip

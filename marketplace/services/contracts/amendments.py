@@ -18,7 +18,18 @@ from django.db import transaction
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Amendment, Contract, Listing, Organization, Reservation
-from marketplace.services import audit, availability, documents, holds, listings, quoted, quotes, search, terms
+from marketplace.services import (
+    audit,
+    availability,
+    documents,
+    holds,
+    listings,
+    quoted,
+    quotes,
+    screening,
+    search,
+    terms,
+)
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.contracts.signing import check_limit, check_standing
 from marketplace.tenancy import Actor
@@ -95,6 +106,7 @@ def accept(actor: Actor, proposal: Amendment, *, now: datetime) -> Amendment:
         _check_answer(row, fresh, now)
         check_standing(fresh.organization_id)
         documents.require_terms(fresh.organization_id)
+        screening.require(fresh.organization, fresh.kind, row.added_gpus, fresh.terms.get("gpu_model"), now=now)
         listing = _listing(fresh)
         asked = Asked(row.ends_at, row.added_gpus)
         _check(fresh, listing, asked, now)

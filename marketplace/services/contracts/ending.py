@@ -214,3 +214,38 @@ def default(organization_id: int, *, now: datetime, reason: str) -> list[int]:
             _told(gone, "contract.defaulted", "defaulted", now, reason)
             moved += gone
     return moved
+
+
+def close_out(actor: Actor, organization_id: int, *, now: datetime, reason: str) -> list[int]:
+    """One of our own people ends all live contracts of an organization now, as after a rejected screening. Returns those that moved.
+
+    What waits is cancelled, what runs drains with its grace and is billed until then; nothing more of a commitment stays due.
+    MarketError("forbidden") for anybody else.
+    """
+    if not actor.is_staff:
+        raise MarketError("forbidden", "Only our own people close out an organization.")
+    now = now.replace(microsecond=0)
+    moved: list[int] = []
+    live = Contract.objects.filter(organization_id=organization_id, state__in=("pending_payment", "active"))
+    for shown in live.order_by("pk"):
+        with transaction.atomic():
+            acquire((Lock.CELL, shown.cell_id), (Lock.ORG, organization_id))
+            fresh = Contract.objects.select_for_update(no_key=True).get(pk=shown.pk)
+            before = _ends(fresh)
+            if fresh.state == Contract.State.PENDING_PAYMENT:
+                gone = cancel([fresh.pk], now=now, actor=actor.label, reason=reason)
+            else:
+                ends_at = max(now, fresh.starts_at + timedelta(seconds=1))
+                Contract.objects.filter(pk=fresh.pk, state=Contract.State.ACTIVE).update(
+                    ends_at=ends_at, terminated_at=now
+                )
+                gone = end([fresh.pk], now=now, actor=actor.label, reason=reason)
+            if gone:
+                fresh.refresh_from_db()
+                audit.record(
+                    actor, "contract.closed_out", fresh.public_id, now=now, organization_id=organization_id, before=before,
+                    after=_ends(fresh),
+                )  # fmt: skip
+                notices.tell(gone, "closed_out", reason)
+                moved += gone
+    return moved

@@ -41,6 +41,7 @@ SUBJECTS = {
     "began": "{id} has begun: {gpus} GPUs are yours",
     "over": "{id} is over",
     "defaulted": "{id} was ended: an invoice stayed unpaid",
+    "closed_out": "{id} was ended by us",
     "price_proposed": "{id}: its operator asks for another price",
     "price_lapsed": "{id} ends: its new price was not accepted",
 }

@@ -12,7 +12,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import audit, availability, documents, holds, quoted, quotes, terms
+from marketplace.services import audit, availability, documents, holds, quoted, quotes, screening, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
 from marketplace.services.contracts.ending import cancel
@@ -28,7 +28,8 @@ def accept(actor: Actor, quote_id: int, *, now: datetime, terms_version: str | N
 
     A hold that lapsed is admitted again while the price is firm. `terms_version`: of the terms of service, accepted with it.
     MarketError: not_found, illegal_transition (accepted before), quote_expired, terms_not_accepted, listing_unavailable
-    (withdrawn), card_required, billing_suspended, limit_exceeded, capacity_gone (with `alternatives`), busy.
+    (withdrawn), card_required, billing_suspended, limit_exceeded, screening_required and screening_rejected (both say where to
+    tell what), capacity_gone (with `alternatives`), busy.
     """
     now = now.replace(microsecond=0)
     shown = Quote.objects.owned_by(actor.organization_id).select_related("listing__site").filter(pk=quote_id).first()
@@ -44,6 +45,7 @@ def accept(actor: Actor, quote_id: int, *, now: datetime, terms_version: str | N
         documents.require_terms(organization.pk)
         check_standing(organization.pk)
         check_limit(organization, quote.kind, quote.gpu_count, quote.starts_at, quote.ends_at)
+        screening.require(organization, quote.kind, quote.gpu_count, quote.terms.get("gpu_model"), now=now)
         listing = Listing.objects.select_related("site__cell", "organization").get(pk=quote.listing_id)
         quoted.check_offered(listing, quote)
         quoted.hold_to(listing, quote)

@@ -7,8 +7,6 @@ from datetime import datetime
 from typing import Any
 
 from celery import shared_task
-from django.conf import settings
-from django.core.mail import send_mail
 from django.db.models import F
 from django.utils import timezone
 
@@ -16,9 +14,9 @@ from billing import events, invoices, payments, payouts, standing, upfront, usag
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Contract, Membership, Organization
+from marketplace.models import Contract, Organization
 from marketplace.outbox import handler
-from marketplace.services import contracts, screening
+from marketplace.services import contracts, mails, screening
 
 log = logging.getLogger(__name__)
 
@@ -121,16 +119,18 @@ def notify(payload: dict[str, Any]) -> None:
     invoice = Invoice.objects.select_related("organization").get(pk=payload["invoice"])
     if invoice.state != Invoice.State.OPEN:
         return
-    people = Membership.objects.filter(organization=invoice.organization, role__in=("owner", "billing"))
-    addresses = sorted(people.values_list("user__email", flat=True).distinct())
-    if not addresses:
-        return
+    mails.send(mails.addresses(invoice.organization_id, ("owner", "billing")), reminder(invoice))
+
+
+def reminder(invoice: Invoice) -> mails.Letter:
+    """Of an unpaid invoice: what is owed and why it was not collected. Where the bank asks its owner, the button leads there."""
     amount = format_minor(invoice.due_minor, invoice.currency)
-    where = invoice.pay_url or f"{settings.PUBLIC_URL}/"
-    send_mail(
+    why = invoice.last_error or "no payment has arrived"
+    return mails.Letter(
         f"Invoice {invoice.display_number} of {amount} is unpaid",
-        f"Invoice {invoice.display_number} of {amount} could not be collected: {invoice.last_error or 'no payment yet'}.\n"
-        f"Pay it here: {where}\n",
-        settings.DEFAULT_FROM_EMAIL,
-        addresses,
+        (f"Invoice {invoice.display_number} of {amount} could not be collected: {why}.",),
+        (("Invoice", invoice.display_number), ("Due", amount)),
+        invoice.pay_url or f"/invoices/{invoice.public_id}",
+        "Pay it",
+        f"You get this as one of the people of {invoice.organization.name} who answer for its invoices.",
     )

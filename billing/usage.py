@@ -147,20 +147,6 @@ def keep_agreed_prices(contract_ids: Sequence[int]) -> None:
     PriceVersion.objects.bulk_create(rows, ignore_conflicts=True)
 
 
-def set_price(contract: Contract, millionths: int, *, at: datetime, now: datetime) -> PriceVersion:
-    """A new rate from the whole second of `at` on, for seconds that are not metered yet. Idempotent per instant. (Spot needs none:
-    its prices are those of the listing's intervals.)
-    """
-    price_versions(contract)
-    version, _ = PriceVersion.objects.get_or_create(
-        contract=contract,
-        kind=PriceVersion.Kind.RATE,
-        valid_from_s=metering.floor_second(at),
-        defaults={"millionths": millionths, "created_at": now},
-    )
-    return version
-
-
 _BEFORE_RUNNING = frozenset({"intended", "shedding", "granted", "starting"})
 
 

@@ -48,6 +48,8 @@ class MinerDriver(Protocol):
 
     async def wake(self) -> None: ...
 
+    async def set_mode(self, mode: str) -> None: ...
+
     async def set_watts(self, watts: int) -> str:
         """Chooses the highest mode of at most `watts`; answers its name. Raises MinerError("refused") below the lowest."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.events import Events
-from agent.miners import MinerError, MinerReading
+from agent.miners import MinerDriver, MinerError, MinerReading
 from agent.miners.luxos import LuxosMiner
 from agent.reports import Reports
 from agent.safety import MinerFacts
@@ -32,7 +32,7 @@ PATIENCE = 2  # commands without effect before an event tells of it
 @dataclass
 class Miner:
     row: dict[str, Any]
-    driver: LuxosMiner
+    driver: MinerDriver
     want: str = ""  # mode; "" = control never commanded this machine
     generation: int = 0  # of `want`
     applied: int = 0  # last generation whose command was acknowledged

@@ -42,6 +42,7 @@ from marketplace.models import (
 from marketplace.models.spot import INTERVAL
 from marketplace.services import audit, availability, jobs, listings, placements, replicas, spot_prices
 from marketplace.services.availability import seconds
+from marketplace.services.contracts import notices
 from marketplace.services.spot_prices import Barred
 from marketplace.tenancy import Actor
 from scheduler.core import auction
@@ -49,6 +50,10 @@ from scheduler.core import auction
 ACTOR: Final = "spot"
 TOPIC: Final = "marketplace.spot"
 OUTBID: Final = "outbid"  # so begins the reason of one that leaves
+OUTBID_WORDS: Final = (
+    "Running jobs were outbid and got their notice: each has its checkpoint signal and its grace, and queues again until an auction is "
+    "won. Their pages say when they leave; a higher limit counts from the next auction on."
+)
 FILLED: Final = (
     2016  # carried intervals written at most after a stop: a week of them; before that the price stands as it was
 )
@@ -261,6 +266,8 @@ def tell(cell_id: int, *, now: datetime) -> list[SpotNotice]:
                 actor=ACTOR,
             )
         SpotNotice.objects.bulk_create(made)
+        if made:
+            notices.tell(sorted({job.contract_id for job in rows}), OUTBID, OUTBID_WORDS)
     return made
 
 

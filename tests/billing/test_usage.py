@@ -9,6 +9,7 @@ from billing import ingest, reconcile, usage
 from billing.core import metering
 from billing.models import Meter, PriceVersion, UsageQuarantine, UsageRecord
 from marketplace.models import Placement, PlacementEvent
+from tests import factories
 from tests.billing.conftest import World, after, make_world, metered
 from tests.factories import NOW
 
@@ -114,8 +115,8 @@ def test_an_end_that_lies_before_what_was_recorded_is_corrected_by_a_revision(wo
 
 
 def test_records_are_cut_where_the_price_changes_and_at_month_ends(world: World):
-    usage.set_price(world.contract, 1_100_000, at=after(300), now=NOW)
-    usage.set_price(world.contract, 1_300_000, at=after(600), now=NOW)
+    factories.price_version(world.contract, 1_100_000, after(300))
+    factories.price_version(world.contract, 1_300_000, after(600))
     placement = world.ran(0, 700)
     metered(world, 1000)
     assert [row[:2] for row in spans(placement)] == [(0, 300), (300, 600), (600, 700)]

@@ -1,9 +1,11 @@
 """What is offered and agreed: listings, quotes, contracts."""
 
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+from billing import usage
+from billing.models import PriceVersion
 from marketplace.models import Contract, Host, Listing, Organization, Quote, Site
 from marketplace.services import quoted
 from tests.factories import people, places
@@ -84,3 +86,11 @@ def contract(
     )
     created(Contract, made)
     return made
+
+
+def price_version(contract: Contract, millionths: int, at: datetime) -> PriceVersion:
+    """Another rate of the contract from the whole second of `at` on, beside those that it has by itself."""
+    usage.price_versions(contract)
+    return PriceVersion.objects.create(
+        contract=contract, valid_from_s=int(at.timestamp()), millionths=millionths, created_at=NOW
+    )

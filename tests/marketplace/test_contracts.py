@@ -30,7 +30,7 @@ def test_a_reserved_contract_is_active_at_once_with_its_capacity_firm(listing, c
     quote.refresh_from_db()
     assert quote.state == "accepted"
     assert history(contract) == [("", "active")]
-    assert topics() == [(contracts.ACCEPTED, contract.pk)]
+    assert topics() == [(contracts.ACCEPTED, contract.pk), (contracts.NOTICE, contract.pk)]
     assert AuditEvent.objects.get(verb="contract.accepted").subject == contract.public_id
     assert contracts.clock(NOW + DAY) == contracts.Ticked()
     assert availability.largest(listing, now=NOW + DAY, starts_at=START, ends_at=END) == 0

@@ -5,7 +5,6 @@ from datetime import timedelta
 import pytest
 from django.db import transaction
 
-from billing import usage
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Host, JobEvent, Placement, PowerNode, Reservation
 from marketplace.services import availability, drains, holds, jobs, placements, search, sites
@@ -178,7 +177,7 @@ def test_a_job_waits_while_the_price_is_above_its_limit():
     job = market.submit(price_limit=price - 1)
     market.cycle()
     assert Decision.objects.get(job=job).reason == "PRICE_LIMIT"
-    usage.set_price(Contract.objects.get(pk=market.contract.pk), price - 1, at=at(60), now=at(60))
+    f.price_version(Contract.objects.get(pk=market.contract.pk), price - 1, at(60))
     market.cycle(59)
     assert market.where(job) == []
     market.cycle(60)

@@ -31,6 +31,7 @@ from marketplace.services import (
     terms,
 )
 from marketplace.services.availability import HOLDING, instant, seconds
+from marketplace.services.contracts import notices
 from marketplace.services.contracts.signing import check_limit, check_standing
 from marketplace.tenancy import Actor
 
@@ -129,6 +130,9 @@ def accept(actor: Actor, proposal: Amendment, *, now: datetime) -> Amendment:
             actor, f"contract.{row.kind}", fresh.public_id, now=now, before=_plain(before), after=_plain(after)
         )
         documents.keep_amendment(row, now=now)
+        notices.tell(
+            [fresh.pk], "extended" if asked.ends_at else "resized", f"As accepted by {row.decided_by}: {said}."
+        )
     return row
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
-from marketplace.models import Amendment, Contract, Job, Quote, Reservation, ReservationBlock
+from marketplace.models import Amendment, Contract, ContractEvent, Job, Quote, Reservation, ReservationBlock
 from marketplace.services import audit, catalogue, holds
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices, prices
@@ -69,21 +69,27 @@ def _some(rows: QuerySet[Any]) -> list[int]:
 
 
 def _begin(now: datetime) -> int:
-    """Windows that have begun: the record and the customer learn of it, once."""
+    """Windows that have begun: the record and the customer learn of it, once. Rivals skip each other's rows."""
     waiting = Contract.objects.filter(
         state="active", kind__in=HOLDING, began_at=None, starts_at__lte=now, ends_at__gt=now
     ).order_by("starts_at", "pk")
-    begun = 0
-    for row in waiting[:BATCH]:
-        with transaction.atomic():
-            if not Contract.objects.filter(pk=row.pk, state="active", began_at=None).update(began_at=now):
-                continue  # another copy of the clock was faster
-            text = f"its window has begun: {row.gpu_count} GPUs"
-            row.events.create(at=now, actor="system", from_state="active", to_state="active", reason=text)
-            audit.record(SYSTEM, "contract.began", row.public_id, now=now, organization_id=row.organization_id)
-            notices.tell([row.pk], "began")
-            begun += 1
-    return begun
+    with transaction.atomic():
+        rows = list(waiting.select_for_update(no_key=True, skip_locked=True)[:BATCH])
+        if not rows:
+            return 0
+        Contract.objects.filter(pk__in=[row.pk for row in rows]).update(began_at=now)
+        ContractEvent.objects.bulk_create(
+            ContractEvent(
+                contract=row, at=now, actor="system", from_state="active", to_state="active",
+                reason=f"its window has begun: {row.gpu_count} GPUs",
+            )
+            for row in rows
+        )  # fmt: skip
+        audit.record_many(
+            SYSTEM, "contract.began", [(row.organization_id, row.public_id, None) for row in rows], now=now
+        )
+        notices.tell([row.pk for row in rows], "began")
+    return len(rows)
 
 
 def _forget_blocks() -> None:

@@ -51,7 +51,7 @@ def propose(
             raise MarketError("conflict", "A price is proposed already; wait for its answer.") from error
         _say(fresh, actor.label, f"price from {at:%F %R}Z: {_words(row)}{': ' + reason if reason else ''}", now)
         audit.record(actor, "contract.price_proposed", fresh.public_id, now=now, after=_facts(row))
-        detail = f"{_words(row)} per GPU-hour from {at:%-d %b %Y %H:%M} UTC. {'' if lower else ASKS}{reason}"
+        detail = f"{_words(row)} per GPU-hour from {_at(row)}. {'' if lower else ASKS}{reason}"
         notices.tell([fresh.pk], "price_proposed", detail.strip())
     return row
 
@@ -97,6 +97,8 @@ def _answer(actor: Actor, proposal: Amendment, to: str, now: datetime) -> Amendm
         audit.record(actor, f"contract.price_{to}", contract.public_id, now=now, after=_facts(row))
         if to == Amendment.State.ACCEPTED:
             documents.keep_amendment(row, now=now)
+        then = "" if to == Amendment.State.ACCEPTED else " The old price holds until then, and the contract ends."
+        notices.tell([contract.pk], f"price_{to}", f"{_words(row)} per GPU-hour from {_at(row)}.{then}")
     return row
 
 
@@ -116,6 +118,7 @@ def _apply(row: Amendment, now: datetime) -> bool:
             return False  # another copy of the clock was faster
         if Contract.objects.filter(pk=row.contract_id, state="active").update(price=row.price):
             _say(Contract.objects.get(pk=row.contract_id), "system", f"the price is {row.price} now, as agreed", now)
+            notices.tell([row.contract_id], "price_applied", f"{_words(row)} per GPU-hour since {_at(row)}, as agreed.")
     return True
 
 
@@ -151,3 +154,7 @@ def _facts(row: Amendment) -> dict[str, object]:
 
 def _words(row: Amendment) -> str:
     return f"{(row.price or 0) / 1_000_000:.6g} instead of {(row.old_price or 0) / 1_000_000:.6g}"
+
+
+def _at(row: Amendment) -> str:
+    return f"{row.effective_at:%-d %b %Y %H:%M} UTC"

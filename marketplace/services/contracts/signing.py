@@ -67,6 +67,7 @@ def accept(actor: Actor, quote_id: int, *, now: datetime, terms_version: str | N
             after={"quote": quote.public_id, "state": contract.state},
         )
         documents.keep_order_form(contract, now=now)
+        notices.tell([contract.pk], "signed")
         outbox.emit(ACCEPTED, key=str(contract.pk), payload={"contract": contract.pk})
     return contract
 

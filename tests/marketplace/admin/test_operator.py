@@ -301,3 +301,21 @@ def test_revenue_counts_gpus_that_joined_a_commitment_from_then_on_at_their_pric
     )  # fmt: skip
     found = dashboard.ai_revenue(factories.actor(site.organization), [site], NOW, NOW + 2 * day)
     assert found == {"USD": (2 * 48 * 2 + 4 * 24 * 3) * 1_000_000}
+
+
+def test_a_price_is_proposed_from_the_contracts_page(client, mine):
+    contract = factories.contract(mine.listing, factories.organization())
+    page = reverse("operator:marketplace_contract_change", args=[contract.pk])
+    assert "Propose a price" in client.get(page).content.decode()
+    form = reverse("operator:marketplace_contract_price", args=[contract.pk])
+    soon = client.post(form, {"price": "3.25", "effective_at": "2026-01-02T00:00", "reason": "x"})
+    assert "at least 30 days ahead" in soon.content.decode()
+    later = (timezone.now() + timedelta(days=40)).strftime("%Y-%m-%dT%H:%M")
+    assert client.post(form, {"price": "3.25", "effective_at": later, "reason": "dearer power"}).status_code == 302
+    asked = contract.amendments.get()
+    assert (asked.state, asked.price, asked.reason) == ("open", 3_250_000, "dearer power")
+    again = client.post(form, {"price": "3.5", "effective_at": later})
+    assert "A price is proposed already" in again.content.decode()
+    reserved = factories.contract(mine.listing, factories.organization(), kind="reserved", ends_at=timezone.now())
+    other = reverse("operator:marketplace_contract_change", args=[reserved.pk])
+    assert "Propose a price" not in client.get(other).content.decode()

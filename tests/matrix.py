@@ -23,8 +23,8 @@ from typing import Any
 
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Amendment, Curtailment, Invitation
-from marketplace.services import documents
-from marketplace.tenancy import ROLES
+from marketplace.services import conversions, documents
+from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
 
@@ -123,6 +123,11 @@ class World:
         )  # fmt: skip
 
     @cached_property
+    def conversion(self) -> Any:
+        actor = Actor(kind="user", organization_id=self.organization.pk, role="owner", label="x")
+        return conversions.make(actor, self.site, name="Plan", now=NOW)
+
+    @cached_property
     def invoice(self) -> Any:
         account, _ = BillingAccount.objects.get_or_create(
             organization=self.organization, defaults={"currency": "USD", "created_at": NOW}
@@ -135,7 +140,7 @@ class World:
     def everything(self) -> list[Any]:
         """All of it is made; these are the rows that lists may show to their owner alone."""
         names = ("site", "host", "miner", "agent", "listing", "draft", "quote", "contract", "job", "placement")
-        rows = [getattr(self, name) for name in (*names, "amendment", "key", "invitation", "curtailment", "invoice")]
+        rows = [getattr(self, name) for name in (*names, "amendment", "key", "invitation", "curtailment", "conversion", "invoice")]
         return [self.organization, *self.members.values(), *rows, *self.site.power_nodes.all()]
 
 
@@ -146,7 +151,7 @@ def _one(parameter: str, attribute: str | None = None) -> Make:
 organization, site, host, miner, agent = (_one(n) for n in ("organization", "site", "host", "miner", "agent"))
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
-draft = _one("listing", "draft")
+draft, conversion = _one("listing", "draft"), _one("plan", "conversion")
 
 
 def amendment(world: World) -> dict[str, str]:
@@ -207,6 +212,10 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/sites/<str:site>/import", "POST", "sites:write", site),
     R("api/v1/sites/<str:site>/enrolment-tokens", "POST", "sites:write", site),
     R("api/v1/sites/<str:site>/agents", "GET", "sites:read", site),
+    R("api/v1/sites/<str:site>/conversion-plans", "POST", "sites:write", site),
+    R("api/v1/conversion-plans", "GET", "sites:read"),
+    R("api/v1/conversion-plans/<str:plan>", "GET", "sites:read", conversion),
+    R("api/v1/conversion-plans/<str:plan>/months.csv", "GET", "sites:read", conversion),
     R("api/v1/agents/<str:agent>", "GET", "sites:read", agent),
     R("api/v1/agents/<str:agent>", "DELETE", "sites:write", agent),
     R("api/v1/power-nodes/<str:node>", "GET", "sites:read", node),

@@ -41,7 +41,7 @@ class Slice:
 def power_stack(slices: Sequence[Slice], *, start: datetime, end: datetime, step: timedelta) -> SafeString:
     """What the site's watts did in `[start, end)`: a stack under the cap. Times without a slice stay empty: nothing is known."""
     top = max([s.cap for s in slices] + [s.total for s in slices] + [s.metered or 0 for s in slices], default=0)
-    top = _round_up(top * 105 // 100) if top else 1
+    top = round_up(top * 105 // 100) if top else 1
     span = (end - start) // timedelta(seconds=1)
 
     def x(at: datetime) -> str:
@@ -102,7 +102,7 @@ def _line(runs: Iterable[Sequence[Slice]], value, x, y, step: timedelta) -> str:
     return " ".join(parts)
 
 
-def _round_up(value: int) -> int:
+def round_up(value: int) -> int:
     """To 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 times a power of ten, so that quarters read well."""
     size = 10 ** (len(str(value)) - 1)
     return next(

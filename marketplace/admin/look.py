@@ -148,6 +148,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
                 m("Miners", "memory", "marketplace_miner"),
                 m("Agents", "sensors", "marketplace_agent"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
+                m("Conversion plans", "event_upcoming", "marketplace_conversionplan"),
             ],
         },
         {

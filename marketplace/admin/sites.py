@@ -3,6 +3,7 @@
 from marketplace.admin import (  # noqa: F401 - each module registers its pages
     audit,
     contracts,
+    conversions,
     facilities,
     hosts,
     listings,

@@ -7,6 +7,7 @@ from marketplace.api import (
     amendments,
     calendars,
     contracts,
+    conversions,
     curtailments,
     health,
     hosts,
@@ -30,9 +31,9 @@ from marketplace.api import (
 )
 
 RESOURCES = (
-    health, organizations, screening, keys, sites, hosts, miners, power, curtailments, listings, calendars, quotes, contracts,
-    amendments, spot, jobs,
-    usage, invoices, payment_methods, payouts, agent, staff, webhooks, schema,
+    health, organizations, screening, keys, sites, conversions, hosts, miners, power, curtailments, listings,
+    calendars, quotes, contracts, amendments, spot, jobs, usage, invoices, payment_methods, payouts, agent, staff,
+    webhooks, schema,
 )  # fmt: skip
 
 urlpatterns: list[URLPattern | URLResolver] = [route for module in RESOURCES for route in module.urlpatterns]

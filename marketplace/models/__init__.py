@@ -11,6 +11,7 @@ from marketplace.models.accounts import (
 )
 from marketplace.models.agreements import Amendment, ContractDocument, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
+from marketplace.models.conversions import ConversionPlan
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.maintenance import (
@@ -62,6 +63,7 @@ __all__ = [
     "ContractDocument",
     "ContractEvent",
     "ControlPulse",
+    "ConversionPlan",
     "Curtailment",
     "EnrolmentToken",
     "FeedValue",

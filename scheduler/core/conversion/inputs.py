@@ -42,6 +42,7 @@ class Hall:
     commission_months: int
     miners: tuple[Batch, ...] = ()
     keep_w: int = 0
+    rack_w: int = 80_000
 
     @property
     def it_w(self) -> int:

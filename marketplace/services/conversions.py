@@ -1,0 +1,234 @@
+"""Plans to convert a site: what is not given is read off the site, then taken from `scheduler.core.conversion.defaults`.
+
+`make` keeps what was given, what was used and where each value is from, and the outcome. A plan is advice: nothing at the site
+changes by it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from django.db import transaction
+
+from marketplace.errors import MarketError
+from marketplace.models import ConversionPlan, Miner, PowerNode, Site
+from marketplace.services import audit, feeds
+from marketplace.tenancy import Actor
+from scheduler.core.conversion.defaults import DEFAULTS, Assumption
+from scheduler.core.conversion.inputs import Batch, ConversionError, Hall, Lease, Market, Rental
+from scheduler.core.conversion.inputs import Site as Inputs
+from scheduler.core.conversion.months import Month, Outcome
+from scheduler.core.conversion.schedule import plan
+from scheduler.core.conversion.sensitivity import tornado
+
+COOLING = ("liquid", "air")
+INCOME = ("lease", "rental")
+MARKET = (
+    "hashprice", "hashprice_permille_month", "energy_uusd_mwh", "energy_permille_year", "pool_fee_ppm", "mining_cost_uusd_mwh",
+    "resale_permille_month",
+)  # fmt: skip
+TERMS = ("horizon_months", "term_months", "ramp_months", "deposit_permille", "crews", "wacc_permille")
+HALL = ("usable_permille", "mining_pue_permille", "capex_cents_per_mw", "permit_months", "lead_months", "build_months", "commission_months")  # fmt: skip
+COLUMNS = (
+    "month", "ai_w", "hashing_w", "works_w", "ai_cents", "hashing_cents", "energy_cents", "running_cents", "capital_cents",
+    "resale_cents",
+)  # fmt: skip
+
+
+def make(actor: Actor, site: Site, *, name: str, now: datetime, **given: Any) -> ConversionPlan:
+    """Plan and keep it. `given`: any of the inputs, as the API has them; nothing is needed.
+
+    Raises MarketError `invalid_request` with the field that makes no sense.
+    """
+    inputs, assumptions, used = _inputs(site, given, now)
+    try:
+        found = plan(inputs)
+    except ConversionError as error:
+        raise MarketError("invalid_request", str(error), {f"/{error.field}": error.why}) from None
+    with transaction.atomic():
+        row = ConversionPlan.objects.create(
+            site=site,
+            name=name,
+            given=given,
+            used=used,
+            assumptions=[asdict(a) for a in assumptions],
+            outcome=_outcome(inputs, found),
+            npv_cents=found.npv_cents,
+            npv_hashing_on_cents=found.npv_hashing_on_cents,
+            irr_permille=None if found.irr is None else round(1000 * found.irr),
+            payback_months=found.payback_months,
+            capital_cents=-sum(m.capital_cents for m in found.months),
+            created_by=actor.label[:120],
+            created_at=now,
+        )
+        audit.record(actor, "conversion.planned", row.public_id, now=now, organization_id=site.organization_id)
+    return row
+
+
+def halls_of(site: Site) -> list[dict[str, Any]]:
+    """The site's halls as its power tree has them, with their miners: its buildings, else what hangs below its root, else itself."""
+    nodes = list(PowerNode.objects.filter(site=site).order_by("depth", "id"))
+    buildings = [n for n in nodes if n.kind == PowerNode.Kind.BUILDING]
+    chosen = (buildings or [n for n in nodes if n.depth == 1] or nodes[:1])[:12]
+    above = {n.pk: n.parent_id for n in nodes}
+    fleet: dict[int, dict[tuple[str, int, int], int]] = defaultdict(lambda: defaultdict(int))
+    picked = {n.pk for n in chosen}
+    for node, model, watts, ghs in Miner.objects.filter(site=site).values_list(
+        "power_node_id", "model", "mode_watts", "mode_ghs"
+    ):
+        at: int | None = node
+        while at is not None and at not in picked:
+            at = above[at]
+        if at is not None and watts[-1]:
+            fleet[at][model, watts[-1], ghs[-1]] += 1
+    return [
+        {
+            "name": n.name,
+            "gross_w": n.cap_w,
+            "miners": [
+                {"model": model, "count": count, "watts": watts, "ghs": ghs}
+                for (model, watts, ghs), count in sorted(fleet[n.pk].items())
+            ],
+        }
+        for n in chosen
+    ]
+
+
+def months_csv(row: ConversionPlan) -> str:
+    """Its months, one a line, with each hall's phase."""
+    out = io.StringIO()
+    halls = row.outcome["halls"]
+    lines = csv.writer(out)
+    lines.writerow([*COLUMNS, "cash_cents", "hashing_on_cents", *(_cell(h["name"]) for h in halls)])
+    for t, values in enumerate(row.outcome["months"]):
+        lines.writerow([*values, sum(values[4:]), row.outcome["hashing_on"][t], *(phase_at(h, t) for h in halls)])
+    return out.getvalue()
+
+
+def phase_at(hall: Mapping[str, Any], month: int) -> str:
+    """What the hall is in then; `phases` are (first month, phase)."""
+    return next(str(phase) for first, phase in reversed(hall["phases"]) if first <= month)
+
+
+def _cell(text: str) -> str:
+    """A name that a spreadsheet must not take for a formula."""
+    return f"'{text}" if text[:1] in "=+-@\t\r" else text
+
+
+class _Values:
+    """Looks a value up: as given, off the site, or by default; remembers which."""
+
+    def __init__(self, site: Site, now: datetime) -> None:
+        self.assumptions: dict[str, Assumption] = {}
+        prices, day = feeds.prices(site, now=now), f"{now:%F}"
+        self.known: dict[str, tuple[int, str]] = {
+            "mining_pue_permille": (site.miner_pue_permille, f"{site.name}, as its operator says"),
+            "energy_uusd_mwh": (site.energy_price_microusd_per_kwh * 1000, f"Tariff of {site.name}, as its operator says"),
+        }  # fmt: skip
+        if prices:
+            self.known["hashprice"] = prices.hashprice_uusd, "This market's own feed"
+            self.known["energy_uusd_mwh"] = prices.energy_uusd_mwh, "This site's energy feed or tariff"
+        self.day = day
+
+    def of(self, name: str, given: Mapping[str, Any], *, default: str = "", label: str = "") -> int:
+        value = given.get(name)
+        key = default or name
+        standard = DEFAULTS[key]
+        if value is not None:
+            found = Assumption(label or key, value, standard.unit, "Given", self.day, "given")
+        elif key in self.known:
+            known, source = self.known[key]
+            found = Assumption(label or key, known, standard.unit, source, self.day, "high")
+        else:
+            found = Assumption(label or key, *list(asdict(standard).values())[1:])
+        self.assumptions[found.name] = found
+        return int(found.value)
+
+
+def _inputs(
+    site: Site, given: Mapping[str, Any], now: datetime
+) -> tuple[Inputs, Sequence[Assumption], dict[str, Any]]:
+    values = _Values(site, now)
+    halls = []
+    for hall in given.get("halls") or halls_of(site):
+        name = hall["name"]
+        cooling = hall.get("cooling") or COOLING[0]
+        rest = {field: values.of(field, hall, label=f"{name}: {field}") for field in HALL}
+        halls.append(
+            Hall(
+                name=name,
+                gross_w=hall["gross_w"],
+                pue_permille=values.of("pue_permille", hall, default=f"pue_permille.{cooling}", label=f"{name}: pue_permille"),
+                rack_w=values.of("rack_w", hall, default=f"rack_w.{cooling}", label=f"{name}: rack_w"),
+                keep_w=hall.get("keep_w") or 0,
+                miners=tuple(
+                    Batch(
+                        m["model"], m["count"], m["watts"], m["ghs"],
+                        values.of("resale_cents", m, label=f"{m['model']}: resale_cents"),
+                    )
+                    for m in hall.get("miners") or ()
+                ),
+                **rest,
+            )
+        )  # fmt: skip
+    income = given.get("income") or {}
+    kind = income.get("kind") or INCOME[0]
+    ours: Lease | Rental
+    if kind == "lease":
+        ours = Lease(
+            values.of("cents_per_kw_month", income),
+            values.of("cost_permille", income, default="lease_cost_permille"),
+            income.get("energy_passed_on", True),
+        )
+    else:
+        ours = Rental(
+            **{name: values.of(name, income) for name in ("price_uusd", "decline_permille", "gpu_w", "gpu_cents")},
+            cost_permille=values.of("cost_permille", income, default="rental_cost_permille"),
+        )
+    market = given.get("market") or {}
+    inputs = Inputs(
+        tuple(halls),
+        ours,
+        Market(*(values.of(name, market) for name in MARKET)),
+        **{name: values.of(name, given) for name in TERMS},
+        target_permille=values.of("target_permille", given, default=f"target_permille.{kind}"),
+        capital_cents=given.get("capital_cents"),
+    )
+    return inputs, list(values.assumptions.values()), {**asdict(inputs), "income": {"kind": kind, **asdict(ours)}}
+
+
+def _outcome(inputs: Inputs, found: Outcome) -> dict[str, Any]:
+    return {
+        "halls": [
+            {
+                "name": hall.name,
+                "start": start,
+                "it_w": hall.it_w if start is not None else 0,
+                "racks": hall.it_w // hall.rack_w if start is not None else 0,
+                "phases": list(_turns(phases)),
+            }
+            for hall, start, phases in zip(inputs.halls, found.starts, found.phases, strict=True)
+        ],
+        "months": [_row(m) for m in found.months],
+        "hashing_on": list(found.hashing_on),
+        "sensitivity": [asdict(swing) for swing in tornado(inputs, found.starts)],
+    }
+
+
+def _row(month: Month) -> list[int]:
+    return [getattr(month, name) for name in COLUMNS]
+
+
+def _turns(phases: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(first month, phase) of each phase that follows another."""
+    before = ""
+    for month, phase in enumerate(phases):
+        if phase != before:
+            yield month, phase
+        before = phase

@@ -140,7 +140,10 @@ class World:
     def everything(self) -> list[Any]:
         """All of it is made; these are the rows that lists may show to their owner alone."""
         names = ("site", "host", "miner", "agent", "listing", "draft", "quote", "contract", "job", "placement")
-        rows = [getattr(self, name) for name in (*names, "amendment", "key", "invitation", "curtailment", "conversion", "invoice")]
+        rows = [
+            getattr(self, name)
+            for name in (*names, "amendment", "key", "invitation", "curtailment", "conversion", "invoice")
+        ]
         return [self.organization, *self.members.values(), *rows, *self.site.power_nodes.all()]
 
 

@@ -16,14 +16,18 @@ from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
 from marketplace.models import ConversionPlan
 from marketplace.services import conversions
+from scheduler.core.conversion.defaults import DEFAULTS
 
+_SAID = ("unit", "source", "date", "confidence")
 _NUMBER = {"widget": widgets.UnfoldAdminIntegerFieldWidget(), "required": False}
 _HALLS = {
     "usable_percent": ("usable_permille", 10),
     "capex_usd_per_mw": ("capex_cents_per_mw", 100),
     "build_months": ("build_months", 1),
     "keep_kw": ("keep_w", 1000),
-}  # of each hall: the form's field -> the input's, and how many of the one are one of the other
+}
+_SITE = {"capital_musd": ("capital_cents", 10**8), "wacc_percent": ("wacc_permille", 10), "crews": ("crews", 1)}
+# _HALLS of each hall, _SITE of all: the form's field -> the input's, and how many of the one are one of the other
 
 
 class PlanForm(DeskForm):
@@ -55,6 +59,12 @@ class PlanForm(DeskForm):
         model = ConversionPlan
         fields = ("site", "name")
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, (to, times) in {**_HALLS, **_SITE}.items():
+            if name in self.fields and to in DEFAULTS:
+                self.fields[name].widget.attrs["placeholder"] = f"assumed: {DEFAULTS[to].value // times:,}"
+
     def inputs(self) -> dict[str, Any]:
         """As `services.conversions.make` takes them."""
         values = {name: value for name, value in self.cleaned_data.items() if value not in (None, "")}
@@ -65,14 +75,28 @@ class PlanForm(DeskForm):
         each = {to: values[name] * times for name, (to, times) in _HALLS.items() if name in values}
         out: dict[str, Any] = {
             "income": income,
-            "halls": [
-                {**hall, "cooling": values["cooling"], **each} for hall in conversions.halls_of(values["site"])
-            ],
+            "halls": [{**hall, "cooling": values["cooling"], **each} for hall in conversions.halls_of(values["site"])],
         }
-        for name, to, times in (("capital_musd", "capital_cents", 10**8), ("wacc_percent", "wacc_permille", 10), ("crews", "crews", 1)):  # fmt: skip
+        for name, (to, times) in _SITE.items():
             if name in values:
                 out[to] = values[name] * times
         return out
+
+
+def _told(rows: list[dict[str, Any]], halls: int) -> list[dict[str, Any]]:
+    """For people: what every hall has alike stands once."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        hall, _, name = row["name"].rpartition(": ")
+        alike.setdefault((name, *(row[column] for column in ("value", *_SAID))), []).append(hall)
+    told = []
+    for (name, value, *rest), of in alike.items():
+        whose = "" if of == [""] else " (every hall)" if len(of) == halls > 1 else f" ({', '.join(of)})"
+        for part in ("_permille", "_cents", "_uusd"):
+            name = name.replace(part, "")  # noqa: PLW2901 - the unit stands beside it
+        words = name.replace(".", ", ").replace("_", " ")
+        told.append({"name": words + whose, "value": f"{value:,}", **dict(zip(_SAID, rest, strict=True))})
+    return told
 
 
 def _csv(call: Call) -> HttpResponse:
@@ -145,7 +169,8 @@ class ConversionPlanAdmin(look.Shown, TenantAdmin):
             "cash": plan_charts.cash(sums, stays),
             "halls": plan_charts.calendar(found["halls"], len(months)),
             "swings": plan_charts.swings(found["sensitivity"], row.gain_cents),
-            "assumptions": row.assumptions,
+            "assumptions": _told(row.assumptions, len(found["halls"])),
+            "legend": plan_charts.phases(),
             "years": [
                 (
                     y // 12 + 1,

@@ -62,6 +62,14 @@ def cash(ours: Sequence[int], stays: Sequence[int]) -> SafeString:
     return _plot(drawn, marks, len(ours), "Cash so far, month by month", legend)
 
 
+def phases() -> SafeString:
+    """The colours of a hall's phases."""
+    return format_html(
+        '<ul class="tr-legend">{}</ul>',
+        format_html_join("", '<li><i class="tr-key tr-{}"></i>{}</li>', [(css, name) for name, css in PHASES.items()]),
+    )
+
+
 def calendar(halls: Sequence[dict[str, Any]], months: int) -> list[dict[str, Any]]:
     """Each hall as a bar, with its phases in words."""
     rows = []

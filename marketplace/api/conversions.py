@@ -74,7 +74,9 @@ class ConversionMarketShape(Shape):
 
 class NewConversionPlanShape(Shape):
     name = serializers.CharField(max_length=80)
-    halls = serializers.ListField(child=HallShape(), max_length=12, required=False, help_text="left out: the site's own, with their miners")
+    halls = serializers.ListField(
+        child=HallShape(), max_length=12, required=False, help_text="left out: the site's own, with their miners"
+    )
     income = IncomeShape(required=False)
     market = ConversionMarketShape(required=False)
     horizon_months = whole(12, 240)

@@ -34,7 +34,10 @@ MARKET = (
     "resale_permille_month",
 )  # fmt: skip
 TERMS = ("horizon_months", "term_months", "ramp_months", "deposit_permille", "crews", "wacc_permille")
-HALL = ("usable_permille", "mining_pue_permille", "capex_cents_per_mw", "permit_months", "lead_months", "build_months", "commission_months")  # fmt: skip
+HALL = (
+    "usable_permille", "mining_pue_permille", "capex_cents_per_mw", "permit_months", "lead_months", "build_months",
+    "commission_months",
+)  # fmt: skip
 COLUMNS = (
     "month", "ai_w", "hashing_w", "works_w", "ai_cents", "hashing_cents", "energy_cents", "running_cents", "capital_cents",
     "resale_cents",
@@ -151,9 +154,7 @@ class _Values:
         return int(found.value)
 
 
-def _inputs(
-    site: Site, given: Mapping[str, Any], now: datetime
-) -> tuple[Inputs, Sequence[Assumption], dict[str, Any]]:
+def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs, Sequence[Assumption], dict[str, Any]]:
     values = _Values(site, now)
     halls = []
     for hall in given.get("halls") or halls_of(site):

@@ -1,7 +1,8 @@
 """`python -m benchmarks NAME [--json] [--quick] [--trace-dir DIR] [--traces a,b] [--seeds 42,43]`; NAME `all` runs every one, each
 in a process of its own; NAME `table` writes the README's table anew from the results that stand.
 
-Exit status: 0 done, 1 the work did not happen, 2 a bound was missed (only with --strict).
+Exit status: 0 done; 1 the work did not happen, or was not right (`harness.WRONGS`: oversold, refused, lost, doubled); 2 a bound
+was missed (only with --strict).
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         (Path(given.out) / f"{given.name}.json").write_text(report.as_json() + "\n")
     if given.json:
         print(report.as_json(), flush=True)
+    if wrong := report.wrong():
+        print(f"{given.name}: the work was not right: {', '.join(wrong)}", file=sys.stderr)
+        return 1
     return 2 if report.missed() and given.strict else 0
 
 

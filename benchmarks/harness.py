@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 
+# Counts of what must never happen: where one is not 0 the work was not right, and no speed of it is worth telling.
+WRONGS = frozenset(
+    {
+        "violations", "refused_fitting", "promise_misses", "doubled_or_lost", "lost", "logs_lost", "false_confirms",
+        "over_cap_instants", "firm_jobs_touched",
+    }
+)  # fmt: skip
+
+
 class WorkNotDoneError(AssertionError):
     """The benchmark did not do the work that it wanted to time."""
 
@@ -45,6 +54,10 @@ class Report:
         return [
             k for k, (how, bound) in self.must.items() if k in self.figures and not holds(self.figures[k], how, bound)
         ]
+
+    def wrong(self) -> list[str]:
+        """Counts of what must never happen that are not 0 (or not a number)."""
+        return [k for k, value in self.figures.items() if k in WRONGS and not value <= 0]
 
     def as_json(self) -> str:
         """One line."""

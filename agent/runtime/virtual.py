@@ -68,13 +68,13 @@ class VirtualRuntime:
         if row is None:
             return Status("missing")
         if row["state"] == "running":
-            return Status("running", started_at=row["started_at"])
+            return Status("running", started_at=row["started_at"], checkpoint_at=row["checkpoint_at"])
         reason = row["reason"]
         if not reason and row["exit_code"] in (137, 143):
             reason = self.reasons.get(key, "")
             if reason == "drained" and row["exit_code"] == 137:
                 reason = "killed_after_grace"
-        return Status("exited", row["started_at"], row["finished_at"], row["exit_code"], reason)
+        return Status("exited", row["started_at"], row["finished_at"], row["exit_code"], reason, row["checkpoint_at"])
 
     async def _look(self, key: str) -> dict[str, Any] | None:
         try:

@@ -3,10 +3,11 @@
     ["sleep", "12"]            ends with 0 after 12 s
     ["exit", "3"]              ends with 3 at once
     ["fail-after", "5"]        ends with 1 after 5 s
+    ["train", "600", "60"]     as sleep, and saves its state every 60 s
     ["stubborn", "60"]         as sleep, but ignores TERM
     ["print", "text", ...]     prints the words and ends with 0
 
-TERM ends a command with 143 (it "writes its checkpoint" first), KILL with 137. Anything else cannot be executed: 127.
+TERM ends a command with 143 (it saves its state first), KILL with 137. Anything else cannot be executed: 127.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Work:
     exit_code: int | None = None
     reason: str = ""
     stubborn: bool = False
+    saves_every: float = 0.0
+    checkpoint_at: float | None = None
     version: int = 0
     env: dict[str, str] = field(default_factory=dict)
 
@@ -42,6 +45,7 @@ class Work:
             "finished_at": self.finished_at,
             "exit_code": self.exit_code,
             "reason": self.reason,
+            "checkpoint_at": self.checkpoint_at,
             "stdout_bytes": len(self.stdout.encode()),
         }
 
@@ -51,6 +55,8 @@ def parse(command: list[str]) -> tuple[float, int, str]:
     match command:
         case ["sleep" | "stubborn", seconds]:
             return float(seconds), 0, ""
+        case ["train", seconds, every] if float(every) > 0:
+            return float(seconds), 0, ""
         case ["exit", code]:
             return 0.0, int(code), ""
         case ["fail-after", seconds]:
@@ -58,7 +64,7 @@ def parse(command: list[str]) -> tuple[float, int, str]:
         case ["print", *words]:
             return 0.0, 0, " ".join(words) + "\n"
     raise ValueError(
-        f"not a virtual command: {command[:2]}; known: sleep N, stubborn N, exit N, fail-after N, print ..."
+        f"not a virtual command: {command[:2]}; known: sleep N, train N EVERY, stubborn N, exit N, fail-after N, print ..."
     )
 
 
@@ -68,6 +74,7 @@ class Executor:
     def __init__(self) -> None:
         self.work: dict[str, Work] = {}
         self._ends: list[tuple[float, str]] = []
+        self._saves: list[tuple[float, str]] = []
         self.changed: list[str] = []
 
     def start(self, key: str, host: str, command: list[str], gpus: list[int], env: dict[str, str], now: float) -> Work:
@@ -87,6 +94,9 @@ class Executor:
             self._finish(work, code, now, reason)
         else:
             heapq.heappush(self._ends, (work.ends_at, key))
+            if command[0] == "train":
+                work.saves_every = float(command[2])
+                heapq.heappush(self._saves, (now + work.saves_every, key))
             self.changed.append(key)
         return work
 
@@ -98,6 +108,7 @@ class Executor:
                 self._finish(work, 137, now)
             elif name == "TERM" and not work.stubborn:
                 work.stdout += "checkpoint written\n"
+                work.checkpoint_at = now
                 self._finish(work, 143, now)
         return work
 
@@ -111,7 +122,15 @@ class Executor:
                 self._finish(self.work[key], 137, now, "power_lost")
 
     def step(self, now: float) -> list[str]:
-        """Ends what is due; returns the ids that changed since the last step."""
+        """Saves and ends what is due; returns the ids that changed since the last step."""
+        while self._saves and self._saves[0][0] <= now:
+            at, key = heapq.heappop(self._saves)
+            work = self.work.get(key)
+            if work and work.finished_at is None and at <= work.ends_at:
+                at += (min(now, work.ends_at) - at) // work.saves_every * work.saves_every  # of several in one step the last
+                work.checkpoint_at = at
+                self.changed.append(key)
+                heapq.heappush(self._saves, (at + work.saves_every, key))
         while self._ends and self._ends[0][0] <= now:
             ends_at, key = heapq.heappop(self._ends)
             work = self.work.get(key)

@@ -10,6 +10,7 @@ from benchmarks import traces
 from sandbox.site.spec import Spec, openb_site, synthetic_site
 
 SECONDS = (6, 20)  # of a replayed job: drawn by seed; the trace's own durations are months
+SAVES = "4"  # seconds between its checkpoints
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _pod(pod: dict[str, str], rng: Random, number: int) -> dict[str, Any]:
     gpus = int(pod["num_gpu"])
     return {
         "name": pod["name"],
-        "command": ["sleep", str(rng.randint(*SECONDS))],
+        "command": ["train", str(rng.randint(*SECONDS)), SAVES],
         "gpus": gpus,
         "gpu_milli": int(pod["gpu_milli"]) if gpus == 1 else 1000,
         "vcpu_milli": int(pod["cpu_milli"]),
@@ -63,7 +64,7 @@ def _generated(rng: Random, number: int) -> dict[str, Any]:
     gpus, milli = rng.choice([(0, 1000), (1, 1000), (1, 500), (1, 320), (2, 1000), (8, 1000)])
     return {
         "name": f"job-{number}",
-        "command": ["sleep", str(rng.randint(*SECONDS))],
+        "command": ["train", str(rng.randint(*SECONDS)), SAVES],
         "gpus": gpus,
         "gpu_milli": milli,
         "vcpu_milli": 4000 * max(gpus, 1),

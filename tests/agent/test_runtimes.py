@@ -26,6 +26,7 @@ COMMANDS = {
         "exit-3": ("sh", "-c", "exit 3"),
         "print": ("sh", "-c", "echo hello out"),
         "long": ("sleep", "60"),
+        "saves": ("sh", "-c", 'touch "$TAILRACE_SAVED_FILE"; sleep 60'),
         "stubborn": (
             sys.executable,
             "-c",
@@ -37,6 +38,7 @@ COMMANDS = {
         "exit-3": ("exit", "3"),
         "print": ("print", "hello", "out"),
         "long": ("sleep", "60"),
+        "saves": ("train", "60", "0.2"),
         "stubborn": ("stubborn", "60"),
         "wrong": ("/nonexistent/tailrace",),
     },
@@ -118,6 +120,23 @@ def test_logs_by_offset(kind, tmp_path):
         assert await runtime.logs("plc_1", "stdout", 4, 10_000) == whole[4:]
         assert await runtime.logs("plc_1", "stdout", 0, 5) == whole[:5]
         assert await runtime.logs("plc_1", "stdout", len(whole), 10) == b""
+
+    drive(kind, tmp_path, check)
+
+
+def test_what_it_saved_is_told_while_it_runs_and_when_it_has_ended(kind, tmp_path):
+    async def check(runtime, commands):
+        await begun(runtime, work(commands["long"], key="plc_2"))
+        await begun(runtime, work(commands["saves"]))
+        saved = await until_awaited(
+            lambda: runtime.status("plc_1"), lambda status: status.checkpoint_at is not None, "its first checkpoint"
+        )
+        assert saved.state == "running"
+        assert saved.started_at - 1 <= saved.checkpoint_at <= time.time()
+        assert (await runtime.status("plc_2")).checkpoint_at is None
+        await runtime.stop("plc_1", 5, "drained")
+        status = await ended(runtime)
+        assert saved.checkpoint_at <= status.checkpoint_at <= status.finished_at
 
     drive(kind, tmp_path, check)
 

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from sandbox.site.executor import Executor
 from sandbox.site.physics import BOOT_S, Physics
 from sandbox.site.server import SiteServer
 from sandbox.site.spec import MINER_MODELS, demo_site, host, miner, nameplate_w, node, openb_site, synthetic_site, top_w
@@ -258,3 +259,20 @@ def test_the_uplink_forwards_and_can_be_cut():
         await server.stop()
 
     asyncio.run(go())
+
+
+def test_virtual_training_saves_its_state_as_it_goes_and_when_it_is_asked_to_leave():
+    made = Executor()
+    train, sleep = (made.start(key, "h0", command, [0], {}, 100.0) for key, command in
+                    (("a", ["train", "60", "10"]), ("b", ["sleep", "60"])))  # fmt: skip
+    made.step(100.0)
+    seen = [(at, made.step(at), train.row()["checkpoint_at"]) for at in (105.0, 110.0, 119.0, 145.0)]
+    assert seen == [(105.0, [], None), (110.0, ["a"], 110.0), (119.0, [], 110.0), (145.0, ["a"], 140.0)]
+    assert made.signal("a", "TERM", 147.5).row()["checkpoint_at"] == 147.5
+    assert made.signal("b", "KILL", 147.5).row()["checkpoint_at"] is None
+    assert (train.exit_code, made.step(200.0), train.checkpoint_at) == (143, ["a", "b"], 147.5)
+    whole = made.start("c", "h0", ["train", "60", "25"], [0], {}, 300.0)
+    made.step(900.0)
+    assert (whole.exit_code, whole.checkpoint_at, whole.finished_at) == (0, 350.0, 360.0)
+    assert made.start("d", "h0", ["train", "60", "0"], [0], {}, 300.0).exit_code == 127
+    assert sleep.checkpoint_at is None

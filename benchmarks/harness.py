@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-
 # Counts of what must never happen: where one is not 0 the work was not right, and no speed of it is worth telling.
 WRONGS = frozenset(
     {

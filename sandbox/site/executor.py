@@ -127,7 +127,8 @@ class Executor:
             at, key = heapq.heappop(self._saves)
             work = self.work.get(key)
             if work and work.finished_at is None and at <= work.ends_at:
-                at += (min(now, work.ends_at) - at) // work.saves_every * work.saves_every  # of several in one step the last
+                until, every = min(now, work.ends_at), work.saves_every
+                at += (until - at) // every * every  # of several in one step the last
                 work.checkpoint_at = at
                 self.changed.append(key)
                 heapq.heappush(self._saves, (at + work.saves_every, key))

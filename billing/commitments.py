@@ -12,7 +12,7 @@ from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import InvoiceLine, PriceVersion
-from marketplace.models import Amendment, Contract, Curtailment, PlacementEvent
+from marketplace.models import Amendment, Contract, Curtailment, Fill, PlacementEvent
 
 HELD_KINDS = ("reserved", "flexible")
 
@@ -51,10 +51,11 @@ def lines(
     currency: str,
     *,
     used: int,
+    sold: Sequence[Fill] = (),
 ) -> tuple[rating.Line, ...]:
     """The commitment and overage of `window`, inside one month; `used`: milli-GPU-seconds of that month to the window's end.
 
-    `billed`: quantities on earlier invoices by (contract, month, kind, price version).
+    `sold`: what was sold on of it. `billed`: quantities on earlier invoices by (contract, month, kind, price version).
     """
     month = rating.month_of(window.start)
     rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
@@ -77,6 +78,13 @@ def lines(
         price=priced(rate),
         overage=priced(overage),
         curtailed=curtailed(contract, month) if contract.kind == "flexible" else (),
+        sold=tuple(
+            rating.Added(
+                row.gpu_count * 1000, metering.interval(row.starts_at, _sold_until(contract, row)), priced(rate)
+            )
+            for row in sold
+            if row.starts_at < _sold_until(contract, row)
+        ),
         added=tuple(
             rating.Added(
                 row.added_gpus * 1000, term(row.effective_at), priced(later[metering.floor_second(row.effective_at)])
@@ -96,6 +104,13 @@ def lines(
             ]
         },
     )  # fmt: skip
+
+
+def _sold_until(contract: Contract, sold: Fill) -> datetime:
+    """Until when its seller owes for what he sold: its window, but no longer than his contract where he was ended for not paying."""
+    if contract.state == Contract.State.DEFAULTED and contract.ends_at is not None:
+        return min(sold.ends_at, contract.ends_at)
+    return sold.ends_at
 
 
 def term_end(contract: Contract, otherwise: int) -> int:

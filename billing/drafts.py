@@ -17,13 +17,13 @@ from django.db import connection
 from django.db.models import Min, Q
 from django.db.models.functions import Least
 
-from billing import commitments, usage
+from billing import commitments, resales, usage
 from billing.commitments import HELD_KINDS
 from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Amendment, Contract
+from marketplace.models import Amendment, Contract, Fill, Resale
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class DraftLine:
     adjustment: bool
     operator_minor: int
     platform_minor: int
+    seller_minor: int = 0
+    resale: Resale | None = None
 
     @property
     def description(self) -> str:
@@ -50,7 +52,11 @@ class DraftLine:
         if self.line.kind in {LineKind.UPFRONT, LineKind.DRAWDOWN}:
             words = "due at signing" if self.line.kind == LineKind.UPFRONT else "paid at signing, drawn down"
             return f"{gpu} {kind}, {words}, {self.contract.public_id}"
+        if self.line.kind == LineKind.RESALE and self.resale is not None:
+            return f"{gpu} {kind}, {hours} GPU-hours {resales.words(self.resale)}, {self.contract.public_id}"
         what = {LineKind.USAGE: "used", LineKind.COMMITMENT: "reserved", LineKind.OVERAGE: "beyond the reservation"}
+        if self.resale is not None:
+            kind += f", resale {self.resale.public_id}"
         late = f", adjustment of {metering.instant(self.month_s):%Y-%m}" if self.adjustment else ""
         return f"{gpu} {kind}, {hours} GPU-hours {what[self.line.kind]}, {self.contract.public_id}{late}"
 
@@ -126,6 +132,9 @@ def rate(
     billed = _billed(contracts.values(), months)
     versions = _versions(contracts.values())
     added = commitments.joined(contracts.values())
+    sold = resales.sold(contracts.values())
+    bought = resales.bought(contracts.values())
+    credited = resales.due(drafts)
     held: dict[int, list[Contract]] = defaultdict(list)
     for contract in contracts.values():
         held[contract.organization_id].append(contract)
@@ -135,8 +144,11 @@ def rate(
     for organization_id, draft in drafts.items():
         try:
             mine = held[organization_id]
-            _rate_account(draft, mine, months[organization_id], used[organization_id], billed, versions, added)
+            _rate_account(
+                draft, mine, months[organization_id], used[organization_id], billed, versions, added, sold, bought
+            )
             _draw_down(draft, mine, prepaid, versions)
+            draft.lines += [_credit(draft, each) for each in credited.get(organization_id, ())]
         except Exception as error:
             log.exception("billing account %s cannot be rated", draft.account.pk)
             draft.lines, draft.error = [], f"{type(error).__name__}: {error}"
@@ -276,6 +288,8 @@ def _rate_account(
     billed: Billed,
     versions: dict[int, list[PriceVersion]],
     added: dict[int, list[Amendment]],
+    sold: dict[int, list[Fill]],
+    bought: dict[int, Fill],
 ) -> None:
     currency = draft.account.currency
     start, edge = metering.floor_second(draft.start), metering.floor_second(draft.end)
@@ -296,9 +310,10 @@ def _rate_account(
                     continue
                 used_here = sum(group.before + group.inside for group in here)
                 lines = commitments.lines(
-                    contract, window, billed, versions[contract.pk], added[contract.pk], currency, used=used_here
-                )
-                _add(draft, contract, month, lines, adjustment=late)
+                    contract, window, billed, versions[contract.pk], added[contract.pk], currency, used=used_here,
+                    sold=sold.get(contract.pk, ()),
+                )  # fmt: skip
+                _add(draft, contract, month, lines, adjustment=late, bought=bought.get(contract.pk))
                 continue
             fresh, changed = [], []
             for group in _merged(here):
@@ -346,9 +361,34 @@ def _draw_down(
         draft.lines.append(DraftLine(line, contract, rating.month_of(edge - 1).start, False, 0, 0))
 
 
-def _add(draft: Draft, contract: Contract, month: Interval, lines: Iterable[rating.Line], *, adjustment: bool) -> None:
+def _credit(draft: Draft, due: resales.Credit) -> DraftLine:
+    """What others paid for capacity that the account's organization sold on, less the fee: a line below zero."""
+    contract = due.resale.contract
+    rate = usage.price_versions(contract)[0]
+    span = Interval(metering.floor_second(draft.start), metering.floor_second(draft.end))
+    price = rating.Price(rate.pk, due.resale.price)
+    line = rating.Line(contract.pk, LineKind.RESALE, "gpu", price, span, due.quantity, -due.minor)
+    return DraftLine(line, contract, rating.month_of(span.end - 1).start, False, 0, 0, -due.minor, due.resale)
+
+
+def _add(
+    draft: Draft,
+    contract: Contract,
+    month: Interval,
+    lines: Iterable[rating.Line],
+    *,
+    adjustment: bool,
+    bought: Fill | None = None,
+) -> None:
     for line in lines:
         if not line.quantity:
+            continue
+        if bought is not None and line.kind == LineKind.COMMITMENT:
+            of = resales.split(line, bought, contract)
+            made = DraftLine(
+                line, contract, month.start, adjustment, of.operator, of.platform, of.seller, bought.resale
+            )
+            draft.lines.append(made)
             continue
         parts = share.split(line.amount, contract.fee_permille)
         draft.lines.append(DraftLine(line, contract, month.start, adjustment, parts.operator, parts.platform))

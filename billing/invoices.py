@@ -189,6 +189,8 @@ def store(rated: Sequence[Draft], kind: str, now: datetime) -> list[Invoice]:
                 amount_minor=row.line.amount,
                 operator_minor=row.operator_minor,
                 platform_minor=row.platform_minor,
+                seller_minor=row.seller_minor,
+                resale=row.resale,
                 description=row.description[:200],
             )
             for invoice, draft in zip(invoices, charged, strict=True)
@@ -292,13 +294,17 @@ def settle_carried(invoice: Invoice, now: datetime) -> list[InvoiceLine]:
 
 
 def finalize_booking(invoice: Invoice, lines: Iterable[InvoiceLine]) -> ledger.Booking:
-    """The customer owes the total; operators' shares accrue until it is paid; the fee is ours. What is paid at signing is the
+    """The customer owes the total; operators' shares accrue until it is paid; the fee is ours. What others sold on to him is due to
+    them (`resale`) until an invoice of their own credits it. What is paid at signing is the
     customer's own until the commitment draws it down.
     """
     entries = [
         ledger.Entry(ledger.Code.RECEIVABLE, invoice.organization_id, invoice.currency, invoice.total_minor),
     ]
     for line in lines:
+        if line.seller_minor and line.resale is not None:
+            seller = line.resale.organization_id
+            entries.append(ledger.Entry(ledger.Code.RESALE, seller, invoice.currency, -line.seller_minor))
         if line.kind in InvoiceLine.HELD:
             held = ledger.Entry(ledger.Code.PREPAID, invoice.organization_id, invoice.currency, -line.amount_minor)
             entries.append(held)
@@ -344,9 +350,9 @@ def collect_booking(invoice: Invoice, lines: Iterable[InvoiceLine], at: datetime
 def records_of(line: InvoiceLine) -> list[UsageRecord]:
     """The usage records behind a line, highest revisions, by placement and start: what the customer checks it against.
 
-    None behind what is paid at signing or drawn down.
+    None behind what is paid at signing, drawn down or credited.
     """
-    if line.kind in InvoiceLine.HELD:
+    if line.kind in {*InvoiceLine.HELD, InvoiceLine.Kind.RESALE}:
         return []
     records = (
         UsageRecord.objects.filter(

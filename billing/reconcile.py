@@ -138,14 +138,15 @@ def invariants() -> dict[str, int]:
     `ledger` sums per currency; `invoice_totals` invoices whose lines do not sum to the total; `shares` lines whose parts do
     not; `prepaid` contracts that drew down more than was paid at signing; `usage_overlaps` records that overlap; `unfounded`
     paid-out lines of unpaid invoices; `overpaid` currencies in which more was paid out than collected, what operators owe back
-    (carried negative) aside; `numbers` gaps in the invoice numbers; `payout_totals` payouts that are not the sum of their lines.
+    (carried negative) aside; `resales` sellers to whom the ledger owes something else than the lines of their buyers less the lines that
+    credited them; `numbers` gaps in the invoice numbers; `payout_totals` payouts that are not the sum of their lines.
     """
     queries = {
         "ledger": "SELECT COUNT(*) FROM (SELECT a.currency FROM billing_posting p JOIN billing_ledgeraccount a"
         " ON a.id = p.account_id GROUP BY a.currency HAVING SUM(p.amount_minor) <> 0) x",
         "invoice_totals": "SELECT COUNT(*) FROM billing_invoice i WHERE i.total_minor <>"
         " (SELECT COALESCE(SUM(l.amount_minor), 0) FROM billing_invoiceline l WHERE l.invoice_id = i.id)",
-        "shares": "SELECT COUNT(*) FROM billing_invoiceline WHERE operator_minor + platform_minor <> amount_minor"
+        "shares": "SELECT COUNT(*) FROM billing_invoiceline WHERE operator_minor + platform_minor + seller_minor <> amount_minor"
         " AND kind NOT IN ('upfront', 'drawdown')",
         "prepaid": "SELECT COUNT(*) FROM (SELECT l.contract_id FROM billing_invoiceline l JOIN billing_invoice i"
         " ON i.id = l.invoice_id WHERE l.kind IN ('upfront', 'drawdown') AND i.state NOT IN ('draft', 'void')"
@@ -160,6 +161,11 @@ def invariants() -> dict[str, int]:
         " SUM(l.operator_minor) AS open FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
         " LEFT JOIN billing_payoutline b ON b.invoice_line_id = l.id WHERE i.state = 'paid' AND b.id IS NULL"
         " AND i.currency = o.currency GROUP BY l.operator_id HAVING SUM(l.operator_minor) < 0) x)",
+        "resales": "SELECT COUNT(*) FROM (SELECT x.organization_id FROM billing_invoiceline l JOIN billing_invoice i"
+        " ON i.id = l.invoice_id JOIN marketplace_resale x ON x.id = l.resale_id WHERE i.state NOT IN ('draft', 'void')"
+        " GROUP BY 1, i.currency HAVING SUM(l.seller_minor) <> (SELECT COALESCE(-SUM(p.amount_minor), 0) FROM billing_posting p"
+        " JOIN billing_ledgeraccount a ON a.id = p.account_id WHERE a.code = 'resale' AND a.currency = i.currency"
+        " AND a.organization_id = x.organization_id)) x",
         "numbers": "SELECT COALESCE(SUM(gap), 0) FROM (SELECT MAX(number) - COUNT(*) AS gap FROM billing_invoice"
         " WHERE number IS NOT NULL GROUP BY legal_entity) x",
         "payout_totals": "SELECT COUNT(*) FROM billing_payout p WHERE p.amount_minor <>"

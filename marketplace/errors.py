@@ -46,6 +46,7 @@ CATALOGUE: Final[dict[str, Kind]] = {
     "kind_not_offered": Kind(422, "The listing does not offer this kind of contract"),
     "term_not_offered": Kind(422, "The listing does not offer this term"),
     "no_capacity": Kind(409, "There is not enough free capacity in that window", "after"),
+    "in_use": Kind(409, "Running work may still need these GPUs then"),
     "too_many_holds": Kind(409, "The organization holds three live quotes already", "after"),
     "quote_expired": Kind(409, "The quote is no longer firm"),
     "capacity_gone": Kind(409, "The capacity went to somebody else", "after"),

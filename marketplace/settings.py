@@ -150,6 +150,7 @@ CELERY_BEAT_SCHEDULE = {
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
     "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
     "screening": {"task": "marketplace.tasks.tick_screening", "schedule": 30.0, "options": {"expires": 30}},
+    "bids": {"task": "marketplace.tasks.tick_bids", "schedule": 30.0, "options": {"expires": 30}},
     "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
 }
 
@@ -219,6 +220,7 @@ STRIPE_SECRET_KEY = secret("STRIPE_SECRET_KEY", "sk_test_tailrace_sandbox")
 STRIPE_BASE_URL = env.str("STRIPE_BASE_URL", default="" if not DEVELOPMENT else "http://127.0.0.1:8003")
 STRIPE_WEBHOOK_SECRETS = env.list("STRIPE_WEBHOOK_SECRETS", default=["whsec_tailrace_sandbox"] if DEVELOPMENT else [])
 PLATFORM_FEE_PERMILLE = env.int("PLATFORM_FEE_PERMILLE", default=150)
+RESALE_FEE_PERMILLE = env.int("RESALE_FEE_PERMILLE", default=50)
 LEGAL_ENTITY = env.str("LEGAL_ENTITY", default="Tailrace Inc.")
 
 # --- sites and power

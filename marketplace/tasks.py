@@ -7,6 +7,7 @@ from django.utils import timezone
 
 from marketplace import outbox
 from marketplace.services import contracts, feeds, jobs, screening, spot
+from marketplace.services.forward import bids, notices, sales, topics
 
 
 @shared_task
@@ -23,6 +24,12 @@ def market_clock() -> None:
 @shared_task
 def fetch_feeds() -> None:
     feeds.fetch_all(now=timezone.now())
+
+
+@shared_task
+def tick_bids() -> None:
+    """Standing bids: those that are over, and every book in which some stand."""
+    bids.tick(now=timezone.now())
 
 
 @shared_task
@@ -55,6 +62,21 @@ def run_spot(payload: dict[str, Any]) -> None:
 @outbox.handler("marketplace.end_contract_jobs")
 def end_contract_jobs(payload: dict[str, Any]) -> None:
     jobs.end_contract(payload["contract"], now=timezone.now())
+
+
+@outbox.handler(topics.UNDO)
+def undo_sale(payload: dict[str, Any]) -> None:
+    sales.undo(payload["contract"], now=timezone.now())
+
+
+@outbox.handler(topics.MATCH, one_at_a_time=True)
+def match_bids(payload: dict[str, Any]) -> None:
+    bids.run(payload["livemode"], payload["gpu_model"], payload["region"], now=timezone.now())
+
+
+@outbox.handler(topics.TOLD)
+def forward_notice(payload: dict[str, Any]) -> None:
+    notices.send(payload)
 
 
 @outbox.handler(contracts.NOTICE)

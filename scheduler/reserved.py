@@ -21,7 +21,8 @@ from scheduler.standing import LAG_S
 
 CLAIM_AHEAD: Final = timedelta(seconds=Policy().unknown_s)
 _FIRM: Final = """
-SELECT b.host_id, r.contract_id, b.gpu_indices, floor(extract(epoch FROM r.claims_at))::bigint, r.claims_at <= %(now)s
+SELECT b.host_id, r.contract_id, b.gpu_indices, floor(extract(epoch FROM r.claims_at))::bigint,
+  r.claims_at <= %(now)s AND r.contract_id IS NOT NULL
 FROM marketplace_reservationblock b
 JOIN marketplace_reservation r ON r.id = b.reservation_id JOIN marketplace_host h ON h.id = b.host_id
 WHERE h.cell_id = %(cell)s AND r.state = 'firm' AND r.ends_at > %(now)s AND r.claims_at <= %(by)s

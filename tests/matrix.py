@@ -97,6 +97,14 @@ class World:
         )  # fmt: skip
 
     @cached_property
+    def resale(self) -> Any:
+        return factories.resale(self.listing, self.organization)
+
+    @cached_property
+    def bid(self) -> Any:
+        return factories.bid(self.organization, self.site)
+
+    @cached_property
     def job(self) -> Any:
         return factories.job(self.contract, state="running")
 
@@ -142,7 +150,17 @@ class World:
         names = ("site", "host", "miner", "agent", "listing", "draft", "quote", "contract", "job", "placement")
         rows = [
             getattr(self, name)
-            for name in (*names, "amendment", "key", "invitation", "curtailment", "conversion", "invoice")
+            for name in (
+                *names,
+                "amendment",
+                "resale",
+                "bid",
+                "key",
+                "invitation",
+                "curtailment",
+                "conversion",
+                "invoice",
+            )
         ]
         return [self.organization, *self.members.values(), *rows, *self.site.power_nodes.all()]
 
@@ -155,6 +173,7 @@ organization, site, host, miner, agent = (_one(n) for n in ("organization", "sit
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
 draft, conversion = _one("listing", "draft"), _one("plan", "conversion")
+resale, bid = _one("resale"), _one("bid")
 
 
 def amendment(world: World) -> dict[str, str]:
@@ -258,6 +277,17 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/contracts/<str:contract>", "PATCH", "contracts:write", contract),
     R("api/v1/contracts/<str:contract>/spot-results", "GET", "contracts:read", contract),
     R("api/v1/spot-prices", "GET", "public"),
+    R("api/v1/resales", "GET", "contracts:read"),
+    R("api/v1/resales", "POST", "contracts:write"),
+    R("api/v1/resales/<str:resale>", "GET", "contracts:read", resale),
+    R("api/v1/resales/<str:resale>/withdraw", "POST", "contracts:write", resale),
+    R("api/v1/contracts/<str:contract>/resale-terms", "GET", "contracts:read", contract),
+    R("api/v1/bids", "GET", "quotes:read"),
+    R("api/v1/bids", "POST", "quotes:write"),
+    R("api/v1/bids/<str:bid>", "GET", "quotes:read", bid),
+    R("api/v1/bids/<str:bid>/cancel", "POST", "quotes:write", bid),
+    R("api/v1/book", "GET", "public"),
+    R("api/v1/fills", "GET", "public"),
     R("api/v1/contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
     R("api/v1/contracts/<str:contract>/termination", "GET", "contracts:read", contract),
     R("api/v1/contracts/<str:contract>/amendments", "GET", "contracts:read", contract),
@@ -319,6 +349,17 @@ ROUTES: tuple[R, ...] = (
     R("terms/<str:version>", "GET", "public", version, stranger="sees"),
     R("contracts/<str:contract>/terminate", "POST", "contracts:write", contract),
     R("contracts/<str:contract>/limit", "POST", "contracts:write", contract),
+    R("contracts/<str:contract>/resell", "GET", "contracts:write", contract),
+    R("contracts/<str:contract>/resell", "POST", "contracts:write", contract),
+    R("book", "GET", "public", stranger="sees"),
+    R("resales", "GET", "contracts:read"),
+    R("resales/<str:resale>", "GET", "contracts:read", resale),
+    R("resales/<str:resale>/withdraw", "POST", "contracts:write", resale),
+    R("bids", "GET", "quotes:read"),
+    R("bids/new", "GET", "quotes:write"),
+    R("bids/new", "POST", "quotes:write"),
+    R("bids/<str:bid>", "GET", "quotes:read", bid),
+    R("bids/<str:bid>/cancel", "POST", "quotes:write", bid),
     R("jobs", "GET", "jobs:read"),
     R("jobs/new", "GET", "jobs:write"),
     R("jobs/new", "POST", "jobs:write"),

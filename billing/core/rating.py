@@ -27,6 +27,7 @@ class LineKind(StrEnum):
     OVERAGE = "overage"
     UPFRONT = "upfront"
     DRAWDOWN = "drawdown"
+    RESALE = "resale"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,6 +75,7 @@ class Added:
 class Commitment:
     """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, and what was `added`.
 
+    `sold` is somebody else's to use: it stays due, to the end of its own window, and is no part of what may be drawn down.
     `curtailed` is empty for a reserved contract. `overage` prices what goes beyond the month's commitment.
     """
 
@@ -85,10 +87,16 @@ class Commitment:
     overage: Price
     curtailed: tuple[Interval, ...] = ()
     added: tuple[Added, ...] = ()
+    sold: tuple[Added, ...] = ()
 
     def parts(self) -> tuple[Added, ...]:
-        """All that it holds, what was there from the beginning first."""
-        return (Added(self.milli_gpus, self.term, self.price), *self.added)
+        """All that it owes, what was there from the beginning first, and what was sold on beyond an early end."""
+        kept = (Added(p.milli_gpus, Interval(max(p.term.start, self.term.end), p.term.end), p.price) for p in self.sold)
+        return (
+            Added(self.milli_gpus, self.term, self.price),
+            *self.added,
+            *(p for p in kept if p.term.start < p.term.end),
+        )
 
 
 def rated(kind: LineKind, group: UsageGroup, currency: str) -> Line:
@@ -123,6 +131,14 @@ def committed_by_price(commitment: Commitment, window: Interval) -> dict[Price, 
     return found
 
 
+def sold_quantity(commitment: Commitment, window: Interval) -> int:
+    """Milli-GPU-seconds of the commitment that others use: sold on, curtailed seconds taken out."""
+    return sum(
+        part.milli_gpus * sum(piece.seconds for piece in subtract(clip((part.term,), window), commitment.curtailed))
+        for part in commitment.sold
+    )
+
+
 def rate_commitment(
     commitment: Commitment,
     window: Interval,
@@ -143,7 +159,7 @@ def rate_commitment(
         raise ValueError("a commitment is rated inside one UTC month; cut the window with month_windows")
     earlier = billed or {}
     to_date = committed_by_price(commitment, Interval(month.start, window.end))
-    over = max(0, used - committed_quantity(commitment, month))
+    over = max(0, used - committed_quantity(commitment, month) + sold_quantity(commitment, month))
     due = [(LineKind.COMMITMENT, price, quantity) for price, quantity in to_date.items()]
     due.append((LineKind.OVERAGE, commitment.overage, over))
     return tuple(

@@ -5,7 +5,7 @@ from django.db.models import F, Q
 
 from billing.models.accounts import BillingAccount
 from billing.models.usage import Meter, PriceVersion
-from marketplace.models import Contract, Organization
+from marketplace.models import Contract, Organization, Resale
 from marketplace.tenancy import TenantModel, TenantQuerySet
 
 
@@ -111,9 +111,10 @@ class InvoiceLineQuerySet(TenantQuerySet):
 
 
 class InvoiceLine(TenantModel):
-    """`quantity` milli-GPU-seconds of `contract` at one price version, rounded once; operator + platform = amount.
+    """`quantity` milli-GPU-seconds of `contract` at one price version, rounded once; operator + platform + seller = amount.
 
-    What is paid at signing (`upfront`) and drawn down later is nobody's share: it is held until the commitment is billed.
+    `seller_minor` goes to the customer whose `resale` sold the capacity; his own invoice takes it from there (`resale`: a line
+    below zero). What is paid at signing (`upfront`) and drawn down later is nobody's share: it is held until the commitment is billed.
     """
 
     PREFIX = "ivl"
@@ -124,6 +125,7 @@ class InvoiceLine(TenantModel):
         OVERAGE = "overage"
         UPFRONT = "upfront"
         DRAWDOWN = "drawdown"
+        RESALE = "resale"
 
     HELD = ("upfront", "drawdown")
 
@@ -143,6 +145,8 @@ class InvoiceLine(TenantModel):
     amount_minor = models.BigIntegerField()
     operator_minor = models.BigIntegerField()
     platform_minor = models.BigIntegerField()
+    resale = models.ForeignKey(Resale, null=True, on_delete=models.PROTECT, related_name="+")
+    seller_minor = models.BigIntegerField(default=0)
     description = models.CharField(max_length=200)
 
     objects = InvoiceLineQuerySet.as_manager()
@@ -152,9 +156,15 @@ class InvoiceLine(TenantModel):
         constraints = [
             models.UniqueConstraint(fields=["invoice", "position"], name="invoice_line_once"),
             models.CheckConstraint(
-                condition=Q(kind__in=("upfront", "drawdown"), operator_minor=0, platform_minor=0)
-                | (~Q(kind__in=("upfront", "drawdown")) & Q(amount_minor=F("operator_minor") + F("platform_minor"))),
+                condition=Q(kind__in=("upfront", "drawdown"), operator_minor=0, platform_minor=0, seller_minor=0)
+                | (
+                    ~Q(kind__in=("upfront", "drawdown"))
+                    & Q(amount_minor=F("operator_minor") + F("platform_minor") + F("seller_minor"))
+                ),
                 name="invoice_line_shared_out",
+            ),
+            models.CheckConstraint(
+                condition=Q(seller_minor=0) | Q(resale__isnull=False), name="invoice_line_seller_known"
             ),
             models.UniqueConstraint(fields=["contract"], condition=Q(kind="upfront"), name="invoice_line_one_upfront"),
         ]

@@ -19,6 +19,7 @@ class LedgerAccount(models.Model):
         OPERATOR_ACCRUED = "operator_accrued"
         OPERATOR_PAYABLE = "operator_payable"
         OPERATOR_RESERVE = "operator_reserve"
+        RESALE = "resale"
         TAX_PAYABLE = "tax_payable"
         STRIPE_CLEARING = "stripe_clearing"
         STRIPE_FEES = "stripe_fees"

@@ -5,6 +5,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     contracts,
     conversions,
     facilities,
+    forward,
     hosts,
     listings,
     miners,

@@ -52,6 +52,7 @@ def line(row: InvoiceLine, currency: str) -> dict[str, Any]:
         "price_millionths_per_gpu_hour": row.price_millionths,
         "amount": amount(row.amount_minor, currency),
         "operator_share": amount(row.operator_minor, currency),
+        "seller_share": amount(row.seller_minor, currency),
         "platform_fee": amount(row.platform_minor, currency),
     }
 

@@ -38,6 +38,7 @@ class FilterShape(Shape):
     level = serializers.ChoiceField(
         LEVELS, required=False, default="site", help_text="all of the block in one such cell"
     )
+    resale = serializers.BooleanField(required=False, help_text="only what customers sell on, or none of it")
 
 
 def filters_of(query: dict[str, Any]) -> search.Filters:
@@ -129,6 +130,10 @@ class ListingShape(serializers.Serializer):
     prices = serializers.DictField(child=shapes.PriceShape(), help_text="spot: its floor")
     spot_price = shapes.PriceShape(allow_null=True, help_text="of the interval in force; null: no spot, or none yet")
     terms = serializers.DictField()
+    resale = serializers.DictField(
+        allow_null=True,
+        help_text="what a customer sells on: its id and the window that is taken as a whole; null: an operator's offer",
+    )
     stock = StockShape(required=False)
     actions = serializers.ListField(child=serializers.CharField())
 

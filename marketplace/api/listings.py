@@ -29,7 +29,7 @@ from scheduler.core.capacity import LEVELS
 
 
 class ListingResource(Resource):
-    model_queryset = Listing.objects.select_related("site__cell", "gpu_model", "organization")
+    model_queryset = Listing.objects.select_related("site__cell", "gpu_model", "organization", "resale")
     prefix = "lst"
     filters = {"state": "state"}
 
@@ -75,6 +75,7 @@ class ListingResource(Resource):
                 "available_from": row.available_from,
                 "available_until": row.available_until,
             },
+            "resale": _resale(row),
             **({} if stock is None else {"stock": _stock(stock, level)}),
             "actions": listings.actions(row) if mine else (["quote"] if row.state == "published" else []),
         }
@@ -105,6 +106,12 @@ class ListingResource(Resource):
             "hosts": None if hosts is None else listings.own_hosts(self.actor, hosts),
             "partners": None if partners is None else listings.partner_ids(partners),
         }
+
+
+def _resale(row: Listing) -> dict[str, Any] | None:
+    if not row.is_resale:
+        return None
+    return {"id": row.resale.public_id, "starts_at": row.resale.starts_at, "ends_at": row.resale.ends_at}
 
 
 def _stock(stock: Stock, level: str) -> dict[str, Any]:

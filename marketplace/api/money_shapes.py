@@ -49,6 +49,7 @@ class InvoiceLineShape(serializers.Serializer):
     price_millionths_per_gpu_hour = serializers.IntegerField()
     amount = MoneyShape()
     operator_share = MoneyShape()
+    seller_share = MoneyShape(help_text="of capacity that another customer sold on; below zero: credited to you")
     platform_fee = MoneyShape()
 
 

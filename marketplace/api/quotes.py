@@ -64,15 +64,16 @@ class QuoteShape(serializers.Serializer):
     holds_capacity = serializers.BooleanField()
     accept = shapes.AcceptShape(allow_null=True)
     contract = serializers.CharField(allow_null=True)
+    bid = serializers.CharField(allow_null=True, help_text="the standing bid that it came of")
     reference = serializers.CharField()
     metadata = serializers.DictField()
     actions = serializers.ListField(child=serializers.CharField())
 
 
 class QuoteResource(Resource):
-    model_queryset = Quote.objects.select_related("listing", "contract")
+    model_queryset = Quote.objects.select_related("listing__resale", "contract", "bid")
     prefix = "quo"
-    filters = {"state": "state", "listing": "listing", "kind": "kind", "reference": "reference"}
+    filters = {"state": "state", "listing": "listing", "kind": "kind", "reference": "reference", "bid": "bid"}
 
     def represent(self, row: Quote) -> dict[str, Any]:
         now = timezone.now()
@@ -103,6 +104,7 @@ class QuoteResource(Resource):
                 "gpu_seconds": items["gpu_seconds"],
                 "total": shapes.amount(items["total_minor"], row.currency),
                 "to_the_operator": shapes.amount(items["operator_minor"], row.currency),
+                "to_the_seller": shapes.amount(items["seller_minor"] or None, row.currency),
                 "platform_fee": shapes.amount(items["platform_fee_minor"], row.currency),
             },
             "held_until": row.held_until,
@@ -110,6 +112,7 @@ class QuoteResource(Resource):
             "holds_capacity": bool(open_ and row.kind in HOLDING and row.held_until and row.held_until > now),
             "accept": quotes.accept_body(row) if open_ else None,
             "contract": None if contract is None else contract.public_id,
+            "bid": row.bid.public_id if row.bid else None,
             "reference": row.reference,
             "metadata": row.metadata,
             "actions": ["accept", "release"] if open_ else [],
@@ -121,7 +124,7 @@ class Quotes(QuoteResource):
 
     @extend_schema(
         tags=["quotes"], operation_id="quotes_list", responses={200: shapes.page_of("Quote", QuoteShape)},
-        parameters=[OpenApiParameter(n, str) for n in ("state", "listing", "kind", "reference", "limit", "cursor")],
+        parameters=[OpenApiParameter(n, str) for n in ("state", "listing", "kind", "reference", "bid", "limit", "cursor")],
     )  # fmt: skip
     def get(self, request: Request) -> Response:
         return self.listing(request)

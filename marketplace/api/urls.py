@@ -9,6 +9,7 @@ from marketplace.api import (
     contracts,
     conversions,
     curtailments,
+    forward,
     health,
     hosts,
     invoices,
@@ -32,7 +33,7 @@ from marketplace.api import (
 
 RESOURCES = (
     health, organizations, screening, keys, sites, conversions, hosts, miners, power, curtailments, listings,
-    calendars, quotes, contracts, amendments, spot, jobs, usage, invoices, payment_methods, payouts, agent, staff,
+    calendars, quotes, contracts, amendments, spot, forward, jobs, usage, invoices, payment_methods, payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip
 

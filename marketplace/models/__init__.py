@@ -12,6 +12,7 @@ from marketplace.models.accounts import (
 from marketplace.models.agreements import Amendment, ContractDocument, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.conversions import ConversionPlan
+from marketplace.models.forward import Fill, Resale, StandingBid
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.maintenance import (
@@ -67,6 +68,7 @@ __all__ = [
     "Curtailment",
     "EnrolmentToken",
     "FeedValue",
+    "Fill",
     "Gpu",
     "GpuModel",
     "Host",
@@ -94,6 +96,7 @@ __all__ = [
     "PowerGrant",
     "PowerNode",
     "Quote",
+    "Resale",
     "Reservation",
     "ReservationBlock",
     "Screening",
@@ -105,6 +108,7 @@ __all__ = [
     "SpotInterval",
     "SpotNotice",
     "SpotResult",
+    "StandingBid",
     "TermsAcceptance",
     "User",
 ]

@@ -95,8 +95,10 @@ class Contract(TenantModel):
 
     @property
     def reservation(self) -> "Reservation":
-        """Its own GPUs for its term; what stands in during maintenance is not among them."""
-        found: Reservation = self.reservations.get(maintenance=None)
+        """Its own GPUs for its term: what stands in during maintenance is not among them, nor what else it holds while parts of it are
+        offered or sold on.
+        """
+        found: Reservation = self.reservations.get(maintenance=None, piece=False)
         return found
 
 
@@ -130,11 +132,24 @@ class Reservation(models.Model):
     listing = models.ForeignKey(Listing, on_delete=models.PROTECT, related_name="reservations")
     quote = models.OneToOneField(Quote, null=True, on_delete=models.CASCADE, related_name="reservation")
     contract = models.ForeignKey(
-        Contract, null=True, on_delete=models.CASCADE, related_name="reservations", db_index=False
+        Contract,
+        null=True,
+        on_delete=models.CASCADE,
+        related_name="reservations",
+        related_query_name="reservation",
+        db_index=False,
     )
     maintenance = models.ForeignKey(
         "marketplace.Maintenance", null=True, on_delete=models.CASCADE, related_name="reservations",
         help_text="what it takes (no contract), or GPUs that stand in meanwhile for those of a contract",
+    )  # fmt: skip
+    piece = models.BooleanField(
+        default=False, db_default=False,
+        help_text="one more of a contract, while parts of it are offered or sold on (services.forward.pieces)",
+    )  # fmt: skip
+    within = models.ForeignKey(
+        "self", null=True, on_delete=models.CASCADE, related_name="held_inside",
+        help_text="a hold on GPUs that this other reservation has set aside: it claims nothing by itself",
     )  # fmt: skip
     starts_at = models.DateTimeField()
     ends_at = models.DateTimeField()
@@ -148,7 +163,9 @@ class Reservation(models.Model):
         constraints = [
             models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="reservation_window"),
             models.UniqueConstraint(
-                fields=["contract"], condition=Q(maintenance__isnull=True), name="reservation_once_for_a_contract"
+                fields=["contract"],
+                condition=Q(maintenance__isnull=True, piece=False),
+                name="reservation_once_for_a_contract",
             ),
         ]
         indexes = [

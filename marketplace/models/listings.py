@@ -81,6 +81,9 @@ class Listing(TenantModel):
     fabric_gbps = models.PositiveIntegerField(default=0)
     runtime = models.CharField(max_length=24, default="process", help_text="as its site's agent says")
     version = models.PositiveIntegerField(default=1)
+    is_resale = models.BooleanField(
+        default=False, db_default=False, help_text="a customer's offer of part of a contract, see Resale"
+    )
     published_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -113,6 +116,7 @@ class Quote(TenantModel):
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="quotes")
     listing = models.ForeignKey(Listing, on_delete=models.PROTECT, related_name="quotes")
     created_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
+    bid = models.ForeignKey("StandingBid", null=True, on_delete=models.SET_NULL, related_name="quotes")
     kind = models.CharField(max_length=12, choices=Kind)
     gpu_count = models.PositiveIntegerField()
     level = models.CharField(max_length=8, default="site", help_text="all GPUs in one host, leaf, spine or site")

@@ -99,13 +99,56 @@ def load(
         if up and beat is not None:
             beats[listing_id] = min(beats[listing_id] or beat, beat)
     host_ids = [row[0] for row in rows]
-    claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *_closed(listings, rows), *leaving]
+    claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *leaving]
+    set_aside = [listing for listing in listings if listing.is_resale]
+    if set_aside:
+        parts, inside = _set_aside(set_aside, now, without)
+        rows += parts
+        claims += inside
+        smallest.update((listing.pk, listing.min_gpus) for listing in set_aside)
+        for _, count, _, _, listing_id in parts:
+            totals[listing_id] += count
+    claims += _closed(listings, rows)
     return Market(
         pool=Pool.build(Hosts.of(rows), claims),
         beats=beats,
         totals=totals,
         chunks={listing.pk: max(1, min(listing.min_gpus, smallest.get(listing.pk, 1))) for listing in listings},
     )
+
+
+def _set_aside(
+    listings: Sequence[Listing], now: datetime, without: Collection[int]
+) -> tuple[list[tuple[int, int, str, str, int]], list[Claim]]:
+    """What is left of resales, as hosts of their own (id: that of the block set aside, below zero) and the live holds on them."""
+    rows: list[tuple[int, int, str, str, int]] = []
+    claims: list[Claim] = []
+    blocks = ReservationBlock.objects.filter(
+        reservation__resale__listing__in=listings, reservation__resale__state="open", reservation__state=Reservation.State.FIRM
+    ).select_related("host__site", "reservation__resale")  # fmt: skip
+    at: dict[tuple[int, int], int] = {}
+    for block in blocks.order_by("pk"):
+        host, resale = block.host, block.reservation.resale
+        stays = host.leaves_at is not None and host.leaves_at >= resale.ends_at
+        up = host.site.mode != Site.Mode.OFF and (
+            host.state == Host.State.ACTIVE or (host.state == Host.State.DRAINING and stays)
+        )
+        sick = set(host.gpus.filter(healthy=False).values_list("index", flat=True))
+        rows.append(
+            (-block.pk, len(set(block.gpu_indices) - sick) if up else 0, host.leaf, host.spine, resale.listing_id)
+        )
+        at[block.reservation_id, block.host_id] = -block.pk
+    live = Reservation.objects.filter(
+        within__in={key for key, _ in at}, state=Reservation.State.HELD, held_until__gt=now
+    ).exclude(pk__in=list(without))  # fmt: skip
+    for hold in live.order_by("pk").prefetch_related("blocks"):
+        held = tuple(
+            (at[hold.within_id, b.host_id], len(b.gpu_indices))
+            for b in hold.blocks.all()
+            if (hold.within_id, b.host_id) in at
+        )
+        claims.append(Claim(("reservation", hold.pk), seconds(hold.claims_at), seconds(hold.ends_at), held))
+    return rows, claims
 
 
 def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:
@@ -120,7 +163,7 @@ def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:
 
 def live_reservations(now: datetime, path: str = "") -> Q:
     """Those that claim capacity now or later; `path` leads to Reservation, such as `reservation__`."""
-    held = Q(**{f"{path}state": Reservation.State.HELD, f"{path}held_until__gt": now})
+    held = Q(**{f"{path}state": Reservation.State.HELD, f"{path}held_until__gt": now, f"{path}within": None})
     return (held | Q(**{f"{path}state": Reservation.State.FIRM})) & Q(**{f"{path}ends_at__gt": now})
 
 
@@ -158,7 +201,8 @@ def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = 
             reservation__state=Reservation.State.FIRM,
             reservation__ends_at__gt=now,
         ).values_list("reservation__contract_id", "host_id", "gpu_indices")
-        own = {(contract, host): set(indices) for contract, host, indices in blocks}
+        for contract, host, indices in blocks:
+            own.setdefault((contract, host), set()).update(indices)
     taken: dict[int, dict[int, int]] = defaultdict(dict)
     for host, indices, contract, _, ends_at, limit, running_at, created_at in rows:
         # Past its contract's end, or its own, a placement still drains, nobody knows how long.
@@ -208,6 +252,11 @@ def stock(
     groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
     for listing in listings:
         taken = claim_window(listing, start, end, now) if kind in HOLDING else (seconds(start), seconds(end))
+        if listing.is_resale and starts_at is None and listing.available_from and listing.available_until:
+            taken = (
+                seconds(listing.available_from),
+                seconds(listing.available_until),
+            )  # its own window, the only one there is
         groups[market.chunks[listing.pk], taken].append(listing.pk)
     most: dict[int, int] = {}
     for (chunk, (t1, t2)), ids in groups.items():

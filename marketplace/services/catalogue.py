@@ -85,6 +85,7 @@ _LISTING: Final = {
     "flexible_notice_s": "l.flexible_notice_s",
     "available_from": _epoch("l.available_from", -1),
     "available_until": _epoch("l.available_until", -1),
+    "is_resale": "l.is_resale::int",
     "fabric_gbps": "l.fabric_gbps",
     "vram_mib": "coalesce(m.vram_mib, -1)",
     "carbon_g_per_kwh": "coalesce(s.carbon_g_per_kwh, -1)",
@@ -114,16 +115,32 @@ _HOST: Final = {
     "vcpu_milli": "h.vcpu_milli",
     "ram_mib": "h.ram_mib",
     "nvme_gib": "h.nvme_gib",
+    "part": "0",
 }
 _HOST_TEXT: Final = {"spine": "h.spine", "leaf": "h.leaf"}
 _HOSTS: Final = """
 marketplace_host h JOIN marketplace_site s ON s.id = h.site_id WHERE h.listing_id IS NOT NULL AND h.state <> 'retired'
+"""
+# What a resale has set aside on a host is a host of its own to the market.
+_PART: Final = {
+    **_HOST,
+    "listing_id": "x.listing_id",
+    "gpu_count": "cardinality(a.gpu_indices)",
+    "broken": "(SELECT count(*) FROM marketplace_gpu g WHERE g.host_id = h.id AND NOT g.healthy AND g.index = ANY (a.gpu_indices))",
+    "part": "a.id",
+}
+_PARTS: Final = """
+marketplace_resale x JOIN marketplace_reservationblock a ON a.reservation_id = x.reservation_id
+JOIN marketplace_host h ON h.id = a.host_id JOIN marketplace_site s ON s.id = h.site_id
+WHERE x.state = 'open' AND h.state <> 'retired'
 """
 _HOLD: Final = {
     "host_id": "b.host_id",
     "claims_at": _epoch("r.claims_at", 0),
     "ends_at": _epoch("r.ends_at", 0),
     "gpus": "cardinality(b.gpu_indices)",
+    "part": "CASE WHEN r.within_id IS NULL THEN 0 ELSE coalesce((SELECT a.id FROM marketplace_reservationblock a"
+    " WHERE a.reservation_id = r.within_id AND a.host_id = b.host_id), -1) END",
     "held_until": f"CASE r.state WHEN 'held' THEN {_epoch('r.held_until', 0)} ELSE {FOREVER} END",
 }
 _HOLDS: Final = """
@@ -231,10 +248,15 @@ def _hosts(names: Names, ids: Ints | None) -> Rows:
     for column in range(matrix.shape[1]):
         mine = matrix[:, column : column + 1]
         np.maximum(largest, np.where(mine[:, 0] >= 0, (matrix == mine).sum(axis=1), 0), out=largest)
+    parts = _rows(names, _PART, _HOST_TEXT, _PARTS, "h.id", ids, ", a.id")
+    if len(parts):
+        both = {name: np.concatenate([column, parts[name]]) for name, column in rows.columns.items()}
+        order = np.argsort(both["id"], kind="stable")  # the host itself before its parts
+        rows = Rows({name: column[order] for name, column in both.items()})
     made = np.zeros(len(rows), np.int64)
     if len(rows) and of is not None:  # a host that came in between the two statements is named next time
         at = Rows({"id": of}).position(rows["id"])
-        made = np.where(at >= 0, largest[at], 0)
+        made = np.where(at >= 0, np.minimum(largest[at], rows["gpu_count"]), 0)
     return Rows({**rows.columns, "nvlink_gpus": made})
 
 

@@ -112,6 +112,7 @@ class Filters:
     end: datetime | None = None
     count: int | None = None
     level: str = "site"
+    resale: bool | None = None  # only what customers sell on, or none of it
     where: tuple[Comparison, ...] = ()
 
     def __post_init__(self) -> None:
@@ -154,6 +155,7 @@ def conditions(offers: Offers, wanted: Filters, now: datetime) -> list[tuple[str
         ("fabric_gbps_min", _least(offers, "fabric_gbps", wanted.fabric_gbps_min)),
         ("carbon_max_g", _carbon(offers, wanted.carbon_max_g)),
         ("runtime", one_of(offers, "runtime", wanted.runtime)),
+        ("resale", None if wanted.resale is None else offers.listings["is_resale"] == int(wanted.resale)),
         *((str(each), _compared(offers, each, wanted.kinds)) for each in wanted.where),
         ("kind", priced(offers, wanted.kinds, None) if wanted.kind else None),
         ("price_max", None if wanted.price_max is None else priced(offers, wanted.kinds, wanted.price_max)),

@@ -1,4 +1,4 @@
-"""Reservations and the GPUs they name: the only writer of Reservation and ReservationBlock.
+"""Reservations and the GPUs they name: with `forward.pieces` the only writer of Reservation and ReservationBlock.
 
 The capacity core promises counts per host. Here each count becomes device indices. Every claim that has begun keeps
 its devices; those still to come are renumbered where that makes room, in order of their start, which always succeeds: all
@@ -99,9 +99,7 @@ def lengthen(reservation: Reservation, *, now: datetime) -> None:
     """The same GPUs to the reservation's new end; claims to come that were to have them are renumbered. The pool has said that
     there is room. MarketError("no_capacity") if a host has not.
     """
-    hosts = list(reservation.blocks.values_list("host_id", flat=True))
-    usable, taken = _usable(hosts), _taken(hosts, now)  # the reservation itself is among them, with its new end
-    _renumber(hosts, usable, taken)
+    renumber(reservation.blocks.values_list("host_id", flat=True), now=now)  # itself is among them, with its new end
 
 
 def grow(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: datetime) -> None:
@@ -139,15 +137,16 @@ def neighbours(reservation: Reservation, level: str) -> Collection[int] | None:
 
 def cut(contract: Contract, ends_at: datetime) -> None:
     """Its GPUs, and those that stand in for them, are free from `ends_at` on."""
-    rows = Reservation.objects.filter(contract=contract)
+    rows = Reservation.objects.filter(contract=contract, state=Reservation.State.FIRM)
     rows.filter(starts_at__gte=ends_at).update(state=Reservation.State.RELEASED)
-    rows.filter(Q(maintenance=None) | Q(ends_at__gt=ends_at), starts_at__lt=ends_at).update(ends_at=ends_at)
+    rows.filter(starts_at__lt=ends_at, ends_at__gt=ends_at).update(ends_at=ends_at)
 
 
-def _renumber(
-    hosts: Iterable[int], usable: dict[int, list[int]], taken: dict[int, list[tuple[Taken, ReservationBlock | None]]]
-) -> None:
-    for host in sorted(hosts):
+def renumber(host_ids: Iterable[int], *, now: datetime) -> None:
+    """Claims to come get other devices of their hosts where two would have the same. MarketError("no_capacity") without room."""
+    hosts = sorted(set(host_ids))
+    usable, taken = _usable(hosts), _taken(hosts, now)
+    for host in hosts:
         rivals = taken.get(host, [])
         moves = recolour(usable.get(host, ()), [t for t, _ in rivals])
         if moves is None:
@@ -263,8 +262,9 @@ def crowding(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]:
     more than its share in the days before, when nobody needed it. Of all cells where none is named.
     """
     claims = ReservationBlock.objects.filter(
-        reservation__state=Reservation.State.FIRM, reservation__claims_at__lte=now, reservation__ends_at__gt=now
-    )
+        reservation__state=Reservation.State.FIRM, reservation__claims_at__lte=now, reservation__ends_at__gt=now,
+        reservation__contract__isnull=False,
+    )  # fmt: skip
     if cell_id is not None:
         claims = claims.filter(host__cell_id=cell_id)
     promised: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
@@ -345,7 +345,8 @@ def _move(row: Reservation, now: datetime) -> bool:
         if fresh.state != Reservation.State.FIRM or not disturbed([fresh], now):
             return False
         found = availability.admit(
-            row.listing, gpus=contract.gpu_count, level=quote.level if quote else "site",
+            row.listing, gpus=sum(len(block.gpu_indices) for block in fresh.blocks.all()),
+            level=quote.level if quote else "site",
             starts_at=fresh.starts_at, ends_at=fresh.ends_at, now=now, without=(fresh.pk,),
         )  # fmt: skip
         if not found.admitted:

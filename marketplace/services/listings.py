@@ -26,6 +26,7 @@ from marketplace.models import (
     Site,
 )
 from marketplace.services import audit, availability, feeds
+from marketplace.services.forward.topics import nudge_book
 from marketplace.services.transitions import legal_actions
 from marketplace.tenancy import Actor
 from scheduler.core import economics
@@ -85,6 +86,7 @@ def update(
             assign_hosts(fresh, hosts, now=now)
         if fresh.state == Listing.State.PUBLISHED:
             check_complete(fresh, now=now)
+            nudge_book(fresh.site.cell.livemode, fresh.gpu_model_id, fresh.site.region)
         audit.record(actor, "listing.updated", fresh.public_id, now=now, before=_plain(before), after=_plain(fields))
     return fresh
 
@@ -158,7 +160,9 @@ def retire(actor: Actor, listing: Listing, *, now: datetime) -> Listing:
 
 
 def actions(listing: Listing) -> list[str]:
-    """What its operator may do now."""
+    """What its operator may do now: nothing with what a customer sells on."""
+    if listing.is_resale:
+        return []
     moves = [ACTIONS[state] for state in legal_actions(Listing, listing.state)]
     return sorted([*moves, *([] if listing.state == Listing.State.RETIRED else ["update"])])
 
@@ -177,12 +181,16 @@ def _move(actor: Actor, listing: Listing, to: str, now: datetime, **columns: Any
         actor, f"listing.{to}", listing.public_id, now=now, before={"state": listing.state}, after={"state": to}
     )
     listing.refresh_from_db()
+    if to == Listing.State.PUBLISHED:
+        nudge_book(listing.site.cell.livemode, listing.gpu_model_id, listing.site.region)
     return listing
 
 
 def _locked(listing: Listing) -> Listing:
     rows = Listing.objects.select_related("site__cell", "gpu_model").select_for_update(of=("self",), no_key=True)
     found: Listing = rows.get(pk=listing.pk)
+    if found.is_resale:
+        raise MarketError("forbidden", "It is a customer's offer of part of a contract: its holder alone changes it.")
     return found
 
 

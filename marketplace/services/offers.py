@@ -32,7 +32,7 @@ PRICES: Final = {
 }
 # What is asked of each host of a listing, and holds where its poorest host has it.
 OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib")
-_STATEFUL: Final = ("id", "listing_id", "spine", "leaf")  # columns of hosts that decide the shelf
+_STATEFUL: Final = ("id", "listing_id", "spine", "leaf", "part")  # columns of hosts that decide the shelf
 
 
 class Names:
@@ -100,8 +100,9 @@ class Rows:
 @dataclass(frozen=True)
 class Offers:
     """listings: by id, published ones. partners: (listing_id, organization_id) of those that are for named partners alone.
-    hosts: by id, all that are listed and not retired, whatever their listing's state. holds: by host_id, GPUs of live
-    reservations. tasks: by host_id, GPU indices that work other than spot occupies.
+    hosts: by id, all that are listed and not retired, whatever their listing's state; behind a host the parts of it that resales have
+    set aside (`part`, else 0), as hosts of their listings. holds: by host_id (and part), GPUs of live reservations.
+    tasks: by host_id, GPU indices that work other than spot occupies.
     """
 
     listings: Rows
@@ -206,6 +207,16 @@ class Offers:
         )  # fmt: skip
         return self._spread(most)
 
+    def resold(self, *, now: datetime, level: str) -> Ints:
+        """int64[N]: what is left of each resale in its own window, the only one in which it can be had; 0 for other offers."""
+        mine = self.listings["is_resale"]
+        if not mine.any():
+            return np.zeros(len(self), np.int64)
+        always = np.zeros(len(self.shelf.listings), np.int64)
+        timeline = self._timeline(seconds(now))
+        most = stock.largest(self.shelf, timeline, self._working, self._chunk, level, always, FOREVER)
+        return self._spread(most) * mine
+
     def stock_over(self, *, now: datetime, level: str, kind: str, windows: Ints) -> Ints:
         """int64[windows, N]: `stock` in each of `windows` (int64[windows, 2], s), by one sweep for each lead that is kept."""
         if kind in HOLDING and len(leads := np.unique(self.lead_s)) > 1:
@@ -258,6 +269,16 @@ class Offers:
         line: Timeline = kept[2]
         return line
 
+    def _places(self, host_ids: Ints, parts: Ints) -> Ints:
+        """Where each host stands among `hosts`, or the part of it that a resale has set aside; -1 where it does not."""
+        hosts = self.hosts
+        at = hosts.position(host_ids)
+        found: Ints = np.where((at >= 0) & (hosts["part"][at] == 0) & (parts == 0), at, -1) if len(hosts) else at
+        for i in np.flatnonzero(parts > 0).tolist():
+            here = np.flatnonzero(hosts["part"] == parts[i])
+            found[i] = here[0] if here.size else -1
+        return found
+
     def _made_timeline(self, at: int) -> tuple[int, int, Timeline]:
         holds, tasks = self.holds, self.tasks
         live = holds["held_until"] > at
@@ -271,7 +292,8 @@ class Offers:
         leaving = np.flatnonzero(self.hosts["leaves"] < FOREVER)  # it can be had until then
         place = np.empty(len(self.hosts), np.int64)
         place[self.shelf.order] = np.arange(len(self.hosts))
-        whose = self.hosts.position(np.concatenate([holds["host_id"][live], host]))
+        parts = np.concatenate([holds["part"][live], np.zeros(len(host), np.int64)])
+        whose = self._places(np.concatenate([holds["host_id"][live], host]), parts)
         here = whose >= 0
         line = Timeline.of(
             np.concatenate([place[whose[here]], place[leaving]]),

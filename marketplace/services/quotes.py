@@ -16,9 +16,10 @@ from django.db.models import Count, Min
 from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Kind, Listing, Organization, Quote, Reservation
+from marketplace.models import Kind, Listing, Organization, Quote, Reservation, StandingBid
 from marketplace.services import availability, documents, holds, listings, quoted, search, spot_prices
 from marketplace.services.availability import HOLDING, instant, seconds
+from marketplace.services.forward import buying
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import LEVELS, Admission
 
@@ -45,6 +46,7 @@ def quote(
     *,
     reference: str = "",
     metadata: dict[str, Any] | None = None,
+    bid: StandingBid | None = None,
     now: datetime,
 ) -> Quote:
     """A firm price, and held capacity for `reserved` and `flexible`.
@@ -58,6 +60,8 @@ def quote(
     listing = _listing(actor, listing_id)
     organization = Organization.objects.get(pk=actor.organization_id)
     price = listings.price_of(listing, wanted.kind, now=now)
+    if listing.is_resale:
+        wanted = buying.asked(actor, listing, wanted)
     starts_at = _check(listing, organization, wanted, price, now)
     if wanted.limit_price is not None:
         price = spot_prices.quoted(listing, price, wanted.limit_price, now)
@@ -68,6 +72,7 @@ def quote(
             organization=organization,
             listing=listing,
             created_by_id=actor.user_id,
+            bid=bid,
             kind=wanted.kind,
             gpu_count=wanted.gpu_count,
             level=wanted.level,
@@ -80,13 +85,18 @@ def quote(
             listing_version=listing.version,
             terms=quoted.terms_of(listing),
             fee_permille=settings.PLATFORM_FEE_PERMILLE,
-            total_minor=_total(wanted, starts_at, price, listing.currency) if holding else None,
+            total_minor=total_minor(wanted.gpu_count, starts_at, wanted.ends_at, price, listing.currency)
+            if wanted.ends_at and holding
+            else None,
             created_at=now,
             held_until=now + timedelta(seconds=settings.QUOTE_HOLD_SECONDS) if holding else None,
             firm_until=now + timedelta(seconds=settings.QUOTE_FIRM_SECONDS),
             reference=reference,
             metadata=metadata or {},
         )
+        if listing.is_resale:
+            for name, value in buying.terms_of(listing).items():
+                setattr(made, name, value)
         if not holding:
             _check_ceiling(actor, listing, wanted, now)
             made.save()
@@ -104,6 +114,9 @@ def quote(
 def _hold(made: Quote, listing: Listing, found: Admission, *, now: datetime) -> None:
     assert made.ends_at is not None
     made.save()
+    if listing.is_resale:
+        buying.hold(listing, made, _by_host(found))
+        return
     reservation = Reservation.objects.create(
         listing=listing,
         quote=made,
@@ -182,16 +195,12 @@ def alternatives(actor: Actor, listing: Listing, asked: Quote, refused: Admissio
     elsewhere = search.search(
         actor,
         search.Filters(
-            gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (),
-            kind=asked.kind,
-            start=asked.starts_at,
-            end=asked.ends_at,
-            count=asked.gpu_count,
-            level=asked.level,
+            gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=asked.kind, start=asked.starts_at,
+            end=asked.ends_at, count=asked.gpu_count, level=asked.level, resale=False,
         ),
         now=now,
         limit=OTHER_LISTINGS + 1,
-    )
+    )  # fmt: skip
     found["listings"] = [
         {
             "listing": row.listing.public_id,
@@ -211,7 +220,7 @@ def _window(start: int, end: int) -> dict[str, datetime]:
 
 
 def _listing(actor: Actor, listing_id: int) -> Listing:
-    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model", "organization")
+    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model", "organization", "resale")
     listing: Listing | None = rows.filter(pk=listing_id).first()
     if listing is None or listing.site.cell.livemode != actor.livemode:
         raise MarketError("not_found", "There is no such listing.")
@@ -282,6 +291,8 @@ def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: dat
 
 def chunk_of(listing: Listing) -> int:
     """GPUs come in multiples of this on one host: the minimum, or whole hosts where the minimum is larger than one."""
+    if listing.is_resale:
+        return listing.min_gpus
     found = listing.hosts.exclude(state="retired").aggregate(least=Min("gpu_count"))["least"]
     return max(1, min(listing.min_gpus, int(found or 1)))
 
@@ -318,11 +329,6 @@ def _check_holds(organization: Organization, now: datetime) -> None:
             "too_many_holds", f"Accept one of the {count} held quotes, or wait {wait} s.",
             extra={"limit": settings.QUOTE_LIVE_HOLDS, "retry_after": wait},
         )  # fmt: skip
-
-
-def _total(wanted: Request, starts_at: datetime, price: int, currency: str) -> int:
-    assert wanted.ends_at is not None
-    return total_minor(wanted.gpu_count, starts_at, wanted.ends_at, price, currency)
 
 
 def total_minor(gpus: int, starts_at: datetime, ends_at: datetime, price: int, currency: str) -> int:
@@ -374,11 +380,13 @@ def itemise(row: Quote) -> dict[str, Any]:
     total = row.total_minor
     if total is None:
         total = money.round_half_away(money.exact_amount(row.gpu_count * 1000 * span, row.price, row.currency))
-    parts = share.split(total, row.fee_permille)
+    resale = row.listing.resale if row.listing.is_resale else None
+    parts = share.split(total, row.fee_permille if resale is None else resale.fee_permille)
     return {
         "basis": "per_hour_at_ceiling" if by_use else "commitment",
         "gpu_seconds": row.gpu_count * span,
-        "operator_minor": parts.operator,
+        "operator_minor": parts.operator if resale is None else 0,
+        "seller_minor": 0 if resale is None else parts.operator,
         "platform_fee_minor": parts.platform,
         "total_minor": total,
         "upfront_minor": upfront_minor(row.total_minor, row.terms.get("upfront_permille", 0), row.currency),

@@ -104,6 +104,8 @@ def search(
         matching &= mask
     start, end = availability.window(wanted.start, wanted.end, now)
     free = offers.stock(now=now, level=wanted.level, kind=wanted.stock_kind, starts_at=start, ends_at=end)
+    if wanted.start is None:
+        free = np.maximum(free, offers.resold(now=now, level=wanted.level))
     shown = matching
     if wanted.count is not None or wanted.start is not None:
         shown = matching & (free >= np.maximum(wanted.count or 1, offers.listings["min_gpus"]))
@@ -148,7 +150,7 @@ def _ordered(
 def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -> list[Found]:
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
-    rows = on_offer(actor).select_related("site", "gpu_model", "organization").in_bulk(ids) if ids else {}
+    rows = on_offer(actor).select_related("site", "gpu_model", "organization", "resale").in_bulk(ids) if ids else {}
     heard = _heard(ids, now)
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
     return [
@@ -164,8 +166,11 @@ def _heard(listing_ids: list[int], now: datetime) -> dict[int, datetime]:
         cursor.execute(
             "SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id"
             " WHERE h.listing_id = ANY (%s) AND s.mode <> 'off'"
-            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) GROUP BY 1",
-            [listing_ids, now],
+            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) GROUP BY 1"
+            " UNION ALL SELECT x.listing_id, min(h.beat_at) FROM marketplace_resale x"
+            " JOIN marketplace_reservationblock b ON b.reservation_id = x.reservation_id"
+            " JOIN marketplace_host h ON h.id = b.host_id WHERE x.listing_id = ANY (%s) GROUP BY 1",
+            [listing_ids, now, listing_ids],
         )
         return dict(cursor.fetchall())
 

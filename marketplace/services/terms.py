@@ -3,7 +3,9 @@
 Early termination, as the terms of every contract say:
   on_demand, spot     at once: waiting jobs are cancelled, running ones drain with their checkpoint grace and are billed until then.
   reserved, flexible  a quarter of the time that is left stays due, at least 24 hours, never past the agreed end. The contract can
-                      be used until then; `ends_at` says when that is, and the capacity after it is free at once.
+                      be used until then; `ends_at` says when that is, and the capacity after it is free at once. What was sold
+                      on stays due to the end of its own window.
+  bought from a holder  paid whole at signing, so there is no early end: it can be sold on.
 
 What is due at signing (`upfront_minor`, a share of the commitment) is drawn down by the first months' commitment; what is left
 when the contract is over comes back with the next invoice.
@@ -17,6 +19,7 @@ from marketplace.services import quotes
 from marketplace.services.availability import HOLDING, seconds
 
 STAYS_DUE = 4  # a reserved contract that is left early owes one part in this many of the time left
+BOUGHT = "not_before_its_end"  # the rule of what was bought from another customer
 STAYS_DUE_AT_LEAST = timedelta(hours=24)
 PRICE_NOTICE_DAYS = 30  # between an operator's proposal of a higher price and the day on which it would count
 DEFAULT_AFTER_DAYS = 28  # an invoice that stays unpaid so long ends the contracts
@@ -62,6 +65,8 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "flexible_notice_s": frozen["flexible_notice_s"],
         "early_termination": {"rule": "at_once"}
         if quote.kind not in HOLDING
+        else {"rule": BOUGHT}
+        if quote.listing.is_resale
         else {
             "rule": "part_of_the_time_left",
             "part": f"1/{STAYS_DUE}",
@@ -76,6 +81,8 @@ def termination(contract: Contract, now: datetime) -> datetime:
     """When the contract would be over if it were terminated now, by the rule at the top of this module."""
     if contract.kind not in HOLDING or contract.ends_at is None:
         return now
+    if contract.terms.get("early_termination", {}).get("rule") == BOUGHT:
+        return contract.ends_at
     begin = max(contract.starts_at, now)
     due = max((contract.ends_at - begin) / STAYS_DUE, STAYS_DUE_AT_LEAST)
     at = begin + due

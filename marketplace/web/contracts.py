@@ -8,7 +8,7 @@ from django.urls import path, reverse
 from django.utils import timezone
 
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Job, Kind, Quote
+from marketplace.models import Contract, Fill, Job, Kind, Quote, Resale
 from marketplace.services import contracts as service
 from marketplace.services import spot
 from marketplace.services.availability import HOLDING
@@ -74,6 +74,9 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "papers": row.documents.only("pk", "title", "created_at").order_by("pk"),
             "spot": spot_pages.shown(row.listing, now) if row.kind == Kind.SPOT else None,
             "limit_form": spot_pages.LimitForm.of(row.limit_price) if "set_limit" in actions else None,
+            "offered": Resale.objects.visible_to(actor).filter(contract=row).order_by("-pk")[:20],
+            "fill": Fill.objects.visible_to(actor).filter(contract=row).first(),
+            "sellable": "submit_job" in actions and row.kind in HOLDING and not row.terminated_at,
             "events": row.events.order_by("-id")[:20],
         },
     )

@@ -108,7 +108,9 @@ def alternatives(error: MarketError, row: Listing, asked: dict[str, Any]) -> lis
 def _quote(request: HttpRequest, public_id: str) -> Quote:
     rows = Quote.objects.owned_by(actor_of(request).organization_id)
     found: Quote = row_of(
-        rows.select_related("listing__site", "listing__gpu_model", "listing__organization", "contract"),
+        rows.select_related(
+            "listing__site", "listing__gpu_model", "listing__organization", "listing__resale", "contract"
+        ),
         Quote.PREFIX,
         public_id,
     )

@@ -10,7 +10,7 @@
 Rows that follow from others are made as the services would leave them: free columns, reserved watts, node sums, events.
 """
 
-from tests.factories.market import contract, listing, price_version, quote
+from tests.factories.market import bid, contract, listing, price_version, quote, resale
 from tests.factories.people import actor, client, key, member, organization, staff, user
 from tests.factories.places import a_node, agent, cell, gpu_model, host, miner, node, reserve, site, unmark
 from tests.factories.rows import NOW
@@ -21,6 +21,7 @@ __all__ = [
     "a_node",
     "actor",
     "agent",
+    "bid",
     "cell",
     "client",
     "contract",
@@ -36,6 +37,7 @@ __all__ = [
     "placement",
     "price_version",
     "quote",
+    "resale",
     "reserve",
     "reserved_w",
     "site",

@@ -6,7 +6,7 @@ from typing import Any
 
 from billing import usage
 from billing.models import PriceVersion
-from marketplace.models import Contract, Host, Listing, Organization, Quote, Site
+from marketplace.models import Contract, Host, Listing, Organization, Quote, Resale, Reservation, Site, StandingBid
 from marketplace.services import quoted
 from tests.factories import people, places
 from tests.factories.rows import NOW, created
@@ -94,3 +94,34 @@ def price_version(contract: Contract, millionths: int, at: datetime) -> PriceVer
     return PriceVersion.objects.create(
         contract=contract, valid_from_s=int(at.timestamp()), millionths=millionths, created_at=NOW
     )
+
+
+def resale(listing: Listing, organization: Organization, **fields: Any) -> Resale:
+    """An open offer of two GPUs of a reserved contract of `organization`, without capacity behind it."""
+    start, end = NOW + timedelta(days=400), NOW + timedelta(days=401)
+    held = contract(listing, organization, kind="reserved", starts_at=start, ends_at=end)
+    aside = Reservation.objects.create(listing=listing, starts_at=start, ends_at=end, claims_at=start, state="firm")
+    Reservation.objects.create(
+        listing=listing, contract=held, starts_at=start, ends_at=end, claims_at=start, state="firm"
+    )
+    offer = _offered(listing.site, title="Resale", is_resale=True, on_demand_price=None, spot_floor=None)
+    return Resale.objects.create(
+        organization=organization, contract=held, listing=offer, reservation=aside,
+        **{
+            "gpu_count": 2, "starts_at": start, "ends_at": end, "expires_at": start, "price": 1_500_000, "fee_permille": 50,
+            "currency": "USD", "created_at": NOW, "created_by": "x", **fields,
+        },
+    )  # fmt: skip
+
+
+def bid(organization: Organization, site: Site, **fields: Any) -> StandingBid:
+    """An open bid for eight GPUs at the site's region, at 2.00 or less."""
+    start = NOW + timedelta(days=400)
+    return StandingBid.objects.create(
+        organization=organization,
+        **{
+            "gpu_model": places.gpu_model(), "region": site.region, "gpu_count": 8, "min_gpus": 8, "earliest": start, "latest": start,
+            "duration_s": 86_400, "limit_price": 2_000_000, "currency": "USD", "livemode": organization.livemode,
+            "expires_at": start, "created_at": NOW, **fields,
+        },
+    )  # fmt: skip

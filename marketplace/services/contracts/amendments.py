@@ -14,10 +14,11 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Max, Q
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Amendment, Contract, Listing, Organization, Reservation
+from marketplace.models import Amendment, Contract, Fill, Listing, Organization, Resale, Reservation
 from marketplace.services import (
     audit,
     availability,
@@ -112,7 +113,7 @@ def accept(actor: Actor, proposal: Amendment, *, now: datetime) -> Amendment:
         asked = Asked(row.ends_at, row.added_gpus)
         _check(fresh, listing, asked, now)
         hold = _room(fresh, listing, asked, now, "capacity_gone")
-        reservation = Reservation.objects.select_for_update(no_key=True).get(contract=fresh, maintenance=None)
+        reservation = Reservation.objects.select_for_update(no_key=True).get(pk=fresh.reservation.pk)
         before = {"ends_at": fresh.ends_at, "gpu_count": fresh.gpu_count}
         if asked.ends_at:
             _lengthen(fresh, reservation, asked.ends_at, hold, now)
@@ -181,6 +182,7 @@ def _check(contract: Contract, listing: Listing, asked: Asked, now: datetime) ->
     if contract.state != Contract.State.ACTIVE or contract.terminated_at or ends_at is None or ends_at <= now:
         state = "was terminated" if contract.terminated_at else f"is {contract.state}"
         raise MarketError("illegal_transition", f"The contract {state}; only one in force can change.")
+    _check_whole(contract, now)
     if contract.kind not in HOLDING:
         raise MarketError(
             "illegal_transition", f"{contract.kind} holds nothing to add to: ask for another quote at today's price."
@@ -206,6 +208,22 @@ def _check(contract: Contract, listing: Listing, asked: Asked, now: datetime) ->
             {"max_term_days": days, "alternatives": {"ends_at": latest.replace(second=0) if latest > ends_at else None}},
         )  # fmt: skip
     check_limit(organization, contract.kind, contract.gpu_count, ends_at, asked.ends_at)
+
+
+def _check_whole(contract: Contract, now: datetime) -> None:
+    """MarketError("illegal_transition") for what was bought from another holder, and while parts of it are offered or sold on."""
+    if Fill.objects.filter(contract=contract, resale__isnull=False).exists():
+        raise MarketError(
+            "illegal_transition",
+            "It was bought from another customer, as it stands: ask for a quote for what you need besides.",
+        )
+    pieces = Resale.objects.filter(contract=contract, ends_at__gt=now).filter(Q(state="open") | Q(sold_gpus__gt=0))
+    until = pieces.aggregate(last=Max("ends_at"))["last"]
+    if until is not None:
+        raise MarketError(
+            "illegal_transition",
+            f"Parts of it are offered or sold on until {until:%F %R} UTC; withdraw the offers, or ask then.",
+        )
 
 
 def _total(contract: Contract, asked: Asked, begin: datetime, price: int) -> int:
@@ -282,7 +300,7 @@ def _elsewhere(
     """Other listings of the same GPUs that have room, for a contract of their own."""
     asks = search.Filters(
         gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=contract.kind, start=starts_at, end=ends_at,
-        count=gpus,
+        count=gpus, resale=False,
     )  # fmt: skip
     viewer = Actor(kind="system", organization_id=contract.organization_id, livemode=contract.organization.livemode)
     rows = search.search(viewer, asks, now=now, limit=quotes.OTHER_LISTINGS + 1).rows

@@ -12,6 +12,7 @@ from marketplace.services import audit, catalogue, holds
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices, prices
 from marketplace.services.contracts.ending import cancel, end, settle
+from marketplace.services.forward import resales
 from marketplace.tenancy import SYSTEM
 
 BATCH = 500
@@ -30,6 +31,7 @@ class Ticked:
     contracts_settled: int = 0
     payments_lapsed: int = 0
     reservations_moved: int = 0
+    resales_expired: int = 0
 
 
 def clock(now: datetime) -> Ticked:
@@ -44,6 +46,8 @@ def clock(now: datetime) -> Ticked:
     stale = Quote.objects.filter(state=Quote.State.OPEN, firm_until__lte=now).order_by("pk")
     expired = Quote.objects.filter(pk__in=_some(stale), state=Quote.State.OPEN).update(state=Quote.State.EXPIRED)
     _forget_blocks()
+    offers = resales.expire(now)
+    resales.rejoin(now)
     catalogue.prune(now)
     begun = _begin(now)
     applied, lapsed_prices = prices.clock(now, BATCH)
@@ -60,7 +64,7 @@ def clock(now: datetime) -> Ticked:
     with transaction.atomic():
         cancelled = cancel(_some(unpaid), now=now, actor="system", reason="the payment did not arrive in time")
     return Ticked(
-        released, expired, begun, applied, lapsed_prices, len(ended), settled, len(cancelled), holds.heal(now)
+        released, expired, begun, applied, lapsed_prices, len(ended), settled, len(cancelled), holds.heal(now), offers
     )  # fmt: skip
 
 

@@ -9,10 +9,12 @@ from django.db import transaction
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Contract, Job, Placement, Reservation
-from marketplace.services import audit, holds, terms
+from marketplace.models import Contract, Fill, Job, Placement, Reservation
+from marketplace.services import audit, holds, quotes, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
+from marketplace.services.forward import resales, sales
+from marketplace.services.forward.topics import UNDO, nudge_book
 from marketplace.services.transitions import transition_many
 from marketplace.tenancy import SYSTEM, Actor
 
@@ -30,7 +32,8 @@ def actions(contract: Contract, actor: Actor) -> list[str]:
         return ["terminate"]
     if contract.kind not in HOLDING:
         return ["submit_job", "terminate"]
-    return ["submit_job"] if contract.terminated_at else ["extend", "resize", "submit_job", "terminate"]
+    bought = contract.terms.get("early_termination", {}).get("rule") == terms.BOUGHT
+    return ["submit_job"] if contract.terminated_at or bought else ["extend", "resize", "submit_job", "terminate"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ def leaving(contract: Contract, now: datetime) -> Leaving:
         return Leaving(now, 0, 0)
     ends_at = _left_at(contract, now)
     begin = max(contract.starts_at, now)
-    due = terms.commitment_minor(contract, begin, ends_at)
+    due = terms.commitment_minor(contract, begin, ends_at) + sum(
+        quotes.total_minor(f.gpu_count, max(f.starts_at, ends_at), f.ends_at, contract.price, contract.currency)
+        for f in sales.sold(contract)
+        if f.ends_at > ends_at  # what is sold on stays due
+    )
     return Leaving(ends_at, due, terms.commitment_minor(contract, begin, contract.ends_at) - due)
 
 
@@ -68,6 +75,10 @@ def check_open(contract: Contract) -> None:
 def _left_at(contract: Contract, now: datetime) -> datetime:
     """When it would end; refused where that is its end anyway."""
     ends_at = terms.termination(contract, now)
+    if contract.ends_at is not None and contract.terms.get("early_termination", {}).get("rule") == terms.BOUGHT:
+        raise MarketError(
+            "illegal_transition", "It was bought from another customer and paid whole: sell it on instead."
+        )
     if contract.ends_at is not None and ends_at >= contract.ends_at:
         raise MarketError(
             "illegal_transition",
@@ -106,9 +117,11 @@ def _ends(contract: Contract) -> dict[str, str | None]:
 
 
 def _shorten(contract: Contract, ends_at: datetime, *, now: datetime, actor: Actor, reason: str) -> None:
-    """It goes on to `ends_at` and no further; what it held after that is free."""
+    """It goes on to `ends_at` and no further; what it held after that is free. What it has sold on is its buyers', and stays due."""
+    resales.drop([contract.pk], now=now, reason="its contract was ended early", give_back=True)
     Contract.objects.filter(pk=contract.pk).update(ends_at=ends_at, terminated_at=now)
     holds.cut(contract, ends_at)
+    _freed([contract.pk])
     text = f"{reason}: it ends at {ends_at:%F %R}Z, by its rule of early termination"
     contract.events.create(at=now, actor=actor.label[:120], from_state="active", to_state="active", reason=text[:200])
 
@@ -126,18 +139,27 @@ def end(
                 set_columns={"ended_at": now},
             )
         )  # fmt: skip
-        _let_go(moved)
+        _let_go(moved, now)
         if actor == "system":
             _told(moved, "contract.over", "over", now)
         settle(moved, now=now)
     return moved
 
 
-def _let_go(contract_ids: list[int]) -> None:
+def _let_go(contract_ids: list[int], now: datetime) -> None:
     """What they held is free, and what they run or wait for ends."""
+    resales.drop(contract_ids, now=now, reason="its contract is over", give_back=False)
     Reservation.objects.filter(contract_id__in=contract_ids).update(state=Reservation.State.RELEASED)
+    _freed(contract_ids)
     for pk in _busy(contract_ids):
         outbox.emit(END_JOBS, key=str(pk), payload={"contract": pk})
+
+
+def _freed(contract_ids: Iterable[int]) -> None:
+    """Bids may be met by what these give back."""
+    books = Contract.objects.filter(pk__in=list(contract_ids), kind__in=HOLDING).order_by()
+    for book in sorted(set(books.values_list("cell__livemode", "gpu_model_id", "site__region")), key=str):
+        nudge_book(*book)
 
 
 def _told(contract_ids: Iterable[int], verb: str, what: str, now: datetime, detail: str = "") -> None:
@@ -180,9 +202,14 @@ def cancel(contract_ids: Iterable[int], *, now: datetime, actor: str, reason: st
             set_columns={"ended_at": now},
         )
     )  # fmt: skip
-    Reservation.objects.filter(contract_id__in=moved).update(state=Reservation.State.RELEASED)
+    fills = dict(Fill.objects.filter(contract_id__in=moved).values_list("contract_id", "resale_id"))
+    bought = {pk for pk, resale in fills.items() if resale is not None}
+    Reservation.objects.filter(contract_id__in=set(moved) - bought).update(state=Reservation.State.RELEASED)
+    for pk in sorted(fills):  # what was bought goes back to whom it was bought from, under the cell's lock
+        outbox.emit(UNDO, key=str(pk), payload={"contract": pk})
     for pk in moved:
         outbox.emit(CANCELLED, key=str(pk), payload={"contract": pk})
+    _freed(moved)
     if actor == "system":
         _told(moved, "contract.cancelled", "cancelled", now)
     return moved
@@ -210,7 +237,7 @@ def default(organization_id: int, *, now: datetime, reason: str) -> list[int]:
                 Contract, [fresh.pk], expected=("active", "ending"), to="defaulted", now=now, actor="billing", reason=reason,
                 set_columns={"ends_at": over, "terminated_at": fresh.terminated_at or now, "ended_at": fresh.ended_at or now},
             )  # fmt: skip
-            _let_go(sorted(gone))
+            _let_go(sorted(gone), now)
             _told(gone, "contract.defaulted", "defaulted", now, reason)
             moved += gone
     return moved

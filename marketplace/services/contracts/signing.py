@@ -11,11 +11,12 @@ from django.db import transaction
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import BillingStanding, Contract, Kind, Listing, Organization, Quote, Reservation
+from marketplace.models import BillingStanding, Contract, Fill, Kind, Listing, Organization, Quote, Reservation
 from marketplace.services import audit, availability, documents, holds, quoted, quotes, screening, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
 from marketplace.services.contracts.ending import cancel
+from marketplace.services.forward import buying
 from marketplace.services.transitions import record_created, transition_many
 from marketplace.tenancy import SYSTEM, Actor
 
@@ -47,14 +48,16 @@ def accept(actor: Actor, quote_id: int, *, now: datetime, terms_version: str | N
         check_limit(organization, quote.kind, quote.gpu_count, quote.starts_at, quote.ends_at)
         screening.require(organization, quote.kind, quote.gpu_count, quote.terms.get("gpu_model"), now=now)
         listing = Listing.objects.select_related("site__cell", "organization").get(pk=quote.listing_id)
+        resale = buying.open_resale(quote, now) if listing.is_resale else None
         quoted.check_offered(listing, quote)
         quoted.hold_to(listing, quote)
         reservation = _firm(actor, quote, listing, now) if quote.kind in HOLDING else None
         starts_at = max(quote.starts_at, now) if reservation is None else reservation.starts_at
-        contract = _create(quote, listing, starts_at, now)
+        contract = _create(quote, listing if resale is None else resale.contract.listing, starts_at, now)
         if reservation is not None:
             reservation.contract = contract
             reservation.save(update_fields=["contract"])
+        buying.record(actor, quote, contract, now=now)
         Quote.objects.filter(pk=quote.pk).update(state=Quote.State.ACCEPTED)
         record_created(
             Contract, [contract.pk], state=contract.state, now=now, actor=actor.label, reason="quote accepted"
@@ -133,6 +136,15 @@ def _peak_held(organization_id: int, starts_at: datetime, ends_at: datetime | No
         for begins, ends, count in rows.values_list("starts_at", "ends_at", "gpu_count")
         for change in ((max(begins, starts_at), 1, count), (ends, 0, -count))
     ]
+    sold = Fill.objects.filter(
+        resale__organization_id=organization_id, undone_at=None, ends_at__gt=starts_at,
+        resale__contract__state__in=("active", "pending_payment"),
+    )  # fmt: skip
+    for begins, ends, count in sold.values_list("starts_at", "ends_at", "gpu_count"):
+        if ends_at is None or begins < ends_at:
+            changes.append((max(begins, starts_at), 1, -count))
+        if ends_at is None or ends < ends_at:
+            changes.append((ends, 0, count))
     held = peak = 0
     for _, _, change in sorted(changes):  # ends before starts at one instant
         held += change
@@ -144,6 +156,9 @@ def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reserv
     """The quote's reservation, firm. A live hold that nothing disturbed is taken as it stands; else room is looked for once more."""
     assert quote.ends_at is not None
     reservation = Reservation.objects.select_for_update(no_key=True).get(quote=quote)
+    if listing.is_resale:
+        hold = quotes.admitted(actor, listing, quote, now=now, without=(reservation.pk,), code="capacity_gone")
+        return buying.take(quote, reservation, hold)
     starts_at = max(quote.starts_at, now)
     live = (
         reservation.state == Reservation.State.HELD

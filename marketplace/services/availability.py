@@ -143,9 +143,9 @@ def _set_aside(
     ).exclude(pk__in=list(without))  # fmt: skip
     for hold in live.order_by("pk").prefetch_related("blocks"):
         held = tuple(
-            (at[hold.within_id, b.host_id], len(b.gpu_indices))
+            (at[hold.within_id or 0, b.host_id], len(b.gpu_indices))
             for b in hold.blocks.all()
-            if (hold.within_id, b.host_id) in at
+            if (hold.within_id or 0, b.host_id) in at
         )
         claims.append(Claim(("reservation", hold.pk), seconds(hold.claims_at), seconds(hold.ends_at), held))
     return rows, claims

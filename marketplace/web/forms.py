@@ -68,7 +68,7 @@ class SearchForm(forms.Form):
     def filters(self) -> search.Filters:
         """What `services.search` is asked; call it on a valid form."""
         asked = self.cleaned_data
-        facets = {name: tuple(v for v in self.data.getlist(name) if v)[:20] for name in search.FACETS}  # type: ignore[attr-defined]
+        facets: dict[str, Any] = {name: tuple(v for v in self.data.getlist(name) if v)[:20] for name in search.FACETS}  # type: ignore[attr-defined]
         return search.Filters(
             **facets,
             count=asked["count"],

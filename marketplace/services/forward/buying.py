@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Fill, Gpu, Listing, Quote, Resale, Reservation, ReservationBlock, StandingBid
-from marketplace.services import audit, availability
+from marketplace.services import audit
 from marketplace.services.forward import pieces
 from marketplace.services.forward.topics import TOLD, nudge_book
 from marketplace.tenancy import SYSTEM, Actor
@@ -105,10 +105,6 @@ def take(quote: Quote, reservation: Reservation, held: Hold) -> Reservation:
     reservation.save()
     pieces.set_blocks(reservation, sold)
     return reservation
-
-
-def admitted(found: availability.Admission) -> Hold:
-    return tuple((int(str(host)), count) for host, count in found.hold)
 
 
 def record(actor: Actor, quote: Quote, contract: Contract, *, now: datetime) -> Fill | None:

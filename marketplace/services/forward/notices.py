@@ -25,7 +25,7 @@ def send(payload: dict[str, Any]) -> None:
         of_resale(Resale.objects.get(pk=payload["resale"]), payload["what"], payload["gpus"])
     else:
         bid = StandingBid.objects.get(pk=payload["bid"])
-        quote = Quote.objects.filter(pk=payload.get("quote")).select_related("listing").first()
+        quote = Quote.objects.filter(pk=payload.get("quote") or 0).select_related("listing").first()
         of_bid(bid, payload["what"], payload["gpus"], quote)
 
 

@@ -90,8 +90,8 @@ def _write(contract: Contract, rows: Sequence[Reservation], strips: Iterable[Str
     """The contract holds exactly these: a row for each window, the rows there are first."""
     wanted: dict[tuple[int, int], dict[int, Gpus]] = defaultdict(dict)
     for strip in strips:
-        window = wanted[strip.start, strip.end]
-        window[strip.host] = window.get(strip.host, frozenset()) | strip.gpus
+        held = wanted[strip.start, strip.end]
+        held[strip.host] = held.get(strip.host, frozenset()) | strip.gpus
     main = contract.reservation
     spare = {row.pk: row for row in (main, *rows)}
     kept: dict[tuple[int, int], Reservation] = {}

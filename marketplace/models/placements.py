@@ -2,7 +2,7 @@
 
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 
 from marketplace.models.accounts import Organization
 from marketplace.models.contracts import Contract
@@ -133,6 +133,12 @@ class Placement(TenantModel):
             models.Index(fields=["cell"], condition=Q(state="draining"), name="placement_draining"),
             models.Index(fields=["contract", "running_at"], name="placement_of_contract"),
             models.Index(fields=["finished_at"], condition=Q(finished_at__isnull=False), name="placement_ended"),
+            models.Index(  # what billing.usage.due asks for, in its words
+                fields=["organization"],
+                condition=Q(running_at__isnull=False)
+                & (Q(finished_at__isnull=True) | Q(metered_through__isnull=True) | ~Q(metered_through=F("finished_at"))),
+                name="placement_unmetered",
+            ),
         ]
 
     def __str__(self) -> str:

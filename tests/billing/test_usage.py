@@ -213,3 +213,16 @@ def test_however_often_it_is_metered_each_second_is_recorded_as_the_timeline_say
 
     assert seconds(placement) == seconds(whole)
     assert usage.drift(world.customer.pk, until=after(30_000)) == 0
+
+
+def test_what_is_due_is_found_by_its_index_and_drift_looks_back_no_further_than_it_says(world: World):
+    placement = world.ran(0, 100)
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL enable_seqscan = off")
+        assert "placement_unmetered" in Placement.objects.filter(usage.due()).values("organization_id").explain()
+    assert reconcile.unmetered(after(200)) == 100_000
+    assert usage.drift(since=after(100), until=after(200)) == 0  # it ended at 100, which is not after 100
+    assert reconcile.unmetered(after(100) + reconcile.LOOKS_BACK) == 0
+    assert usage.meter_all(after(200)) == 1
+    assert reconcile.unmetered(after(200)) == 0
+    assert placement.running_at

@@ -131,7 +131,8 @@ def test_no_page_breaks_a_rule_of_axe_or_overflows(chromium, market, width, them
         "/", "/?count=900", "/?view=calendar&count=9",
         f"/listings/{listing.public_id}?count=9&level=spine", f"/listings/{listing.public_id}/quote", f"/quotes/{quote.public_id}",
         "/contracts", f"/contracts/{job.contract.public_id}", "/jobs", "/jobs/new", f"/jobs/{job.public_id}", "/usage", "/invoices",
-        f"/invoices/{invoice.public_id}", "/billing/card", "/team", "/keys", "/organizations/new", "/join", "/nothing/here",
+        f"/invoices/{invoice.public_id}", "/billing/card",
+        "/verification", "/team", "/keys", "/organizations/new", "/join", "/nothing/here",
     ]  # fmt: skip
     found = check(open_page(chromium, market, width=width, theme=theme), market["url"], paths, width)
     public = ["/", "/accounts/login/", "/accounts/signup/", "/accounts/password/reset/"]

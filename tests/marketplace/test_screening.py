@@ -505,6 +505,7 @@ def test_listed_countries_go_to_a_person(denied):
 def test_a_new_list_asks_about_everybody_again(fresh, denied):
     tell(fresh)
     ask_all(fresh)
+    decide(fresh, "clear", "business")
     assert row(fresh).state == "clear"
     assert screening.tick(NOW) == 0
     denied.write_text(CSV + "3,SDN,8,Entity,SDGT,Lumen Labs,,,,\n")

@@ -79,7 +79,7 @@ def _newer_lists(now: datetime) -> int:
         return 0
     old = Screening.objects.filter(
         ~Q(provider_version=version), ~Q(provider_version=""), state=Screening.State.CLEAR, ask_at=None, needs_person=False,
-        provider=provider.name,
+        provider=provider.name, kind__in=(Screening.Kind.SANCTIONS, Screening.Kind.EXPORT),  # a business stands on no list
     )  # fmt: skip
     rows = list(old.order_by("pk")[:BATCH])
     for row in rows:

@@ -136,7 +136,9 @@ class Placement(TenantModel):
             models.Index(  # what billing.usage.due asks for, in its words
                 fields=["organization"],
                 condition=Q(running_at__isnull=False)
-                & (Q(finished_at__isnull=True) | Q(metered_through__isnull=True) | ~Q(metered_through=F("finished_at"))),
+                & (
+                    Q(finished_at__isnull=True) | Q(metered_through__isnull=True) | ~Q(metered_through=F("finished_at"))
+                ),
                 name="placement_unmetered",
             ),
         ]

@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("marketplace", "0022_conversion_plan"),
+        ("marketplace", "0023_forward_market"),
     ]
 
     operations = [

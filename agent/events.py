@@ -23,7 +23,7 @@ class Events:
             sorted(store.all("event").items(), key=lambda item: (item[1]["at"], item[0]))
         )
 
-    def add(self, kind: str, subject: str, **data: Any) -> None:
+    def add(self, kind: str, subject: str, /, **data: Any) -> None:
         """Beyond SPOOL events the oldest is dropped: a site that nobody hears for days must not fill its disk."""
         key = str(uuid.uuid4())
         event = {"id": key, "at": to_wire(time.time()), "kind": kind, "subject": subject, "data": data}

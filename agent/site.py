@@ -13,6 +13,7 @@ from agent.control import Control
 from agent.events import Events
 from agent.hosts import HostDriver, HostError, Poll
 from agent.hosts.bmc import Bmc
+from agent.hosts.health import Health
 from agent.hosts.local import LocalHost
 from agent.hosts.power import HostPower
 from agent.logs import LogShipper
@@ -38,6 +39,7 @@ class Site:
         self.config, self.identity, self.store = config, identity, store
         self.reports = Reports()
         self.events = Events(store, self._news)
+        self.health = Health(store, self.events)
         self.control = Control(
             identity["url"], stream_url=identity.get("stream_url", ""), key=identity["key"], version=__version__
         )
@@ -200,6 +202,7 @@ class Site:
         if isinstance(self.runtime, VirtualRuntime):
             await self._virtual(poll)
         self.hosts.observe(poll.hosts, time.time())
+        self.health.observe(poll.hosts)
         if self.config.meter_driver != "none":
             for node, watts, at in poll.meters:
                 self.meters[node] = (watts, at)

@@ -22,7 +22,7 @@ class StateBusyError(Exception):
 
 
 class Store:
-    """Documents by (kind, key). Kinds: placement, host, miner, event, log, fact."""
+    """Documents by (kind, key). Kinds: placement, host, miner, event, log, gpu_errors, fact."""
 
     def __init__(self, folder: Path) -> None:
         """Opens (and makes, mode 0700) a state folder. Raises StateBusyError."""

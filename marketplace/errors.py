@@ -39,6 +39,7 @@ CATALOGUE: Final[dict[str, Kind]] = {
     # --- sites and listings
     "import_invalid": Kind(422, "The file has errors; nothing was imported"),
     "illegal_transition": Kind(409, "This is not possible in the present state"),
+    "verification_not_now": Kind(409, "The host cannot be verified now", "after"),
     "listing_incomplete": Kind(422, "The listing cannot be published yet"),
     "over_power_cap": Kind(409, "The watts are not there"),
     # --- market

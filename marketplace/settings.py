@@ -151,6 +151,8 @@ CELERY_BEAT_SCHEDULE = {
     "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
     "screening": {"task": "marketplace.tasks.tick_screening", "schedule": 30.0, "options": {"expires": 30}},
     "bids": {"task": "marketplace.tasks.tick_bids", "schedule": 30.0, "options": {"expires": 30}},
+    "reliability": {"task": "marketplace.tasks.roll_reliability", "schedule": 900.0, "options": {"expires": 900}},
+    "verifications": {"task": "marketplace.tasks.tick_verifications", "schedule": 10.0, "options": {"expires": 10}},
     "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
 }
 

@@ -6,7 +6,7 @@ from celery import shared_task
 from django.utils import timezone
 
 from marketplace import outbox
-from marketplace.services import contracts, feeds, jobs, screening, spot
+from marketplace.services import contracts, feeds, jobs, reliability, screening, spot, verifications
 from marketplace.services.forward import bids, notices, sales, topics
 
 
@@ -19,6 +19,18 @@ def drain_outbox(topic: str | None = None) -> int:
 def market_clock() -> None:
     """What happens because time passes: quotes expire, contracts begin and end."""
     contracts.clock(now=timezone.now())
+
+
+@shared_task
+def roll_reliability() -> int:
+    """Days counted and scored, from what is on record."""
+    return reliability.roll_up(now=timezone.now())
+
+
+@shared_task
+def tick_verifications() -> dict[str, int]:
+    """Benchmarks of hosts: taken back, concluded, expired, begun."""
+    return verifications.clock(now=timezone.now())
 
 
 @shared_task
@@ -82,3 +94,8 @@ def forward_notice(payload: dict[str, Any]) -> None:
 @outbox.handler(contracts.NOTICE)
 def contract_notice(payload: dict[str, Any]) -> None:
     contracts.send_notice(payload["contract"], payload["what"], payload["detail"])
+
+
+@outbox.handler(verifications.FAILED_TWICE)
+def tell_not_verified(payload: dict[str, Any]) -> None:
+    verifications.tell_operator(payload["verification"])

@@ -16,7 +16,7 @@ from django.db import connection
 from marketplace.models import Cell, GpuModel
 from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
-from marketplace.services.leases import SILENT
+from marketplace.services.conditions import SILENT
 from scheduler import fleet as cells
 from scheduler import promises, rules, standing, usage
 from scheduler.core import gang

@@ -23,7 +23,7 @@ from typing import Any
 
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Amendment, Curtailment, Invitation
-from marketplace.services import conversions, documents
+from marketplace.services import conversions, documents, verifications
 from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
@@ -197,6 +197,10 @@ def node(world: World) -> dict[str, str]:
     return {"node": world.site.power_nodes.get(name="pdu-1").public_id}
 
 
+def probe(world: World) -> dict[str, str]:
+    return {"token": verifications._probe_url(world.host).rpartition("/")[2]}
+
+
 ROUTES: tuple[R, ...] = (
     R("api/v1/health", "GET", "public"),
     R("api/v1/schema", "GET", "public"),
@@ -247,6 +251,13 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/hosts/<str:host>/drain", "POST", "sites:write", host),
     R("api/v1/hosts/<str:host>/undrain", "POST", "sites:write", host),
     R("api/v1/hosts/<str:host>/taints", "POST", "sites:write", host),
+    R("api/v1/hosts/<str:host>/reliability", "GET", "sites:read", host),
+    R("api/v1/hosts/<str:host>/conditions", "GET", "sites:read", host),
+    R("api/v1/hosts/<str:host>/verification", "GET", "sites:read", host),
+    R("api/v1/hosts/<str:host>/verifications", "GET", "sites:read", host),
+    R("api/v1/hosts/<str:host>/verifications", "POST", "sites:write", host),
+    R("api/v1/probe/<str:token>", "GET", "public", probe, stranger="sees"),  # by its token
+    R("api/v1/probe/<str:token>", "POST", "public", probe, stranger="sees"),
     R("api/v1/miners", "GET", "sites:read"),
     R("api/v1/miners/<str:miner>", "GET", "sites:read", miner),
     R("api/v1/miners/<str:miner>", "PATCH", "power:write", miner),
@@ -332,6 +343,7 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/webhooks/stripe", "POST", "public"),  # by its signature
     # --- pages
     R("", "GET", "public", stranger="sees"),
+    R("reliability", "GET", "public", stranger="sees"),
     R("listings/<str:listing>", "GET", "public", listing, stranger="sees"),
     R("listings/<str:listing>/quote", "GET", "quotes:write", listing, stranger="sees"),
     R("listings/<str:listing>/quote", "POST", "quotes:write", listing, stranger="sees"),

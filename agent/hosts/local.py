@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from typing import Any
 
-from agent.hosts import HostError, HostReading, Poll
+from agent.hosts import HostError, HostReading, Poll, health
 
 
 def nvml() -> Any:
@@ -31,6 +32,8 @@ class LocalHost:
         if self.nvml:
             self.devices = [self.nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self.nvml.nvmlDeviceGetCount())]
         self.can_cap = bool(self.devices) and os.geteuid() == 0
+        self.xids: Counter[tuple[int, int]] = Counter()
+        self.xid_events = self._watch_xids() if self.devices else None
 
     def _constraints(self) -> tuple[int, int]:
         low, high = self.nvml.nvmlDeviceGetPowerManagementLimitConstraints(self.devices[0])
@@ -71,19 +74,64 @@ class LocalHost:
     def _read(self) -> HostReading:
         limits: list[int] = []
         watts = int(self.settings.get("base_w", 0))
-        errors: list[str] = []
+        errors = self._device_errors()
+        answered = True
         for i, device in enumerate(self.devices):
             try:
                 limits.append(int(self.nvml.nvmlDeviceGetEnforcedPowerLimit(device)) // 1000)
                 watts += int(self.nvml.nvmlDeviceGetPowerUsage(device)) // 1000
             except self.nvml.NVMLError as error:
                 limits.append(0)
-                errors.append(f"gpu {i}: {error}")
+                answered = False
+                errors.append(health.written(i, "lost", int(error.value), 1, str(error)))
         state = "full"
-        if self.devices and not errors:
+        if self.devices and answered:
             low, high = self._constraints()
             state = "full" if min(limits) >= high else "parked" if max(limits) <= low else "capped"
         return HostReading(self.name, True, state, tuple(limits), watts, tuple(errors))
+
+    def _device_errors(self) -> list[str]:
+        """XIDs since this process began, uncorrected memory errors since the driver came up, and pages or rows that were retired."""
+        if not self.devices:
+            return []
+        self._drain_xids()
+        found = [health.written(gpu, "xid", code, times) for (gpu, code), times in sorted(self.xids.items())]
+        for i, device in enumerate(self.devices):
+            for kind, count in (("ecc", self._uncorrected), ("retired", self._retired)):
+                try:
+                    number = count(device)
+                except self.nvml.NVMLError:  # this model does not count them
+                    continue
+                if number:
+                    found.append(health.written(i, kind, 0, number))
+        return found
+
+    def _uncorrected(self, device: Any) -> int:
+        m = self.nvml
+        return int(m.nvmlDeviceGetTotalEccErrors(device, m.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, m.NVML_VOLATILE_ECC))
+
+    def _retired(self, device: Any) -> int:
+        _, uncorrectable, _, _ = self.nvml.nvmlDeviceGetRemappedRows(device)
+        return int(uncorrectable)
+
+    def _watch_xids(self) -> Any:
+        """A set of events that fills with XIDs; None where the driver has none (it is not for every platform)."""
+        try:
+            events = self.nvml.nvmlEventSetCreate()
+            for device in self.devices:
+                self.nvml.nvmlDeviceRegisterEvents(device, self.nvml.nvmlEventTypeXidCriticalError, events)
+        except self.nvml.NVMLError:
+            return None
+        return events
+
+    def _drain_xids(self) -> None:
+        while self.xid_events is not None:
+            try:
+                event = self.nvml.nvmlEventSetWait_v2(self.xid_events, 0)
+                gpu = int(self.nvml.nvmlDeviceGetIndex(event.device))
+            except self.nvml.NVMLError:  # no more of them for now
+                return
+            self.xids[gpu, int(event.eventData)] += 1
 
     async def poll(self) -> Poll:
         return Poll(time.time(), [await asyncio.to_thread(self._read)])

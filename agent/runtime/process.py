@@ -18,12 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agent import supervise
+from agent import supervise, verify
 from agent.runtime import STREAMS, StartError, Status, Work
 
 START_TIMEOUT_S = 20.0
 SAVED = "checkpoint-saved"  # in the workspace: the work touches it whenever a checkpoint is whole
 SAFE_ID = re.compile(r"[A-Za-z0-9_.-]{1,120}")
+
+
+def _program(command: tuple[str, ...]) -> list[str]:
+    """Control's own benchmark is a program of ours; everything else is what it says."""
+    if command[:1] == (verify.PREFIX,):
+        return [sys.executable, "-I", "-S", str(Path(verify.__file__).resolve()), *command[1:]]
+    return list(command)
 
 
 class ProcessRuntime:
@@ -64,7 +71,7 @@ class ProcessRuntime:
         env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": space, "TMPDIR": space, "LANG": "C.UTF-8"}
         request = {
             "folder": str(folder),
-            "command": list(work.command),
+            "command": _program(work.command),
             "env": env
             | {"TAILRACE_WORKSPACE": space, "TAILRACE_CHECKPOINT_FILE": f"{space}/checkpoint-requested"}
             | {"TAILRACE_GANG_FILE": f"{space}/gang.json", "TAILRACE_SAVED_FILE": f"{space}/{SAVED}"}

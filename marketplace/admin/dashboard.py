@@ -28,7 +28,7 @@ from marketplace.models import (
     Site,
     SiteMinute,
 )
-from marketplace.services.leases import SILENT
+from marketplace.services.conditions import SILENT
 from marketplace.tenancy import Actor
 
 WINDOWS = {"1h": (timedelta(minutes=60), timedelta(minutes=1)), "24h": (timedelta(hours=24), timedelta(minutes=10))}

@@ -6,14 +6,16 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin
+from django.http import HttpRequest
+from django.utils import timezone
 from unfold.decorators import display
 
 from marketplace.admin import look
 from marketplace.admin.base import RowsInline, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
-from marketplace.models import Gpu, Host
-from marketplace.services import drains, job_rules, sites
+from marketplace.models import Gpu, Host, Verification
+from marketplace.services import drains, job_rules, reliability, sites, verifications
 
 
 class DrainForm(forms.Form):
@@ -89,6 +91,28 @@ def _undrain(call: Call) -> str:
     return f"{call.row.name} is back at work."
 
 
+def _verify(call: Call) -> str:
+    verifications.begin(call.row, actor=call.actor, now=call.now)
+    return f"{call.row.name} runs its benchmark; it takes some minutes."
+
+
+class VerificationRows(RowsInline):
+    model = Verification
+    fields = (
+        "started_at",
+        "finished_at",
+        "state",
+        "reason",
+        "score",
+        "matmul_gflops",
+        "memory_mb_s",
+        "fabric_mb_s",
+        "asked_by",
+    )
+    ordering = ("-id",)
+    per_page = 10
+
+
 class GpuRows(RowsInline):
     model = Gpu
     fields = ("index", "serial", "healthy", "last_error")
@@ -108,13 +132,16 @@ class HostAdmin(look.Shown, TenantAdmin):
         "power_state",
         "shown_watts",
         "shown_beat",
+        "shown_reliability",
+        "shown_verification",
         "listing",
     )
-    list_select_related = ("site", "power_node__site", "gpu_model", "listing")
+    list_select_related = ("site", "power_node__site", "gpu_model", "listing", "reliability", "verification")
     list_filter = ("site", "state", "power_state", "gpu_model", "listing")
     search_fields = ("name", "leaf", "site__name")
     ordering = ("site", "name")
-    inlines = (GpuRows,)
+    inlines = (GpuRows, VerificationRows)
+    above = "desk/host.html"
     fieldsets = (
         (None, {"fields": ("name", "site", "power_node", "listing", "shown_state", "state_reason", "leaves_at", "taints", "shown_beat")}),
         ("Shape", {"fields": ("gpu_model", "shown_gpus", "vram_mib", "vcpu_milli", "ram_mib", "nvme_gib", "leaf", "spine")}),
@@ -131,6 +158,11 @@ class HostAdmin(look.Shown, TenantAdmin):
             question="Nothing new is placed here until it is put back to work.",
         ),
         Move(
+            name="verify", label="Verify", action="sites:write", run=_verify, icon="speed", bulk=True,
+            possible=lambda row: row.state == Host.State.ACTIVE,
+            question="It runs our benchmark now, on all of its GPUs, for some minutes. Refused where jobs run or customers wait.",
+        ),
+        Move(
             name="taints", label="Set taints", action="sites:write", run=_taint, form=TaintsForm, icon="block", bulk=True,
             initial=lambda row: {"taints": " ".join(row.taints)},
             possible=lambda row: row.state != Host.State.RETIRED,
@@ -142,6 +174,27 @@ class HostAdmin(look.Shown, TenantAdmin):
             question="Jobs may be placed here again.",
         ),
     )  # fmt: skip
+
+    def more(self, request: HttpRequest, row: Host) -> dict[str, Any]:  # noqa: ARG002
+        found = getattr(row, "reliability", None)
+        return {
+            "verification": getattr(row, "verification", None),
+            "score": look.permille(found.score_permille) if found else None,
+            "parts": [(what, look.permille(share), told) for what, share, told in reliability.said(found)]
+            if found
+            else [],
+            "events": reliability.events(row, now=timezone.now(), limit=20),
+        }
+
+    @display(description="Reliability", ordering="reliability__score_permille")
+    def shown_reliability(self, row: Host) -> str:
+        found = getattr(row, "reliability", None)
+        return look.permille(found.score_permille) if found else "new"
+
+    @display(description="Benchmark", ordering="verification__score", label=look.TONES)
+    def shown_verification(self, row: Host) -> str:
+        found = getattr(row, "verification", None)
+        return found.state if found else "unverified"
 
     @display(description="GPUs free")
     def shown_gpus(self, row: Host) -> str:

@@ -75,6 +75,11 @@ def ago(at: datetime | None) -> str:
     return f"{seconds} s ago"
 
 
+def permille(value: int) -> str:
+    """`998` -> `99.8 %`."""
+    return f"{value / 10:.1f} %"
+
+
 def moment(at: datetime | None) -> SafeString | str:
     return "–" if at is None else format_html('<time datetime="{}">{:%Y-%m-%d %H:%M}</time>', at.isoformat(), at)
 

@@ -8,7 +8,7 @@ from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from marketplace.api import shapes
+from marketplace.api import reliability, shapes
 from marketplace.api.base import Resource
 from marketplace.api.keys import PAGE
 from marketplace.api.site_shapes import DrainShape, HostShape, TaintsShape
@@ -19,7 +19,7 @@ ACTIONS = {"active": ["drain"], "draining": ["drain", "undrain"], "maintenance":
 
 
 class HostResource(Resource):
-    model_queryset = Host.objects.select_related("site", "power_node", "gpu_model", "listing")
+    model_queryset = Host.objects.select_related("site", "power_node", "gpu_model", "listing", "reliability")
     prefix = "hst"
     order = "id"
     filters = {"site": "site", "state": "state", "gpu_model": "gpu_model__name", "listing": "listing", "leaf": "leaf"}
@@ -54,6 +54,7 @@ class HostResource(Resource):
             "reserved_w": row.reserved_w,
             "measured_w": row.measured_w,
             "beat_at": row.beat_at,
+            "reliability_permille": reliability.score_of(row),
             "actions": ACTIONS.get(row.state, []),
         }
 

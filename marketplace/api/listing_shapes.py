@@ -6,6 +6,8 @@ from rest_framework import serializers
 
 from marketplace.api import shapes
 from marketplace.api.base import PublicId, Shape
+from marketplace.api.reliability import ReliabilityShape
+from marketplace.api.verifications import ListedVerificationShape
 from marketplace.models import Kind, Listing
 from marketplace.services import search
 from scheduler.core.capacity import LEVELS
@@ -27,6 +29,12 @@ class FilterShape(Shape):
         max_length=2000,
         help_text="comparisons FIELD OP VALUE, separated by commas, with = != < <= > >= (text: = and !=, alternatives between "
         "bars): `vram_mib>=81920,gpu_model!=L40S|A100-80`. Fields: " + ", ".join(search.COMPARABLE),
+    )
+    verified = serializers.BooleanField(
+        required=False, default=False, help_text="every host of it has passed its benchmark"
+    )
+    reliability_min = serializers.IntegerField(
+        required=False, min_value=0, max_value=1000, help_text="thousandths; what was never counted is left out"
     )
     kind = serializers.ChoiceField(Kind.choices, required=False)
     price_max = serializers.IntegerField(
@@ -129,6 +137,8 @@ class ListingShape(serializers.Serializer):
     runtime = serializers.CharField()
     prices = serializers.DictField(child=shapes.PriceShape(), help_text="spot: its floor")
     spot_price = shapes.PriceShape(allow_null=True, help_text="of the interval in force; null: no spot, or none yet")
+    verification = ListedVerificationShape(required=False, help_text="in search and on one listing")
+    reliability = ReliabilityShape(allow_null=True, help_text="of its hosts together; null: not counted yet")
     terms = serializers.DictField()
     resale = serializers.DictField(
         allow_null=True,

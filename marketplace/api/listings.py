@@ -10,7 +10,7 @@ from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from marketplace.api import shapes
+from marketplace.api import reliability, shapes, verifications
 from marketplace.api.base import Resource
 from marketplace.api.listing_shapes import (
     DraftShape,
@@ -29,11 +29,15 @@ from scheduler.core.capacity import LEVELS
 
 
 class ListingResource(Resource):
-    model_queryset = Listing.objects.select_related("site__cell", "gpu_model", "organization", "resale")
+    model_queryset = Listing.objects.select_related(
+        "site__cell", "gpu_model", "organization__reliability", "reliability", "resale"
+    )
     prefix = "lst"
     filters = {"state": "state"}
 
-    def represent(self, row: Listing, stock: Stock | None = None, level: str = "site") -> dict[str, Any]:
+    def represent(
+        self, row: Listing, stock: Stock | None = None, level: str = "site", verified: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         site, model = row.site, row.gpu_model
         mine = self.actor.organization_id == row.organization_id
         return {
@@ -46,7 +50,11 @@ class ListingResource(Resource):
             "visibility": row.visibility,
             "version": row.version,
             "published_at": row.published_at,
-            "operator": {"id": row.organization.public_id, "name": row.organization.name},
+            "operator": {
+                "id": row.organization.public_id,
+                "name": row.organization.name,
+                "reliability_permille": reliability.score_of(row.organization),
+            },
             "site": {
                 "id": site.public_id,
                 "name": site.name,
@@ -64,6 +72,8 @@ class ListingResource(Resource):
             "runtime": row.runtime,
             "prices": shapes.prices(row),
             "spot_price": self.spot_price(row),
+            "reliability": reliability.shown(row),
+            **({} if verified is None else {"verification": verified}),
             "terms": {
                 "min_gpus": row.min_gpus,
                 "min_term_hours": row.min_term_hours,
@@ -149,7 +159,7 @@ class Listings(ListingResource):
         self.spot |= {**dict.fromkeys(shown), **spot_prices.in_force(shown, now)}
         return Response(
             {
-                "data": [self.represent(f.listing, f.stock, wanted.level) for f in found.rows],
+                "data": [self.represent(f.listing, f.stock, wanted.level, vars(f.checked)) for f in found.rows],
                 "has_more": found.has_more,
                 "cursor": found.cursor,
                 "as_of": found.as_of,
@@ -195,7 +205,8 @@ class ListingDetail(ListingResource):
         if level not in LEVELS:
             raise MarketError("invalid_request", f"level is {level}", {"/level": f"one of {', '.join(LEVELS)}"})
         stock = availability.stock([row], now=timezone.now(), level=level)[row.pk]
-        return Response(self.represent(row, stock, level), headers={"ETag": f'"{row.version}"'})
+        verified = verifications.of_listing(row)
+        return Response(self.represent(row, stock, level, verified), headers={"ETag": f'"{row.version}"'})
 
     @extend_schema(
         tags=["listings"], operation_id="listings_update", request=TermsShape, responses={200: ListingShape},

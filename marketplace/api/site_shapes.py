@@ -190,6 +190,7 @@ class HostShape(serializers.Serializer):
     reserved_w = serializers.IntegerField()
     measured_w = serializers.IntegerField(allow_null=True)
     beat_at = serializers.DateTimeField(allow_null=True)
+    reliability_permille = serializers.IntegerField(allow_null=True, help_text="null: not counted yet")
     actions = serializers.ListField(child=serializers.CharField())
 
 

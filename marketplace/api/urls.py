@@ -21,19 +21,23 @@ from marketplace.api import (
     payment_methods,
     payouts,
     power,
+    probe,
     quotes,
+    reliability,
     schema,
     screening,
     sites,
     spot,
     staff,
     usage,
+    verifications,
     webhooks,
 )
 
 RESOURCES = (
-    health, organizations, screening, keys, sites, conversions, hosts, miners, power, curtailments, listings,
-    calendars, quotes, contracts, amendments, spot, forward, jobs, usage, invoices, payment_methods, payouts, agent, staff,
+    health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
+    curtailments, listings, calendars, quotes, contracts, amendments, spot, forward, jobs, usage, invoices, payment_methods,
+    payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip
 

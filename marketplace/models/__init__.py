@@ -34,6 +34,7 @@ from marketplace.models.power import (
     ShedClaim,
     SiteMinute,
 )
+from marketplace.models.reliability import GpuError, HostCondition, HostDay, Reliability
 from marketplace.models.screening import BusinessProfile, Screening, ScreeningEvent
 from marketplace.models.sites import (
     Agent,
@@ -49,6 +50,7 @@ from marketplace.models.sites import (
     Site,
 )
 from marketplace.models.spot import SpotInterval, SpotNotice, SpotResult
+from marketplace.models.verification import HostVerification, Verification
 
 __all__ = [
     "Agent",
@@ -70,8 +72,12 @@ __all__ = [
     "FeedValue",
     "Fill",
     "Gpu",
+    "GpuError",
     "GpuModel",
     "Host",
+    "HostCondition",
+    "HostDay",
+    "HostVerification",
     "IdempotencyKey",
     "Invitation",
     "Job",
@@ -96,6 +102,7 @@ __all__ = [
     "PowerGrant",
     "PowerNode",
     "Quote",
+    "Reliability",
     "Resale",
     "Reservation",
     "ReservationBlock",
@@ -111,4 +118,5 @@ __all__ = [
     "StandingBid",
     "TermsAcceptance",
     "User",
+    "Verification",
 ]

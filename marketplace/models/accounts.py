@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from django.contrib.auth.models import AbstractUser, BaseUserManager
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
+from django.db.models import Q
 from django.db.models.functions import Lower
 
 from marketplace.tenancy import ROLES, TenantModel, TenantQuerySet
@@ -72,10 +73,18 @@ class Organization(TenantModel):
     currency = models.CharField(max_length=3, default="USD")
     verification = models.CharField(max_length=16, choices=Verification, default=Verification.NEW)
     gpu_limit = models.PositiveIntegerField(default=1024, help_text="Most GPUs that may run or be held at once")
+    is_house = models.BooleanField(
+        default=False, editable=False, help_text="our own: its jobs verify hosts, for nothing"
+    )
     fair_share_weight = models.PositiveIntegerField(default=1)
     created_at = models.DateTimeField(auto_now_add=True)
 
     objects = OrganizationQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["livemode"], condition=Q(is_house=True), name="organization_one_house")
+        ]
 
     def __str__(self) -> str:
         return self.name

@@ -90,6 +90,7 @@ _LISTING: Final = {
     "vram_mib": "coalesce(m.vram_mib, -1)",
     "carbon_g_per_kwh": "coalesce(s.carbon_g_per_kwh, -1)",
     "renewable_permille": "coalesce(s.renewable_permille, -1)",
+    "reliability_permille": "coalesce(r.score_permille, -1)",
 }
 _LISTING_TEXT: Final = {
     "gpu_model": "m.name",
@@ -101,7 +102,8 @@ _LISTING_TEXT: Final = {
 }
 _LISTINGS: Final = """
 marketplace_listing l JOIN marketplace_site s ON s.id = l.site_id JOIN marketplace_cell c ON c.id = s.cell_id
-LEFT JOIN marketplace_gpumodel m ON m.id = l.gpu_model_id WHERE l.state = 'published'
+LEFT JOIN marketplace_gpumodel m ON m.id = l.gpu_model_id LEFT JOIN marketplace_reliability r ON r.listing_id = l.id
+WHERE l.state = 'published'
 """
 _PARTNER: Final = {"listing_id": "p.listing_id", "organization_id": "p.organization_id"}
 _PARTNERS: Final = "marketplace_listing_partners p WHERE true"
@@ -116,10 +118,13 @@ _HOST: Final = {
     "ram_mib": "h.ram_mib",
     "nvme_gib": "h.nvme_gib",
     "part": "0",
+    "verified": "coalesce((v.state = 'verified')::int, 0)",
+    "benchmark_score": "CASE WHEN v.state = 'verified' THEN v.score ELSE -1 END",
 }
 _HOST_TEXT: Final = {"spine": "h.spine", "leaf": "h.leaf"}
 _HOSTS: Final = """
-marketplace_host h JOIN marketplace_site s ON s.id = h.site_id WHERE h.listing_id IS NOT NULL AND h.state <> 'retired'
+marketplace_host h JOIN marketplace_site s ON s.id = h.site_id LEFT JOIN marketplace_hostverification v ON v.host_id = h.id
+WHERE h.listing_id IS NOT NULL AND h.state <> 'retired'
 """
 # What a resale has set aside on a host is a host of its own to the market.
 _PART: Final = {
@@ -132,7 +137,7 @@ _PART: Final = {
 _PARTS: Final = """
 marketplace_resale x JOIN marketplace_reservationblock a ON a.reservation_id = x.reservation_id
 JOIN marketplace_host h ON h.id = a.host_id JOIN marketplace_site s ON s.id = h.site_id
-WHERE x.state = 'open' AND h.state <> 'retired'
+LEFT JOIN marketplace_hostverification v ON v.host_id = h.id WHERE x.state = 'open' AND h.state <> 'retired'
 """
 _HOLD: Final = {
     "host_id": "b.host_id",

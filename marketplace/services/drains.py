@@ -21,7 +21,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Host, Job, Placement, Site
 from marketplace.outbox import emit
-from marketplace.services import audit, jobs, placements, replicas
+from marketplace.services import audit, conditions, jobs, placements, replicas
 from marketplace.tenancy import Actor
 
 ABLE = (Host.State.ACTIVE, Host.State.DRAINING)
@@ -98,6 +98,7 @@ def _drain(hosts: Collection[Host], wanted: Leave, *, actor: Actor, now: datetim
         _audit(host, actor, "host.drained", now, before=before, after=after)
     Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
     ids = {host.pk for host in hosts}
+    conditions.record(hosts=ids, now=now)
     if wanted.evict:
         leave(ids, now=now, actor=actor.label, reason=f"host drained: {wanted.words}"[:200])
     elif wanted.by is not None:
@@ -142,6 +143,7 @@ def _undrain(hosts: Collection[Host], *, actor: Actor, now: datetime) -> None:
         before, host.state, host.state_reason, host.leaves_at = host.state, Host.State.ACTIVE, "", None
         _audit(host, actor, "host.undrained", now, before={"state": before}, after={"state": "active"})
     Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
+    conditions.record(hosts=[host.pk for host in hosts], now=now)
     _changed(hosts)
 
 
@@ -168,7 +170,9 @@ def due(site: Site, *, now: datetime) -> int:
         return 0
     leave(ids, now=now, actor="maintenance", reason="drained: the host leaves for maintenance")
     full = set(_live(ids).values_list("host_id", flat=True))
-    return Host.objects.filter(pk__in=ids - full, state=Host.State.DRAINING).update(state=Host.State.MAINTENANCE)
+    gone = Host.objects.filter(pk__in=ids - full, state=Host.State.DRAINING).update(state=Host.State.MAINTENANCE)
+    conditions.record(hosts=ids, now=now)
+    return gone
 
 
 def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) -> None:

@@ -32,6 +32,9 @@ NUMBERS: Final = {
     "fabric_gbps": "fabric_gbps",
     "carbon_g_per_kwh": "carbon_g_per_kwh",
     "renewable_permille": "renewable_permille",
+    "reliability_permille": "reliability_permille",
+    "verified": "verified",
+    "benchmark_score": "benchmark_score",
     "min_gpus": "min_gpus",
     "min_term_hours": "min_term_hours",
     "max_term_days": "max_term_days",
@@ -106,6 +109,8 @@ class Filters:
     fabric_gbps_min: int | None = None
     carbon_max_g: int | None = None  # g/kWh; sites that state none are left out
     runtime: tuple[str, ...] = ()
+    verified: bool = False  # every host of it
+    reliability_min: int | None = None  # thousandths; what was never counted is left out
     kind: str | None = None
     price_max: int | None = None
     start: datetime | None = None
@@ -155,6 +160,8 @@ def conditions(offers: Offers, wanted: Filters, now: datetime) -> list[tuple[str
         ("fabric_gbps_min", _least(offers, "fabric_gbps", wanted.fabric_gbps_min)),
         ("carbon_max_g", _carbon(offers, wanted.carbon_max_g)),
         ("runtime", one_of(offers, "runtime", wanted.runtime)),
+        ("verified", _least(offers, "verified", 1 if wanted.verified else None)),
+        ("reliability_min", _least(offers, "reliability_permille", wanted.reliability_min)),
         ("resale", None if wanted.resale is None else offers.listings["is_resale"] == int(wanted.resale)),
         *((str(each), _compared(offers, each, wanted.kinds)) for each in wanted.where),
         ("kind", priced(offers, wanted.kinds, None) if wanted.kind else None),
@@ -171,7 +178,7 @@ def one_of(offers: Offers, name: str, texts: tuple[str, ...]) -> Mask | None:
 
 
 def _least(offers: Offers, name: str, value: int | None) -> Mask | None:
-    return None if value is None else offers.number(name) >= value
+    return None if value is None else offers.number(name) >= max(value, 0)
 
 
 def _carbon(offers: Offers, most: int | None) -> Mask | None:

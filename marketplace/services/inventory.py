@@ -17,7 +17,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Gpu, GpuModel, Host, Miner, PowerGrant, PowerNode, Site
 from marketplace.outbox import emit
-from marketplace.services import audit, columns, power
+from marketplace.services import audit, columns, conditions, power
 from marketplace.services.placements import touch_sites
 from marketplace.tenancy import Actor
 from scheduler.core import power as core
@@ -118,6 +118,7 @@ def upsert_hosts(
         Host.objects.bulk_create(fresh, batch_size=500)
         Host.objects.bulk_update(changed, _HOST_COLUMNS, batch_size=200)
         _sync_gpus([*fresh, *changed])
+        conditions.record(hosts=[host.pk for host in (*fresh, *changed)], now=now)
         _finish(site, "hosts", changes, now=now, actor=actor)
     return changes
 

@@ -9,10 +9,10 @@ from django.db import transaction
 from django.db.models import F, Max
 
 from marketplace.models import Agent, ControlPulse, Host, Placement, Site
-from marketplace.services import jobs, placements
+from marketplace.services import conditions, jobs, placements
+from marketplace.services.conditions import SILENT
 from marketplace.services.transitions import transition_many
 
-SILENT = timedelta(seconds=90)
 HOST_SILENT = timedelta(seconds=150)
 GAP = timedelta(seconds=30)
 
@@ -33,7 +33,12 @@ def pulse(*, now: datetime) -> timedelta:
 
 
 def watch(site: Site, *, now: datetime) -> None:
-    """Move placements and hosts of a silent site along. The caller holds the site's lock."""
+    """Move placements and hosts of a silent site along, and write down what its hosts are like. The caller holds the site's lock."""
+    _watch(site, now)
+    conditions.record(sites=[site.pk], now=now)
+
+
+def _watch(site: Site, now: datetime) -> None:
     seen = Agent.objects.filter(site=site).aggregate(at=Max("last_sync_at"), lease=Max("lease_until"))
     if seen["at"] is None:
         return

@@ -25,7 +25,7 @@ from marketplace.models import (
     ReservationBlock,
     Site,
 )
-from marketplace.services import audit, availability, feeds
+from marketplace.services import audit, availability, conditions, feeds
 from marketplace.services.forward.topics import nudge_book
 from marketplace.services.transitions import legal_actions
 from marketplace.tenancy import Actor
@@ -106,6 +106,7 @@ def assign_hosts(listing: Listing, host_ids: Collection[int], *, now: datetime) 
         raise MarketError("conflict", f"Contracts or quotes hold GPUs of {names}; they can leave when those end.")
     Host.objects.filter(pk__in=leaving, listing=listing).update(listing=None)
     Host.objects.filter(pk__in=wanted).update(listing=listing)
+    conditions.record(hosts=wanted | leaving, now=now)
 
 
 def _promised(host_ids: Collection[int], now: datetime) -> set[int]:
@@ -180,6 +181,7 @@ def _move(actor: Actor, listing: Listing, to: str, now: datetime, **columns: Any
     audit.record(
         actor, f"listing.{to}", listing.public_id, now=now, before={"state": listing.state}, after={"state": to}
     )
+    conditions.record(listings=[listing.pk], now=now)
     listing.refresh_from_db()
     if to == Listing.State.PUBLISHED:
         nudge_book(listing.site.cell.livemode, listing.gpu_model_id, listing.site.region)

@@ -31,7 +31,7 @@ PRICES: Final = {
     Kind.SPOT: "spot_floor",
 }
 # What is asked of each host of a listing, and holds where its poorest host has it.
-OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib")
+OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib", "verified", "benchmark_score")
 _STATEFUL: Final = ("id", "listing_id", "spine", "leaf", "part")  # columns of hosts that decide the shelf
 
 
@@ -183,6 +183,16 @@ class Offers:
     def totals(self) -> Ints:
         """int64[N]: GPUs listed, working or not."""
         return self._spread(self.shelf.total(self.hosts["gpu_count"][self.shelf.order]))
+
+    @cached_property
+    def host_count(self) -> Ints:
+        """int64[N]: hosts listed, working or not."""
+        return self._spread(self.shelf.total(np.ones(len(self.hosts), np.int64)))
+
+    @cached_property
+    def verified(self) -> Ints:
+        """int64[N]: of these, verified by benchmark."""
+        return self._spread(self.shelf.total(self.hosts["verified"][self.shelf.order]))
 
     @cached_property
     def of_hosts(self) -> dict[str, Ints]:

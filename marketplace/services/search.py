@@ -35,7 +35,18 @@ from marketplace.tenancy import Actor
 from scheduler.core.claims import Ints
 
 __all__ = [
-    "COMPARABLE", "FACETS", "FILTER_NAMES", "SORTS", "Comparison", "Filters", "Found", "Result", "comparisons", "on_offer", "search",
+    "COMPARABLE",
+    "FACETS",
+    "FILTER_NAMES",
+    "SORTS",
+    "Checked",
+    "Comparison",
+    "Filters",
+    "Found",
+    "Result",
+    "comparisons",
+    "on_offer",
+    "search",
 ]  # fmt: skip
 
 UNKNOWN = (1 << 62) - 1  # sorts what has no value last
@@ -44,6 +55,8 @@ _COLUMN = {
     "fabric": "fabric_gbps",
     "carbon": "carbon_g_per_kwh",
     "renewable": "renewable_permille",
+    "reliability": "reliability_permille",
+    "benchmark": "benchmark_score",
     "nvlink": "nvlink_gpus",
     "vcpu": "vcpu_milli",
     "ram": "ram_mib",
@@ -55,9 +68,19 @@ SORTS = ("price", "-price", "newest", "oldest", *(sign + name for name in _COLUM
 
 
 @dataclass(frozen=True)
+class Checked:
+    """`hosts` of a listing on offer, `verified` of them by benchmark; `score` of the poorest, None where one has none."""
+
+    verified: int = 0
+    hosts: int = 0
+    score: int | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     listing: Listing
     stock: Stock
+    checked: Checked = Checked()
 
 
 @dataclass(frozen=True)
@@ -150,12 +173,20 @@ def _ordered(
 def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -> list[Found]:
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
-    rows = on_offer(actor).select_related("site", "gpu_model", "organization", "resale").in_bulk(ids) if ids else {}
+    rows = (
+        on_offer(actor)
+        .select_related("site", "gpu_model", "organization__reliability", "reliability", "resale")
+        .in_bulk(ids)
+        if ids
+        else {}
+    )
     heard = _heard(ids, now)
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
+    verified, hosts = offers.verified[page].tolist(), offers.host_count[page].tolist()
+    scores = [None if score == NONE else score for score in offers.of_hosts["benchmark_score"][page].tolist()]
     return [
-        Found(rows[pk], Stock(gpus, total, now, heard.get(pk)))
-        for pk, gpus, total in zip(ids, stock, totals, strict=True)
+        Found(rows[pk], Stock(gpus, total, now, heard.get(pk)), Checked(*checked))
+        for pk, gpus, total, *checked in zip(ids, stock, totals, verified, hosts, scores, strict=True)
         if pk in rows
     ]
 

@@ -16,7 +16,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Agent, Cell, EnrolmentToken, Host, Miner, Organization, PowerNode, Site
 from marketplace.outbox import emit
-from marketplace.services import audit, placements, power, tokens
+from marketplace.services import audit, conditions, placements, power, tokens
 from marketplace.services.drains import drain_host, drain_site, set_taints, undrain_host, undrain_site
 from marketplace.services.inventory import Changes, over_cap, upsert_hosts, upsert_miners
 from marketplace.tenancy import Actor
@@ -158,6 +158,7 @@ def set_site_mode(site: Site, mode: str, *, actor: Actor, now: datetime) -> Site
     if before == mode:
         return site
     site.save(update_fields=["mode"])
+    conditions.record(sites=[site.pk], now=now)
     _changed(site, safety=True)
     _audit(site, actor, "site.mode_changed", site.public_id, now, before={"mode": before}, after={"mode": mode})
     return site

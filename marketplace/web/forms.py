@@ -18,7 +18,7 @@ from scheduler.core.capacity import LEVELS
 LEVEL_WORDS = {"host": "one host", "leaf": "one leaf switch", "spine": "one fabric", "site": "anywhere at the site"}
 SORT_WORDS = {
     "price": "Price", "-price": "Price, highest first", "-vram": "GPU memory", "-fabric": "Fabric speed", "carbon": "Carbon",
-    "newest": "Newest", "term": "Shortest term",
+    "newest": "Newest", "-reliability": "Reliability", "-benchmark": "Benchmark", "term": "Shortest term",
 }  # fmt: skip
 
 
@@ -60,6 +60,10 @@ class SearchForm(forms.Form):
     vram_min = forms.IntegerField(label="GPU memory from, GB", required=False, min_value=0, max_value=10_000)
     fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
     carbon_max_g = forms.IntegerField(label="Carbon up to, g/kWh", required=False, min_value=0, max_value=10_000)
+    verified = forms.BooleanField(label="Verified by benchmark only", required=False)
+    reliability_min = forms.DecimalField(
+        label="Reliability from, %", required=False, min_value=0, max_value=100, max_digits=4, decimal_places=1
+    )
     sort = forms.ChoiceField(label="Sort by", required=False, choices=list(SORT_WORDS.items()))
     kind = forms.ChoiceField(
         label="Contract", required=False, choices=[("", "Any contract"), *((k, kind_words(k)) for k in Kind.values)]
@@ -79,6 +83,8 @@ class SearchForm(forms.Form):
             vram_min_mib=None if asked["vram_min"] is None else asked["vram_min"] * 1024,
             fabric_gbps_min=asked["fabric_gbps_min"],
             carbon_max_g=asked["carbon_max_g"],
+            verified=asked["verified"],
+            reliability_min=None if asked["reliability_min"] is None else int(asked["reliability_min"] * 10),
             kind=asked["kind"] or None,
         )
 

@@ -15,7 +15,7 @@ from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
 from marketplace.services import availability, search
 from marketplace.tenancy import Actor
-from marketplace.web import calendars, charts, spot
+from marketplace.web import calendars, charts, spot, trust
 from marketplace.web.base import page, row_of, visitor
 from marketplace.web.forms import SearchForm
 from marketplace.web.tags import kind_words
@@ -24,7 +24,8 @@ from scheduler.core.capacity import LEVELS
 PAGE_SIZE = 12
 FILTER_WORDS = {
     "gpu_model": "GPU model", "vram_min_mib": "GPU memory", "price_max": "price", "count": "number of GPUs", "end": "term",
-    "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "kind": "contract", "availability": "window and number of GPUs",
+    "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "reliability_min": "reliability", "kind": "contract",
+    "verified": "verified", "availability": "window and number of GPUs",
 }  # fmt: skip
 PARAMETER = {"vram_min_mib": "vram_min"}
 FACET_WORDS = {
@@ -91,6 +92,7 @@ def _offer(found: search.Found, actor: Actor) -> dict[str, Any]:
     return {
         "row": row,
         "stock": stock,
+        "checked": found.checked,
         "meter": _meter(stock),
         "prices": _prices(row),
         "mine": actor.organization_id == row.organization_id,
@@ -153,7 +155,9 @@ def _older(request: HttpRequest, found: search.Result | None) -> str | None:
 # --- one listing
 def listing_of(request: HttpRequest, public_id: str) -> Listing:
     """One that the visitor may see, or 404."""
-    rows = Listing.objects.visible_to(visitor(request)).select_related("site__cell", "gpu_model", "organization")
+    rows = Listing.objects.visible_to(visitor(request)).select_related(
+        "site__cell", "gpu_model", "organization__reliability", "reliability"
+    )
     found: Listing = row_of(rows, Listing.PREFIX, public_id)
     return found
 
@@ -182,6 +186,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "prices": _prices(row),
             "spot": spot.shown(row, now) if row.spot_floor is not None else None,
             "open": row.state == Listing.State.PUBLISHED,
+            **trust.of(row),
         },
     )
     return varied(response)

@@ -12,6 +12,7 @@ from marketplace.web import (
     organizations,
     quotes,
     team,
+    trust,
     usage,
     verification,
 )
@@ -19,6 +20,7 @@ from marketplace.web import (
 app_name = "web"
 urlpatterns = [
     *market.urlpatterns,
+    *trust.urlpatterns,
     *quotes.urlpatterns,
     *contracts.urlpatterns,
     *amendments.urlpatterns,

@@ -6,6 +6,7 @@
     ["train", "600", "60"]     as sleep, and saves its state every 60 s
     ["stubborn", "60"]         as sleep, but ignores TERM
     ["print", "text", ...]     prints the words and ends with 0
+    ["tailrace-verify"]        prints the figures of the host's benchmark (sandbox.site.physics) after 1 s and ends with 0
 
 TERM ends a command with 143 (it saves its state first), KILL with 137. Anything else cannot be executed: 127.
 """
@@ -77,12 +78,22 @@ class Executor:
         self._saves: list[tuple[float, str]] = []
         self.changed: list[str] = []
 
-    def start(self, key: str, host: str, command: list[str], gpus: list[int], env: dict[str, str], now: float) -> Work:
+    def start(
+        self,
+        key: str,
+        host: str,
+        command: list[str],
+        gpus: list[int],
+        env: dict[str, str],
+        now: float,
+        *,
+        figures: str = "",
+    ) -> Work:
         """Starts work, or answers the work already known by that id: starting twice runs once."""
         if key in self.work:
             return self.work[key]
         try:
-            seconds, code, out = parse(command)
+            seconds, code, out = (1.0, 0, f"{figures}\n") if figures else parse(command)
             reason = ""
         except ValueError as error:
             seconds, code, out, reason = 0.0, 127, f"{error}\n", "start_failed"

@@ -8,12 +8,14 @@ A tripped node and all below it are dark until the breaker is reset.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import numpy as np
 
 from sandbox.miners import Fleet
+from sandbox.site import benchmarks
 from sandbox.site.spec import Spec
 
 TRIP_S = 20.0
@@ -58,6 +60,12 @@ class Hosts:
         self.on_s = np.zeros(len(rows))
         self.active_s = np.zeros(len(self.host_of))
         self.workloads: dict[str, tuple[int, list[int], float]] = {}
+        self.gpu_errors: dict[tuple[int, int, str], int] = {}  # (host, GPU, `xid 79`) -> times since it came up
+        self.error_count = np.zeros(len(rows))
+        self.really = [
+            str(row.get("really") or row["gpu_model"]) for row in rows
+        ]  # what the devices are, whatever is stated
+        self.slowness = np.ones(len(rows))
 
     def attach(self, key: str, host: int, gpus: list[int], utilisation: float) -> None:
         """Puts a load on GPUs (indices on the host). Raises ValueError for an index that the host does not have."""
@@ -81,6 +89,46 @@ class Hosts:
                     load[g] = min(1.0, load[g] + utilisation)
         self.load[start:stop] = load
         self.cpu_load[host] = cpu
+
+    def set_error(self, name: str, gpu: int, error: str) -> None:
+        """One more `xid N` or `ecc 0` of a device; "" clears the host's, as a restart does. Raises KeyError, ValueError."""
+        host = self.index[name]
+        kind, _, code = error.partition(" ")
+        if error and (kind not in ("xid", "ecc") or not 0 <= gpu < self.rows[host]["gpus"]):
+            raise ValueError(f"error {error!r} of GPU {gpu} of {name}: `xid N` or `ecc 0`, of a GPU that it has")
+        if error:
+            key = (host, gpu, f"{kind} {int(code or 0)}")
+            self.gpu_errors[key] = self.gpu_errors.get(key, 0) + 1
+        else:
+            self.gpu_errors = {key: times for key, times in self.gpu_errors.items() if key[0] != host}
+        self.error_count[host] += 1
+
+    def benchmark(self, host: int, gpus: list[int]) -> str:
+        """The line that agent.verify prints, of what the devices really are and of the watts that they may draw."""
+        matmul, memory, link = benchmarks.SUSTAINED.get(self.really[host], benchmarks.UNKNOWN)
+        first, slow = self.first[host], float(self.slowness[host])
+        found = []
+        for g in gpus:
+            watts = float(self.limit[first + g] / self.gpu_max[first + g])
+            swing = self.rng.uniform(0.985, 1.015)
+            # The clock follows the watts about as their cube root once a device is limited; memory hardly does.
+            found.append(
+                {
+                    "matmul_gflops": int(matmul * swing * watts ** (1 / 3) / slow),
+                    "memory_mb_s": int(memory * swing / slow),
+                }
+            )
+        domains = self.rows[host]["nvlink_domains"]
+        pairs = [(a, gpus[(i + 1) % len(gpus)]) for i, a in enumerate(gpus)] if len(gpus) > 1 else []
+        links = [{"a": a, "b": b, "mb_s": int((link if domains[a] == domains[b] else 20_000) / slow)} for a, b in pairs]
+        told = {
+            "gpus": found, "links": links, "disk": {"write_mb_s": int(2400 / slow), "read_mb_s": int(5200 / slow)},
+            "network": {"down_kb_s": 118_000, "up_kb_s": 112_000}, "errors": [],
+        }  # fmt: skip
+        return f"tailrace-verify {json.dumps(told, separators=(',', ':'))}"
+
+    def errors(self, host: int | np.integer[Any]) -> list[str]:
+        return [f"gpu {gpu}: {what} x{times}" for (h, gpu, what), times in sorted(self.gpu_errors.items()) if h == host]
 
     def dark(self, hosts: np.ndarray) -> list[str]:
         """Hosts that lost power: their workloads are gone. Returns the keys of those workloads."""

@@ -9,7 +9,8 @@
     POST /hosts/NAME/work                 {"id", "command", "gpus", "env"}; GET/DELETE /hosts/NAME/work/ID
     POST /hosts/NAME/work/ID/signal       {"signal": "TERM"|"KILL"};  GET /hosts/NAME/work/ID/stdout?offset=N
     GET  /meters, GET /truth
-    POST /control/fault                   {"kind": "miner"|"host"|"meter"|"link", "name", "fault": "..."|"", "factor"}
+    POST /control/fault                   {"kind": "miner"|"host"|"gpu"|"benchmark"|"meter"|"link", "name",
+                                          "fault": "..."|"", "factor"}
     POST /control/reset-breaker           {"node"}
     POST /control/uplink                  {"cut": true|false}
 
@@ -58,7 +59,9 @@ class SiteServer:
         self.boot = uuid4().hex  # versions count from here
         self.version = 1
         self.host_version = np.ones(len(spec["hosts"]), dtype=int)
-        self.published = np.full((3, len(spec["hosts"])), -1.0)  # W, sum of limits, state of each host as last told
+        self.published = np.full(
+            (4, len(spec["hosts"])), -1.0
+        )  # W, sum of limits, state, errors of each host as last told
         self.link_cut = False
         self._ticker: asyncio.Task[None] | None = None
 
@@ -122,7 +125,7 @@ class SiteServer:
         self._publish_hosts()
 
     def _publish_hosts(self) -> None:
-        """Gives every host that changed in a way worth telling (state, limits, 4 % of its watts) a new version."""
+        """Gives every host that changed in a way worth telling (state, limits, errors, 4 % of its watts) a new version."""
         physics = self.physics
         hosts = physics.hosts
         if not hosts.rows:
@@ -131,11 +134,13 @@ class SiteServer:
         limits = np.bincount(hosts.host_of, hosts.limit, len(hosts.rows))
         state = physics.energised()[physics.host_node] * 4 + hosts.alive * 2 + (hosts.powered & (hosts.boot_left <= 0))
         changed = np.abs(watts - self.published[0]) > np.maximum(10.0, 0.04 * self.published[0])
-        changed |= (limits != self.published[1]) | (state != self.published[2])
+        changed |= (
+            (limits != self.published[1]) | (state != self.published[2]) | (hosts.error_count != self.published[3])
+        )
         if changed.any():
             self.version += 1
             self.host_version[changed] = self.version
-            self.published[:, changed] = np.stack([watts, limits, state])[:, changed]
+            self.published[:, changed] = np.stack([watts, limits, state, hosts.error_count])[:, changed]
 
     def _answers(self, h: int | np.integer[Any]) -> bool:
         node = self.physics.host_node[h]
@@ -152,7 +157,7 @@ class SiteServer:
             "power_state": hosts.power_state(h),
             "limits_w": hosts.limits(h),
             "measured_w": round(float(hosts.watts()[h])),
-            "gpu_errors": [],
+            "gpu_errors": hosts.errors(h),
         }
 
     async def handle(self, request: Request) -> Answer:
@@ -230,8 +235,10 @@ class SiteServer:
                 key, gpus = str(body["id"]), [int(g) for g in body["gpus"]]
                 if key not in executor.work:
                     hosts.attach(key, h, gpus, float(body.get("utilisation", 0.9)))
+                command = [str(c) for c in body["command"]]
+                figures = hosts.benchmark(h, gpus) if command[:1] == ["tailrace-verify"] else ""
                 work = executor.start(
-                    key, hosts.names[h], [str(c) for c in body["command"]], gpus, body.get("env", {}), time.time()
+                    key, hosts.names[h], command, gpus, body.get("env", {}), time.time(), figures=figures
                 )
                 if work.finished_at is not None:
                     hosts.detach(key)
@@ -271,13 +278,21 @@ class SiteServer:
             self.physics.fleet.set_fault(name, fault, factor=factor)
         elif kind == "host" and fault == "dies":
             self.executor.lose(self.physics.kill_host(name), time.time())
+        elif kind == "benchmark" and fault in ("slow", ""):
+            self.physics.hosts.slowness[self.physics.hosts.index[name]] = factor if fault else 1.0
+        elif kind == "benchmark" and fault.startswith("is "):
+            self.physics.hosts.really[self.physics.hosts.index[name]] = fault.removeprefix("is ")
         elif kind == "host" and not fault:
             self.physics.revive_host(name)
+        elif kind == "gpu":  # HOST/INDEX
+            host, _, index = name.rpartition("/")
+            self.physics.hosts.set_error(host, int(index), fault)
         elif kind == "meter" and fault in ("stale", ""):
             self.physics.meter_stale[self.physics.node_index[name]] = bool(fault)
         elif kind == "link" and fault in ("cut", ""):
             self.link_cut = bool(fault)
         else:
             raise ValueError(
-                f"unknown fault {fault!r} of {kind!r}; kinds: miner, host (dies), meter (stale), link (cut)"
+                f"unknown fault {fault!r} of {kind!r}; kinds: miner, host (dies), gpu (xid N, ecc), "
+                "benchmark (slow, is MODEL), meter (stale), link (cut)"
             )

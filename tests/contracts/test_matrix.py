@@ -115,7 +115,8 @@ class Cast:
         )
         if who not in outsiders or response.status_code != 200:
             return []
-        text = response.content.decode()
+        body = b"".join(response.streaming_content) if response.streaming else response.content
+        text = body.decode(errors="replace")
         return [f"{who} is shown {public_id}" for public_id in self.shown if public_id in text]
 
 

@@ -102,7 +102,8 @@ def load(
     claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *leaving]
     set_aside = [listing for listing in listings if listing.is_resale]
     if set_aside:
-        parts, inside = _set_aside(set_aside, now, without)
+        parts, inside, heard = _set_aside(set_aside, now, without)
+        beats |= heard
         rows += parts
         claims += inside
         smallest.update((listing.pk, listing.min_gpus) for listing in set_aside)
@@ -119,8 +120,11 @@ def load(
 
 def _set_aside(
     listings: Sequence[Listing], now: datetime, without: Collection[int]
-) -> tuple[list[tuple[int, int, str, str, int]], list[Claim]]:
-    """What is left of resales, as hosts of their own (id: that of the block set aside, below zero) and the live holds on them."""
+) -> tuple[list[tuple[int, int, str, str, int]], list[Claim], dict[int, datetime | None]]:
+    """What is left of resales, as hosts of their own (id: that of the block set aside, below zero), the live holds on them, and the
+    oldest beat of each.
+    """
+    beats: dict[int, datetime | None] = {}
     rows: list[tuple[int, int, str, str, int]] = []
     claims: list[Claim] = []
     blocks = ReservationBlock.objects.filter(
@@ -138,6 +142,8 @@ def _set_aside(
             (-block.pk, len(set(block.gpu_indices) - sick) if up else 0, host.leaf, host.spine, resale.listing_id)
         )
         at[block.reservation_id, block.host_id] = -block.pk
+        if up and host.beat_at is not None:
+            beats[resale.listing_id] = min(beats.get(resale.listing_id) or host.beat_at, host.beat_at)
     live = Reservation.objects.filter(
         within__in={key for key, _ in at}, state=Reservation.State.HELD, held_until__gt=now
     ).exclude(pk__in=list(without))  # fmt: skip
@@ -148,7 +154,7 @@ def _set_aside(
             if (hold.within_id or 0, b.host_id) in at
         )
         claims.append(Claim(("reservation", hold.pk), seconds(hold.claims_at), seconds(hold.ends_at), held))
-    return rows, claims
+    return rows, claims, beats
 
 
 def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:

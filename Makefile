@@ -10,7 +10,7 @@ WORKERS ?= 2
 export NUMBA_CACHE_DIR := $(CURDIR)/.numba
 export DEVELOPMENT ?= 1
 
-.PHONY: help setup run test test-full smoke bench lint format openapi reset
+.PHONY: help setup run test test-full smoke sim-market bench lint format openapi reset
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ test-full: setup ## with the sweeps: every seed, theme and width, long simulatio
 
 smoke: setup ## the main job, headless, through public interfaces only; a report
 	@$(PY) -m scheduler.core.warm && $(PY) -m sandbox.smoke $(ARGS)
+
+sim-market: setup ## a seeded quarter of the market with everything that goes wrong, audited; ARGS='--seed N --days N --scale N'
+	@$(PY) -m scheduler.core.warm && $(SERVERS) --unsafe-fast --owner -- $(PY) -m sandbox.market $(ARGS)
 
 bench: setup ## every claim of the README beside its peer, into benchmarks/results/ and the README's table
 	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS); status=$$?; $(PY) -m benchmarks table && exit $$status

@@ -82,7 +82,8 @@ class Auditor:
             if p["watts"] != ("granted" if p["state"] in THERE else "shedding"):
                 found.append(f"placement {p['id']} is {p['state']}, its watts are {p['watts']}")
             shut = {self.hosts_before.get(p["host_id"]), hosts[p["host_id"]]["state"]}
-            if p["id"] > self.newest_placement and "active" not in shut and None not in shut:
+            leaves = hosts[p["host_id"]]["leaves_at"]  # until its hour it takes what is sure to end before
+            if p["id"] > self.newest_placement and "active" not in shut and None not in shut and leaves is None:
                 found.append(
                     f"placement {p['id']} is new on host {p['host_id']}, which is {hosts[p['host_id']]['state']}"
                 )
@@ -262,6 +263,8 @@ def _gangs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
         gangs[p["job_id"], p["attempt"]].append(p)
     for (pk, attempt), gang in gangs.items():
         job = jobs[pk]
+        if job["on_replica_loss"] != "restart_gang":  # replicas come and go; a lost rank may stand here twice
+            continue
         if sorted(p["rank"] for p in gang) != list(range(job["replicas"])):
             found.append(f"job {pk}, attempt {attempt}: ranks {sorted(p['rank'] for p in gang)} of {job['replicas']}")
         if len({p["site_id"] for p in gang}) > 1:

@@ -12,7 +12,8 @@ from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import InvoiceLine, PriceVersion
-from marketplace.models import Amendment, Contract, Curtailment, Fill, PlacementEvent
+from marketplace.models import Amendment, Contract, Curtailment, Fill
+from marketplace.services import sheds
 
 HELD_KINDS = ("reserved", "flexible")
 
@@ -121,20 +122,14 @@ def term_end(contract: Contract, otherwise: int) -> int:
 
 
 def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
-    """Seconds in which a curtailment of its site held the contract's jobs back: those calls that drained one of them."""
-    drained = PlacementEvent.objects.filter(
-        placement__contract=contract, to_state="draining", reason__istartswith="curtail"
-    ).values_list("at", flat=True)
-    moments = sorted(drained)
+    """Seconds in which calls held the contract's jobs back: those calls that drained one of them. Another call of the same hours
+    took nothing from it.
+    """
     calls = Curtailment.objects.filter(
-        site_id=contract.site_id,
+        pk__in=sheds.calls_of(contract),
         state__in=("active", "restoring", "completed"),
         starts_at__lt=metering.instant(window.end),
         ends_at__gt=metering.instant(window.start),
     )
-    spans = [
-        metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at))
-        for call in calls
-        if any(call.created_at <= moment < call.ends_at for moment in moments)
-    ]
+    spans = [metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at)) for call in calls]
     return metering.clip(spans, window)

@@ -13,7 +13,7 @@ the commitment, first things first, and what is left of it at the end is given b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -152,14 +152,16 @@ def rate_commitment(
     `used` is the contract's milli-GPU-seconds from the month's start to the window's end; `billed` are the quantities of
     that month that earlier invoices carry, by price. Each line is what is due to date less what was billed, so a month
     invoiced in several windows comes to the same quantities as in one, and a correction of the past appears as a smaller
-    or negative line. Drawdown first: only what exceeds the commitment of the whole month is overage.
+    or negative line. Drawdown first: only what exceeds the GPUs that it holds over the whole month is overage; what still ran
+    while a curtailment had begun is not.
     """
     month = month_of(window.start)
     if window.end > month.end:
         raise ValueError("a commitment is rated inside one UTC month; cut the window with month_windows")
     earlier = billed or {}
     to_date = committed_by_price(commitment, Interval(month.start, window.end))
-    over = max(0, used - committed_quantity(commitment, month) + sold_quantity(commitment, month))
+    held = replace(commitment, curtailed=())
+    over = max(0, used - committed_quantity(held, month) + sold_quantity(held, month))
     due = [(LineKind.COMMITMENT, price, quantity) for price, quantity in to_date.items()]
     due.append((LineKind.OVERAGE, commitment.overage, over))
     return tuple(

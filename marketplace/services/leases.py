@@ -69,13 +69,22 @@ def _watch(site: Site, now: datetime) -> None:
 
 def _heard_since(last: datetime) -> datetime:
     """The site's last word, or our own return if that is later: while we were away it had nobody to speak to."""
-    resumed = ControlPulse.objects.exclude(resumed_at=None).values_list("resumed_at", flat=True).first()
+    resumed = _resumed_at()
     return max(last, resumed) if resumed else last
 
 
+def _resumed_at() -> datetime | None:
+    return ControlPulse.objects.exclude(resumed_at=None).values_list("resumed_at", flat=True).first()
+
+
 def _watch_hosts(site: Site, now: datetime) -> None:
-    """Hosts without a beat take no new work; what becomes of their placements the agent says."""
+    """Hosts without a beat take no new work; what becomes of their placements the agent says. Who has just come back has heard
+    nobody yet, and waits as long for the first beat.
+    """
     stale = Host.objects.filter(site=site, state=Host.State.ACTIVE, beat_at__lt=now - HOST_SILENT)
+    resumed = _resumed_at()
+    if resumed and now - resumed < HOST_SILENT:
+        stale = stale.none()
     back = Host.objects.filter(site=site, state=Host.State.LOST, beat_at__gte=now - HOST_SILENT)
     lost = stale.update(state=Host.State.LOST, state_reason="no beat")
     if back.update(state=Host.State.ACTIVE, state_reason="") or lost:

@@ -105,9 +105,9 @@ class World:
             },
         )["id"]  # fmt: skip
         for kind, text in (
-            ("power_nodes", _nodes_csv(below)),
-            ("hosts", _csv(spec["hosts"])),
-            ("miners", _csv(spec["miners"])),
+            ("power_nodes", nodes_csv(below)),
+            ("hosts", rows_csv(spec["hosts"])),
+            ("miners", rows_csv(spec["miners"])),
         ):
             self._import(api, site, kind, text)
         planted = PlantedSite(site, files, number, spec)
@@ -152,15 +152,15 @@ class World:
         return httpx.get(self.at.url("site", planted.number) + "/truth", timeout=30).json()
 
 
-def _nodes_csv(nodes: list[dict[str, Any]]) -> str:
+def nodes_csv(nodes: list[dict[str, Any]]) -> str:
     rows = [
         {**{k: v for k, v in n.items() if k != "metered"}, "metering": "meter" if n["metered"] else "firmware"}
         for n in nodes
     ]
-    return _csv(rows)
+    return rows_csv(rows)
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def rows_csv(rows: list[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]))
     writer.writeheader()

@@ -182,6 +182,10 @@ def test_a_flexible_contract_is_not_billed_while_curtailed(db):
         site=site, node=factories.a_node(site), reference="c1", cap_w=1, starts_at=after(HOUR), ends_at=after(3 * HOUR),
         state="completed", created_by="grid",
     )  # fmt: skip
+    Curtailment.objects.create(  # took nothing from the contract, though it drained it meanwhile: another's doing
+        site=site, node=factories.a_node(site), reference="c2", cap_w=1, starts_at=after(12 * HOUR), ends_at=after(15 * HOUR),
+        state="completed", created_by="grid",
+    )  # fmt: skip
     Curtailment.objects.update(created_at=after(HOUR - 60))
     invoice = world.close(10 * HOUR)
     assert invoice.total_minor == 10 * 160  # no job of the contract was touched: nothing was taken away
@@ -192,7 +196,7 @@ def test_a_flexible_contract_is_not_billed_while_curtailed(db):
         actor="power",
         from_state="running",
         to_state="draining",
-        reason="curtailed c1",
+        reason=f"curtailment {Curtailment.objects.get(reference='c1').public_id}",
     )
     following = world.close(20 * HOUR)
     assert following.total_minor == (10 - 2) * 160

@@ -115,7 +115,7 @@ def test_flexible_is_cheaper_and_free_while_it_gave_way(market: World):
     Curtailment.objects.update(created_at=after(MONTH + 5 * HOUR))
     PlacementEvent.objects.create(
         placement=placement, at=after(MONTH + 6 * HOUR), actor="power", from_state="running", to_state="draining",
-        reason="curtailed by grid-7",
+        reason=f"curtailment {Curtailment.objects.get().public_id}",
     )  # fmt: skip
     invoice = market.close(MONTH + 3 * DAY)
     assert lines(invoice) == [("commitment", round(8 * (48 - 2.5) * 160))]

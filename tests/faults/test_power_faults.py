@@ -292,6 +292,33 @@ def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
     assert verbs == {f"curtailment.{v}" for v in ("announced", "active", "restoring", "completed")}
 
 
+def test_a_flexible_contract_gives_way_for_its_hours_and_is_firm_after_them(yard):
+    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))  # for an hour a month
+
+    def running():
+        cycle.run(flexible.cell_id, now=yard.now)
+        return yard.state(flexible) == "running"
+
+    def call(reference, minutes, cap_w=7_000):
+        row = curtailments.announce(
+            f.actor(yard.site.organization), PowerNode.objects.get(kind="site"), cap_w=cap_w, starts_at=yard.now,
+            ends_at=yard.now + timedelta(minutes=minutes), reference=reference, now=yard.now,
+        )  # fmt: skip
+        Curtailment.objects.filter(pk=row.pk).update(created_at=yard.now)
+        return row
+
+    yard.until(running, seconds=200)
+    first = call("first", 45)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
+    yard.now = first.ends_at
+    yard.until(running, seconds=300)
+    call("second", 20)  # 15 minutes are left
+    yard.turn(30)
+    assert yard.state(flexible) == "running"
+    call("third", 10, cap_w=6_900)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
+
+
 # --- the history of sheds
 def test_a_lowering_from_before_there_were_batches_is_no_failure(yard):
     """Its machine sleeps honestly; nothing is left to compare the meters with. It is believed like one that slept before."""

@@ -196,8 +196,9 @@ class Yard:
 
     def book(self, kind):
         return f.contract(
-            self.contract.listing, self.contract.organization, kind=kind, gpu_count=16, flexible_notice_s=60
-        )
+            self.contract.listing, self.contract.organization, kind=kind, gpu_count=16, flexible_notice_s=60,
+            flexible_hours_per_month=1,
+        )  # fmt: skip
 
     def submit(self, gpus=8, contract=None, **more):
         body = {"command": ["true"], "gpus": gpus, "vcpu_milli": 8000, "ram_mib": 1024, **more}

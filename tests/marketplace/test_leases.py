@@ -87,6 +87,18 @@ def test_a_silent_site_is_unreachable_first_and_lost_after_its_lease(market):
     assert [e.to_state for e in lost.events.all()] == ["intended", "granted", "running", "unreachable", "lost"]
 
 
+def test_no_host_is_lost_because_we_were_not_there_to_hear_its_beat(market):
+    for seconds in (0, 3600):  # an hour without us
+        leases.pulse(now=at(seconds))
+    watch(market, 3600)
+    assert Host.objects.get().state == "active"
+    for seconds in range(3625, 3776, 25):
+        leases.pulse(now=at(seconds))
+    Agent.objects.update(last_sync_at=at(3770))  # the site speaks, the host does not
+    watch(market, 3775)
+    assert Host.objects.get().state == "lost"
+
+
 def test_a_site_that_comes_back_goes_on_where_it_was(market):
     job = start(market)
     watch(market, 100)

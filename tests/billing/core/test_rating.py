@@ -144,6 +144,14 @@ def test_curtailed_time_is_free_for_a_flexible_contract():
     assert line.quantity == 8000 * (31 * 24 - 2) * HOUR
 
 
+def test_what_ran_when_a_curtailment_had_begun_is_not_beyond_the_commitment():
+    """Jobs run on to the end of their notice: on the GPUs that the contract holds, not on more."""
+    away = Interval(MARCH.start + HOUR, MARCH.start + 3 * HOUR)
+    ran = 8000 * (31 * 86400 - 2 * HOUR + 600)  # all the month, but for the call less ten minutes of notice
+    (line,) = rate_commitment(commitment(curtailed=(away,)), MARCH, "USD", used=ran)
+    assert (line.kind, line.quantity) == (LineKind.COMMITMENT, 8000 * (31 * 24 - 2) * HOUR)
+
+
 @settings(max_examples=60)
 @given(st.integers(1, 31 * 86400 - 1), st.integers(0, 3 * 10**10), st.integers(0, 3 * 10**10))
 def test_a_month_in_two_windows_comes_to_the_same_quantities_as_in_one(offset, used_first, used_later):

@@ -9,6 +9,7 @@ from enum import IntEnum
 from django.db import OperationalError, connection
 from psycopg.errors import DeadlockDetected, LockNotAvailable
 
+from marketplace import prepared
 from marketplace.errors import MarketError
 
 
@@ -41,11 +42,10 @@ def acquire(*wanted: tuple[Lock, int], timeout_ms: int = 3000) -> None:
     """
     assert connection.in_atomic_block, "locks live as long as a transaction: open one first"
     numbers = sorted({_number(kind, pk) for kind, pk in wanted})
-    with connection.cursor() as cursor:
-        try:
-            cursor.execute(_ACQUIRE, [f"{timeout_ms}ms", numbers])
-        except OperationalError as error:
-            if not isinstance(error.__cause__, LockNotAvailable | DeadlockDetected):
-                raise  # the server is gone: that is not somebody else at work
-            names = ", ".join(f"{kind.name.lower()} {pk}" for kind, pk in sorted(wanted))
-            raise MarketError("busy", f"Waited {timeout_ms} ms for {names}.") from error
+    try:
+        prepared.rows(_ACQUIRE, [f"{timeout_ms}ms", numbers])
+    except OperationalError as error:
+        if not isinstance(error.__cause__, LockNotAvailable | DeadlockDetected):
+            raise  # the server is gone: that is not somebody else at work
+        names = ", ".join(f"{kind.name.lower()} {pk}" for kind, pk in sorted(wanted))
+        raise MarketError("busy", f"Waited {timeout_ms} ms for {names}.") from error

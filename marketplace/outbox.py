@@ -12,19 +12,21 @@ work raises `Busy`: the message goes back, and the other, who looks for more whe
 Claiming and deleting do not wait for the disk: what a crash undoes of them is done again.
 """
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
 from django.conf import settings
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, transaction
 from django.utils import timezone
 from kombu.pools import producers
 
+from marketplace import prepared
 from marketplace.models import OutboxMessage
 
 log = logging.getLogger(__name__)
@@ -65,64 +67,49 @@ def handler(topic: str, *, one_at_a_time: bool = False) -> Callable[[Handler], H
     return register
 
 
+# The message that waits already, else a new one; nothing at all where it has been claimed between the two.
+# The shared lock tells the handler of one that waits to begin after our commit (`_await_causes`): a message claimed before we
+# commit would otherwise be handled without seeing what we did, and nothing would be left to tell of it. Emitters share it.
+_EMIT = """
+WITH waits AS (
+  SELECT id, available_at > clock_timestamp() + make_interval(secs => %(sooner)s) AS later FROM marketplace_outboxmessage
+  WHERE topic = %(topic)s::text AND key = %(key)s::text AND key <> '' AND claimed_until IS NULL AND parked_at IS NULL FOR KEY SHARE
+), made AS (
+  INSERT INTO marketplace_outboxmessage (topic, key, payload, created_at, available_at, attempts, last_error)
+  SELECT %(topic)s::text, %(key)s::text, %(payload)s::jsonb, now(), clock_timestamp() + make_interval(secs => %(delay)s), 0, ''
+  WHERE NOT EXISTS (SELECT FROM waits)
+  ON CONFLICT (topic, key) WHERE claimed_until IS NULL AND parked_at IS NULL AND NOT (key = '') DO NOTHING RETURNING id
+)
+SELECT id, true, false FROM made UNION ALL SELECT id, false, later FROM waits
+"""
+_SOONER = (
+    "UPDATE marketplace_outboxmessage SET available_at = clock_timestamp() + make_interval(secs => %s) WHERE id = %s"
+)
+
+
 def emit(topic: str, *, payload: dict[str, Any] | None = None, key: str = "", delay_s: float = 0) -> None:
     """Write the message in the running transaction; after its commit nudge a worker, unless whoever wrote it first does."""
-    with connection.cursor() as cursor:
-        new = _insert(cursor, topic, key, payload, delay_s)
-        sooner = False
-        while not new:
-            found, sooner = _join(cursor, topic, key, delay_s)
-            if found:
-                break
-            new = _insert(
-                cursor, topic, key, payload, delay_s
-            )  # it has been claimed between the two: now there is room
-    if (new or sooner) and delay_s <= NUDGED_S:
+    asked = {
+        "topic": topic,
+        "key": key,
+        "payload": json.dumps(payload or {}, separators=(",", ":")),
+        "delay": float(delay_s),
+        "sooner": float(delay_s + SOONER_S if delay_s else 0),
+    }
+    found = None
+    while found is None:
+        found = prepared.row(_EMIT, asked)
+    pk, new, later = found
+    if later:
+        prepared.count(_SOONER, [float(delay_s), pk])
+    if (new or later) and delay_s <= NUDGED_S:
         transaction.on_commit(lambda: nudge(topic, delay_s), robust=True)
-
-
-def _insert(cursor: Any, topic: str, key: str, payload: dict[str, Any] | None, delay_s: float) -> bool:
-    cursor.execute(
-        "INSERT INTO marketplace_outboxmessage (topic, key, payload, created_at, available_at, attempts, last_error)"
-        " VALUES (%s, %s, %s, now(), clock_timestamp() + make_interval(secs => %s), 0, '')"
-        " ON CONFLICT (topic, key) WHERE claimed_until IS NULL AND parked_at IS NULL AND NOT (key = '') DO NOTHING",
-        [topic, key, _json(payload or {}), delay_s],
-    )
-    return bool(cursor.rowcount)
-
-
-def _join(cursor: Any, topic: str, key: str, delay_s: float) -> tuple[bool, bool]:
-    """Coalesce with the message that waits: (whether there is one still, whether it was to come later and now comes at once).
-
-    The shared lock tells its handler to begin after our commit (`_await_causes`): a message claimed before we commit would
-    otherwise be handled without seeing what we did, and nothing would be left to tell of it. Emitters share it.
-    """
-    cursor.execute(
-        "SELECT id, available_at > clock_timestamp() + make_interval(secs => %s) FROM marketplace_outboxmessage"
-        " WHERE topic = %s AND key = %s AND claimed_until IS NULL AND parked_at IS NULL FOR KEY SHARE",
-        [delay_s + SOONER_S if delay_s else 0, topic, key],
-    )
-    found = cursor.fetchone()
-    if found and found[1]:
-        cursor.execute(
-            "UPDATE marketplace_outboxmessage SET available_at = clock_timestamp() + make_interval(secs => %s) WHERE id = %s",
-            [delay_s, found[0]],
-        )
-    return found is not None, bool(found and found[1])
 
 
 def _await_causes(message: OutboxMessage) -> None:
     """Wait for the open transactions that have coalesced with a message we claimed; the handler then sees what they did."""
     if message.key:
-        with _undoable() as cursor:
-            cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{CAUSE_WAIT_S}s"])
-            cursor.execute("SELECT 1 FROM marketplace_outboxmessage WHERE id = %s FOR UPDATE", [message.pk])
-
-
-def _json(payload: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(payload, separators=(",", ":"))
+        prepared.rows(_WAIT, [f"{CAUSE_WAIT_S}s", message.pk])
 
 
 def nudge(topic: str, delay_s: float = 0) -> None:
@@ -157,12 +144,32 @@ def _impatient(url: str) -> Any:
     return producers[app.connection_for_write(url, transport_options=IMPATIENT)]
 
 
-@contextmanager
-def _undoable() -> Iterator[Any]:
-    """A transaction whose commit does not wait for the disk: a crash may undo it, and it is done again."""
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute("SET LOCAL synchronous_commit = off")
-        yield cursor
+# Each of these is a transaction of its own whose commit does not wait for the disk.
+_CALM = "(SELECT set_config('synchronous_commit', 'off', true) OFFSET 0) calm"
+_COLUMNS = [field.attname for field in OutboxMessage._meta.concrete_fields]
+_CLAIM = f"""
+WITH due AS MATERIALIZED (
+  SELECT id FROM marketplace_outboxmessage WHERE parked_at IS NULL AND available_at <= %(now)s
+    AND (claimed_until IS NULL OR claimed_until < %(now)s) AND (%(topic)s::text IS NULL OR topic = %(topic)s::text)
+    AND (%(alone)s::bool IS NULL OR (topic = ANY(%(topics)s::text[])) = %(alone)s::bool)
+  ORDER BY available_at, id LIMIT %(limit)s FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE marketplace_outboxmessage m SET claimed_until = %(until)s, attempts = m.attempts + 1 FROM due, {_CALM} WHERE m.id = due.id
+RETURNING {", ".join(f"m.{name}" for name in _COLUMNS)}
+"""  # noqa: S608
+_WAIT = f"""
+SELECT 1 FROM (SELECT set_config('lock_timeout', %s, true) OFFSET 0) patience, {_CALM}, marketplace_outboxmessage m
+WHERE m.id = %s FOR UPDATE OF m
+"""  # noqa: S608
+_NEEDLESS = f"""
+DELETE FROM marketplace_outboxmessage m USING {_CALM} WHERE m.id = %s AND m.attempts = %s AND m.key <> '' AND EXISTS (
+  SELECT 1 FROM marketplace_outboxmessage o
+  WHERE o.topic = m.topic AND o.key = m.key AND o.claimed_until IS NULL AND o.parked_at IS NULL)
+"""  # noqa: S608
+_BACK = f"""
+UPDATE marketplace_outboxmessage m SET claimed_until = NULL, attempts = m.attempts - 1 FROM {_CALM} WHERE m.id = %s AND m.attempts = %s
+"""  # noqa: S608
+_DONE = f"DELETE FROM marketplace_outboxmessage m USING {_CALM} WHERE m.id = %s AND m.attempts = %s"  # noqa: S608
 
 
 def claim(limit: int, topic: str | None = None, *, alone: bool | None = None) -> list[OutboxMessage]:
@@ -171,17 +178,17 @@ def claim(limit: int, topic: str | None = None, *, alone: bool | None = None) ->
     NO KEY UPDATE passes by emitters that are joining a message: a steady stream of them cannot keep it from being claimed.
     """
     now = timezone.now()
-    with _undoable() as cursor:
-        cursor.execute(
-            "UPDATE marketplace_outboxmessage SET claimed_until = %s, attempts = attempts + 1 WHERE id IN ("
-            " SELECT id FROM marketplace_outboxmessage WHERE parked_at IS NULL AND available_at <= %s"
-            " AND (claimed_until IS NULL OR claimed_until < %s) AND (%s::text IS NULL OR topic = %s)"
-            " AND (%s::bool IS NULL OR (topic = ANY(%s::text[])) = %s)"
-            " ORDER BY available_at, id LIMIT %s FOR NO KEY UPDATE SKIP LOCKED) RETURNING id",
-            [now + timedelta(seconds=CLAIM_SECONDS), now, now, topic, topic, alone, sorted(_alone), alone, limit],
-        )
-        ids = [row[0] for row in cursor.fetchall()]
-        return list(OutboxMessage.objects.filter(pk__in=ids).order_by("id"))
+    asked = {
+        "until": now + timedelta(seconds=CLAIM_SECONDS),
+        "now": now,
+        "topic": topic,
+        "alone": alone,
+        "topics": sorted(_alone),
+        "limit": limit,
+    }
+    found = [dict(zip(_COLUMNS, row, strict=True)) for row in prepared.rows(_CLAIM, asked)]
+    messages = [OutboxMessage(**{**row, "payload": json.loads(row["payload"])}) for row in found]
+    return sorted(messages, key=lambda message: message.pk)
 
 
 def _next(limit: int, topic: str | None) -> list[OutboxMessage]:
@@ -223,29 +230,17 @@ def _handle(message: OutboxMessage) -> int:
         log.exception("outbox %s %s failed (attempt %d)", message.topic, message.key, message.attempts)
         _postpone(message, error)
         return 0
-    with _undoable() as cursor:
-        cursor.execute(
-            "DELETE FROM marketplace_outboxmessage WHERE id = %s AND attempts = %s", [message.pk, message.attempts]
-        )
+    prepared.count(_DONE, [message.pk, message.attempts])
     return 1
 
 
 def _hand_back(message: OutboxMessage) -> None:
     """Unclaim it; where a newer one of its key waits already, that one says it all."""
-    with _undoable() as cursor:
-        cursor.execute(
-            "DELETE FROM marketplace_outboxmessage m WHERE m.id = %s AND m.attempts = %s AND m.key <> '' AND EXISTS (SELECT 1 FROM"
-            " marketplace_outboxmessage o WHERE o.topic = m.topic AND o.key = m.key AND o.claimed_until IS NULL AND o.parked_at IS NULL)",
-            [message.pk, message.attempts],
-        )
-    with (
-        suppress(IntegrityError),
-        _undoable() as cursor,
-    ):  # a newer one has come this moment: ours comes again when its claim is over
-        cursor.execute(
-            "UPDATE marketplace_outboxmessage SET claimed_until = NULL, attempts = attempts - 1 WHERE id = %s AND attempts = %s",
-            [message.pk, message.attempts],
-        )
+    mine = [message.pk, message.attempts]
+    # A newer one that comes between the two: ours comes again when its claim is over.
+    with suppress(IntegrityError), transaction.atomic():
+        if not prepared.count(_NEEDLESS, mine):
+            prepared.count(_BACK, mine)
 
 
 def _postpone(message: OutboxMessage, error: Exception) -> None:

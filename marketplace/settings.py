@@ -78,7 +78,7 @@ MIDDLEWARE = [
     "csp.middleware.CSPMiddleware",
     "marketplace.admin.policy.AdminPolicyMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
-    "django_structlog.middlewares.RequestMiddleware",
+    "marketplace.logs.RequestLog",
     "marketplace.actors.ActorMiddleware",
     "django_prometheus.middleware.PrometheusAfterMiddleware",
 ]
@@ -106,12 +106,13 @@ TEMPLATES = [
 # --- database: two roles. The app role serves; the owner role migrates and runs the tests.
 DATABASES = {"default": env.db_url_config(secret("DATABASE_URL", "postgresql://127.0.0.1:5432/tailrace"))}
 DATABASES["default"].update(
-    ENGINE="django.db.backends.postgresql",
+    ENGINE="marketplace.postgresql",
     CONN_MAX_AGE=env.int("CONN_MAX_AGE", default=60),
     CONN_HEALTH_CHECKS=True,
     ATOMIC_REQUESTS=False,
 )
-DATABASES["default"].setdefault("OPTIONS", {}).update(connect_timeout=5)
+# Statements whose parameters the server binds (marketplace.prepared, marketplace.arrays) are prepared at their third call.
+DATABASES["default"].setdefault("OPTIONS", {}).update(connect_timeout=5, prepare_threshold=2)
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 REDIS_URL = secret("REDIS_URL", "redis://127.0.0.1:6379/0")

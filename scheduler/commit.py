@@ -15,9 +15,9 @@ import numpy as np
 from django.db import transaction
 from django.db.models import QuerySet
 
-from marketplace import arrays, outbox
+from marketplace import arrays, outbox, prepared
 from marketplace.locks import Lock, acquire
-from marketplace.models import Cell, Job, Placement
+from marketplace.models import Job, Placement
 from marketplace.services import drains, power
 from marketplace.services import hosts as host_rows
 from marketplace.services import placements as placement_service
@@ -74,7 +74,8 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
         if victims:
             sites |= set(_standing(victims).values_list("site_id", flat=True))
         acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
-        if not Cell.objects.filter(pk=snapshot.cell.pk, generation=snapshot.generation).exists():
+        now_is = prepared.row("SELECT generation FROM marketplace_cell WHERE id = %s", [snapshot.cell.pk])
+        if now_is != (snapshot.generation,):
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
         wanted: dict[int, list[Planned]] = defaultdict(list)
         for p in plan.placements:

@@ -9,10 +9,9 @@ from time import monotonic, perf_counter_ns, sleep
 
 import numpy as np
 from django.db import DatabaseError, connection, transaction
-from django.db.models import F
 from django.utils import timezone
 
-from marketplace import arrays, outbox
+from marketplace import arrays, outbox, prepared
 from marketplace.locks import Lock, acquire
 from marketplace.models import Cell, Job, Placement, PowerNode
 from marketplace.services import drains, holds, replicas
@@ -27,7 +26,7 @@ from scheduler.models import Cycle
 
 log = logging.getLogger(__name__)
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
-REST_S = 0.05  # a worker's, at most, after a cycle
+REST_S = 0.1  # a worker's, at most, after a cycle
 # Refused for what nobody's leaving would change.
 NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
 
@@ -36,9 +35,7 @@ NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.
 def alone(cell_id: int) -> Iterator[bool]:
     """Session-level advisory lock for the length of a cycle; False when somebody else holds it."""
     number = (0x43 << 56) | cell_id
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_try_advisory_lock(%s)", [number])
-        mine = bool(cursor.fetchone()[0])
+    mine = prepared.row("SELECT pg_try_advisory_lock(%s)", [number]) == (True,)
     try:
         yield mine
     finally:
@@ -51,8 +48,7 @@ def _let_go(number: int) -> None:
     whatever broke the cycle is what its caller hears of.
     """
     try:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_unlock(%s)", [number])
+        prepared.rows("SELECT pg_advisory_unlock(%s)", [number])
     except DatabaseError:
         log.exception("the lock of cell %s goes with its session", number & 0xFFFFFFFF)
         connection.close()
@@ -80,16 +76,27 @@ def attempt(cell_id: int, *, now: datetime | None = None, rest_s: float = 0) -> 
         if not mine:
             raise outbox.Busy(lambda: runs(cell_id))
         evict_for_reservations(cell_id, now=moment)
-        waits = Job.objects.filter(cell_id=cell_id, state__in=Job.WAITING).exists()
-        if not waits and not replicas.waiting().filter(cell_id=cell_id).exists():
+        if not (prepared.row(_SOMEBODY, [cell_id]) == (True,) or replicas.mending(cell_id)):
             return None
-        Cell.objects.filter(pk=cell_id).update(generation=F("generation") + 1)
-        cell = Cell.objects.get(pk=cell_id)
+        cell = _begun(cell_id)
         made, keep = _run(cell, moment)
         if rest_s and made.jobs_considered < snapshot.MAX_JOBS:  # else more waits already
             sleep(min(rest_s, monotonic() - began))
     keep()  # nobody waits for it: the next cycle may have begun
     return made
+
+
+_SOMEBODY = "SELECT EXISTS (SELECT FROM marketplace_job WHERE cell_id = %s AND state IN ('queued', 'requeued'))"
+
+
+def _begun(cell_id: int) -> Cell:
+    """The cell in its next generation: what an older cycle of it still plans is void."""
+    names = [field.attname for field in Cell._meta.concrete_fields]
+    told = f"UPDATE marketplace_cell SET generation = generation + 1 WHERE id = %s RETURNING {', '.join(names)}"  # noqa: S608
+    row = prepared.row(told, [cell_id])
+    if row is None:
+        raise Cell.DoesNotExist(f"cell {cell_id}")
+    return Cell.from_db(connection.alias, names, row)
 
 
 def runs(cell_id: int) -> bool:
@@ -158,8 +165,8 @@ def _plan(taken: snapshot.Snapshot) -> Plan:
 
 def _left_somebody(cell: Cell) -> bool:
     """Whether the cell's last cycle left jobs waiting: the next will want to know who could give way."""
-    last = Cycle.objects.filter(cell=cell).order_by("-id").values_list("jobs_considered", "jobs_placed").first()
-    return last is not None and last[0] > last[1]
+    last = "SELECT jobs_considered > jobs_placed FROM scheduler_cycle WHERE cell_id = %s ORDER BY id DESC LIMIT 1"
+    return prepared.row(last, [cell.pk]) == (True,)
 
 
 _PLACED = """
@@ -228,6 +235,11 @@ def _binding(d: Decided, names: dict[int, str]) -> str:
     return f"{text}, short by {d.short}" if d.short else text
 
 
+_CLAIMED = """
+SELECT EXISTS (SELECT FROM marketplace_reservation r JOIN marketplace_reservationblock b ON b.reservation_id = r.id
+  JOIN marketplace_host h ON h.id = b.host_id WHERE r.state = 'firm' AND r.claims_at <= %(now)s AND r.ends_at > %(now)s
+  AND (%(cell)s::bigint IS NULL OR h.cell_id = %(cell)s))
+"""
 # Placements of others on GPUs whose reservation's claim has begun, that nobody has asked to leave yet.
 _STRANGERS = """
 SELECT DISTINCT p.cell_id, p.id, p.site_id FROM marketplace_reservation r
@@ -242,9 +254,9 @@ def _strangers(cell_id: int | None, now: datetime) -> list[tuple[int, int, int]]
     """(cell, placement, site) of each, and of those who hold the CPU, RAM or NVMe that goes with such GPUs; of all cells where none is
     named.
     """
-    with connection.cursor() as cursor:
-        cursor.execute(_STRANGERS, {"cell": cell_id, "now": now})
-        found = set(cursor.fetchall())
+    if prepared.row(_CLAIMED, {"cell": cell_id, "now": now}) != (True,):
+        return []
+    found = set(prepared.rows(_STRANGERS, {"cell": cell_id, "now": now}))
     return sorted(found | set(holds.crowding(cell_id, now)))
 
 

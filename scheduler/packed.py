@@ -102,6 +102,8 @@ def taken(columns: Mapping[str, Column], places: Column) -> Columns:
 
 
 def _column(column: Column, old: Column | None) -> tuple[str, list[Column]]:
+    if old is column:
+        return "same", []
     flat = column.reshape(-1)
     if old is None or old.shape != column.shape or old.dtype != column.dtype:
         return "all", [small(flat)]

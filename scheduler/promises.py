@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 import numpy as np
-from django.db import connection
 
+from marketplace import prepared
 from marketplace.models import Job
 from scheduler.core.types import Decision as Decided
 from scheduler.core.types import Fleet, Request
@@ -29,9 +29,7 @@ def bind(cell_id: int, requests: Sequence[Request], fleet: Fleet, host_of: Seque
     """Gives requests the start and the hosts that their last decision promised. A host that is gone is row -1: the core then
     makes a new promise, and counts the old one as broken.
     """
-    with connection.cursor() as cursor:
-        cursor.execute(_PROMISED, [cell_id])
-        found = {job: (start, hosts) for job, start, hosts in cursor.fetchall()}
+    found = {job: (start, hosts) for job, start, hosts in prepared.rows(_PROMISED, [cell_id])}
     if not found:
         return
     wanted = {host for _, hosts in found.values() for host in hosts}

@@ -23,6 +23,7 @@ from django.db import transaction
 from django.db.models import Max, OuterRef, Subquery
 
 import scheduler.core
+from marketplace import prepared
 from scheduler.core.case import Case
 from scheduler.core.types import Decision, Fleet, Placement, Plan, Preemption, Reason, Request, Running
 from scheduler.models import Cycle, CycleRecord
@@ -92,6 +93,8 @@ def keep(cycle: Cycle, taken: Snapshot, made: Plan, refused: Mapping[int, Reason
         with transaction.atomic():
             base_id, base = _base(cycle.cell_id)
             fits = base is not None and len(base["hosts"]["host_id"]) == len(case.fleet)
+            if base is not None and fits:
+                _share(base["hosts"], sections["hosts"])
             body = _written(sections, notes, base if fits else None)
             row = CycleRecord.objects.create(
                 cycle=cycle,
@@ -232,10 +235,16 @@ def _read(data: bytes, base: dict[str, Columns] | None) -> tuple[dict[str, Colum
     return sections, notes
 
 
+_ALONE = """
+SELECT r.cycle_id, (SELECT count(*) FROM scheduler_cyclerecord d WHERE d.base_id = r.cycle_id) FROM scheduler_cyclerecord r
+WHERE r.cell_id = %s AND r.base_id IS NULL ORDER BY r.cycle_id DESC LIMIT 1
+"""
+
+
 def _base(cell_id: int) -> tuple[int | None, dict[str, Columns] | None]:
     """The cell's newest record that stands alone, while few enough lean on it."""
-    newest = CycleRecord.objects.filter(cell_id=cell_id, base=None).order_by("-pk").values_list("pk", flat=True).first()
-    if newest is None or CycleRecord.objects.filter(base_id=newest).count() >= FRESH:
+    newest, lean = prepared.row(_ALONE, [cell_id]) or (None, 0)
+    if newest is None or lean >= FRESH:
         return None, None
     known = _bases.get(cell_id)
     if known is not None and known[0] == newest:
@@ -249,11 +258,18 @@ def _base(cell_id: int) -> tuple[int | None, dict[str, Columns] | None]:
     return newest, sections
 
 
+def _share(base: Columns, columns: Columns) -> None:
+    """Equal columns of the base become the snapshot's own, which the next snapshots share: those need no look then."""
+    for name, column in columns.items():
+        if base.get(name) is not column and np.array_equal(base.get(name), column):  # type: ignore[arg-type]
+            base[name] = column
+
+
 def _remember(cell_id: int, pk: int, sections: dict[str, Columns]) -> None:
-    """Columns are copied: the snapshot may go on writing its own."""
+    """Columns are kept as they are: nobody writes a snapshot's in place."""
     while len(_bases) >= KEPT_BASES and cell_id not in _bases:
         del _bases[next(iter(_bases))]
-    _bases[cell_id] = pk, {s: {n: c.copy() for n, c in sections[s].items()} for s in ("hosts", "jobs", "running")}
+    _bases[cell_id] = pk, {s: dict(sections[s]) for s in ("hosts", "jobs", "running")}
 
 
 _SAID: Final = ("placed", "reason", "binding", "node", "short", "fitting_replicas", "earliest_start")

@@ -12,8 +12,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from django.db import connection
 
+from marketplace import prepared
 from marketplace.models import Placement
 from scheduler import fleet as cells
 from scheduler.core.types import I64, MAX_GPUS, Policy
@@ -43,14 +43,12 @@ def reservations(cell_id: int, now: datetime, longest_s: int) -> tuple[Begun, di
     by = now + max(CLAIM_AHEAD, timedelta(seconds=longest_s)) + timedelta(seconds=LAG_S)
     begun: Begun = defaultdict(dict)
     ahead: dict[int, Ahead] = {}
-    with connection.cursor() as cursor:
-        cursor.execute(_FIRM, {"cell": cell_id, "now": now, "by": by})
-        for host_id, contract_id, indices, at, in_force in cursor.fetchall():
-            if in_force:
-                begun[host_id].setdefault(contract_id, set()).update(indices)
-            else:
-                was = ahead.get(host_id, Ahead(at, 0))
-                ahead[host_id] = Ahead(min(was.at, at), was.gpus | sum(1 << i for i in indices))
+    for host_id, contract_id, indices, at, in_force in prepared.rows(_FIRM, {"cell": cell_id, "now": now, "by": by}):
+        if in_force:
+            begun[host_id].setdefault(contract_id, set()).update(indices)
+        else:
+            was = ahead.get(host_id, Ahead(at, 0))
+            ahead[host_id] = Ahead(min(was.at, at), was.gpus | sum(1 << i for i in indices))
     return begun, ahead
 
 

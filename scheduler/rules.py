@@ -48,12 +48,7 @@ class Repair:
 
 def repairs(cell_id: int) -> dict[int, Repair]:
     """Running jobs of the cell whose lost ranks wait to be placed again."""
-    jobs = {
-        pk: (attempt, epoch, tuple(ranks))
-        for pk, attempt, epoch, ranks in replicas.waiting()
-        .filter(cell_id=cell_id)
-        .values_list("id", "attempt", "epoch", "lost_ranks")
-    }
+    jobs = {pk: (attempt, epoch, tuple(ranks)) for pk, attempt, epoch, ranks in replicas.mending(cell_id)}
     if not jobs:
         return {}
     hosts: dict[int, list[int]] = defaultdict(list)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from django.conf import settings
-from django.db import connection
 
-from marketplace.models import Cell, GpuModel
+from marketplace import prepared
+from marketplace.models import Cell
 from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.conditions import SILENT
@@ -26,6 +26,7 @@ from scheduler.standing import KINDS, LAG_S
 
 MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
+MIX_STEP = 20  # one part in so many
 
 
 class Waiting(NamedTuple):
@@ -97,7 +98,7 @@ class Snapshot:
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     """The cell as it stands: open capacity, waiting jobs in no order, placements that could give way.
 
-    Without `running` the last are left out: while every job finds room, no plan looks at them.
+    Without `running` the last are left out, and who has used how much: while every job finds room, neither matters.
     """
     hosts = cells.read(cell.pk)
     sites, site_of = hosts.sites
@@ -112,12 +113,13 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
-    policy = Policy(shapes=_mix(cell), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S)
+    policy = Policy(shapes=_mix(cell, jobs), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S)
     taints = hosts.names.taints
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, policy=policy)
     _pack(requests, fleet, hosts, reserved)
     _bar([job for job in jobs if job.contract_kind == "spot"], requests, now)
-    usage.bind(requests, now=now)
+    if running:
+        usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
     return Snapshot(
         cell=cell,
@@ -141,16 +143,15 @@ def _site_flags(sites: I64, now: datetime) -> I32:
 
     A site whose agent's lease still runs but that has not been heard for `SILENT` keeps what it has and gets nothing new.
     """
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT s.id, s.mode = 'auto', coalesce(bool_or(a.revoked_at IS NULL AND a.lease_until > %s AND a.last_sync_at >= %s),"
-            " false) FROM marketplace_site s LEFT JOIN marketplace_agent a ON a.site_id = s.id WHERE s.id = ANY(%s) GROUP BY 1",
-            [now, now - SILENT, sites.tolist()],
-        )
-        flags = {
-            pk: (0 if alive else int(HostFlag.UNREACHABLE)) | (0 if grants else int(HostFlag.NO_GRANTS))
-            for pk, grants, alive in cursor.fetchall()
-        }
+    found = prepared.rows(
+        "SELECT s.id, s.mode = 'auto', coalesce(bool_or(a.revoked_at IS NULL AND a.lease_until > %s AND a.last_sync_at >= %s),"
+        " false) FROM marketplace_site s LEFT JOIN marketplace_agent a ON a.site_id = s.id WHERE s.id = ANY(%s) GROUP BY 1",
+        [now, now - SILENT, sites.tolist()],
+    )
+    flags = {
+        pk: (0 if alive else int(HostFlag.UNREACHABLE)) | (0 if grants else int(HostFlag.NO_GRANTS))
+        for pk, grants, alive in found
+    }
     return np.array([flags[pk] for pk in sites.tolist()], np.int32)
 
 
@@ -196,20 +197,18 @@ def _fleet(hosts: cells.Hosts, reserved: Parts, ahead: dict[int, Ahead], nodes: 
 def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> list[Waiting]:
     """Jobs that may be placed now, gangs that lost ranks among them: their contract runs, and their organization is not suspended."""
     asked: dict[str, Any] = {"cell": cell.pk, "now": now, "limit": MAX_JOBS}
-    with connection.cursor() as cursor:
-        cursor.execute(_WAITING, asked)
-        rows = cursor.fetchall()
-        if repairs:
-            cursor.execute(_REPAIRS, {**asked, "jobs": list(repairs)})
-            rows = cursor.fetchall() + rows
-        return [Waiting(*row) for row in rows]
+    rows = prepared.rows(_WAITING, asked)
+    if repairs:
+        rows = prepared.rows(_REPAIRS, {**asked, "jobs": list(repairs)}) + rows
+    return [Waiting(*row) for row in rows]
 
 
 def _requests(
     jobs: list[Waiting], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
 ) -> list[Request]:
     reserved = {contract for by_contract in claims.values() for contract in by_contract}
-    names = {name: model_of[pk] for name, pk in GpuModel.objects.filter(pk__in=model_of).values_list("name", "id")}
+    models = prepared.rows("SELECT name, id FROM marketplace_gpumodel WHERE id = ANY(%s)", [list(model_of)])
+    names = {name: model_of[pk] for name, pk in models}
     used, by_org = _held_milli({job.organization_id for job in jobs})
     made = [_request(job, reserved, names, used, by_org) for job in jobs]
     return made if may_preempt else [replace(request, may_preempt=False) for request in made]
@@ -217,9 +216,8 @@ def _requests(
 
 def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     """What running jobs would ask for if they queued again now; those that could not be placed at all are left out."""
-    with connection.cursor() as cursor:
-        cursor.execute(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
-        rows = [Waiting(*row) for row in cursor.fetchall()]
+    found = prepared.rows(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
+    rows = [Waiting(*row) for row in found]
     made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, may_preempt=False)
     taints, policy = taken.names.taints, taken.policy
     rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, policy=policy)
@@ -267,15 +265,14 @@ def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:
     """Milli-GPU that live placements hold now, by contract and by organization."""
     used: Counter[int] = Counter()
     by_org: Counter[int] = Counter()
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT contract_id, organization_id, sum(cardinality(gpu_indices) * gpu_milli) FROM marketplace_placement"
-            " WHERE state NOT IN ('released', 'failed', 'lost') AND organization_id = ANY(%s) GROUP BY 1, 2",
-            [sorted(organizations)],
-        )
-        for contract_id, organization_id, milli in cursor.fetchall():
-            used[contract_id] += milli
-            by_org[organization_id] += milli
+    found = prepared.rows(
+        "SELECT contract_id, organization_id, sum(cardinality(gpu_indices) * gpu_milli) FROM marketplace_placement"
+        " WHERE state NOT IN ('released', 'failed', 'lost') AND organization_id = ANY(%s) GROUP BY 1, 2",
+        [sorted(organizations)],
+    )
+    for contract_id, organization_id, milli in found:
+        used[contract_id] += milli
+        by_org[organization_id] += milli
     return used, by_org
 
 
@@ -310,12 +307,25 @@ def _request(
     )
 
 
-def _mix(cell: Cell) -> tuple[tuple[int, int, int, int, int, int], ...] | None:
-    """Shapes of the newest jobs with their counts: the mix for which fragmentation is priced. None without history."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT vcpu_milli, ram_mib, gpus, gpu_milli, 0, sum(replicas)::bigint FROM (SELECT * FROM marketplace_job"
-            " WHERE cell_id = %s ORDER BY id DESC LIMIT %s) newest GROUP BY 1, 2, 3, 4 ORDER BY 6 DESC, 1, 2, 3, 4",
-            [cell.pk, MIX_JOBS],
-        )
-        return tuple(cursor.fetchall()) or None
+_MIX = """
+SELECT vcpu_milli, ram_mib, gpus, gpu_milli, 0, sum(replicas)::bigint, count(*), max(id) FROM (
+  SELECT * FROM marketplace_job WHERE cell_id = %s ORDER BY id DESC LIMIT %s
+) newest GROUP BY 1, 2, 3, 4 ORDER BY 6 DESC, 1, 2, 3, 4
+"""
+Mix = tuple[tuple[int, int, int, int, int, int], ...]
+_mixes: dict[int, tuple[int, Mix]] = {}  # cell -> (the job from which on it is counted anew, the mix)
+
+
+def _mix(cell: Cell, jobs: list[Waiting]) -> Mix | None:
+    """Shapes of the newest jobs with their counts: the mix for which fragmentation is priced. None without history.
+
+    Counted anew when one in MIX_STEP of them is another.
+    """
+    newest = max((job.id for job in jobs), default=0)
+    again, mix = _mixes.get(cell.pk, (0, ()))
+    if newest >= again:
+        found = prepared.rows(_MIX, [cell.pk, MIX_JOBS])
+        mix = tuple(row[:6] for row in found)
+        again = max((row[7] for row in found), default=0) + max(1, sum(row[6] for row in found) // MIX_STEP)
+        _mixes[cell.pk] = again, mix
+    return mix or None

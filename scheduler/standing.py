@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from django.db import connection
-
+from marketplace import prepared
 from marketplace.services.availability import LAG_S
 from scheduler.core.types import Kind, Running
 
@@ -67,9 +66,7 @@ def running(
     """
     now_s = int(now.timestamp())
     row_of = {pk: i for i, pk in enumerate(hosts)}
-    with connection.cursor() as cursor:
-        cursor.execute(_RUNNING, {"cell": cell_id})
-        rows = [Row(*row) for row in cursor.fetchall()]
+    rows = [Row(*row) for row in prepared.rows(_RUNNING, {"cell": cell_id})]
     return [_running(p, reserved, row_of[p.host], now_s) for p in rows if p.host in row_of]
 
 
@@ -102,6 +99,4 @@ def _running(p: Row, reserved: Mapping[tuple[int, int], int], row: int, now_s: i
 
 def leaving(cell_id: int) -> bool:
     """Whether victims of an earlier cycle still drain: until they are gone nobody else is preempted for the same watts and GPUs."""
-    with connection.cursor() as cursor:
-        cursor.execute(_LEAVING, {"cell": cell_id})
-        return bool(cursor.fetchone()[0])
+    return prepared.row(_LEAVING, {"cell": cell_id}) == (True,)

@@ -17,6 +17,7 @@ from typing import Any
 from django.conf import settings
 from django.db import connection, transaction
 
+from marketplace import prepared
 from scheduler.core.order import weighed
 from scheduler.core.types import Request
 
@@ -67,9 +68,8 @@ def bind(requests: Sequence[Request], *, now: datetime) -> None:
 
 def parts(organizations: Collection[int], *, now: datetime) -> dict[int, tuple[float, float]]:
     """(decayed mean, held now), milli-GPU, by organization."""
-    with connection.cursor() as cursor:
-        cursor.execute(_DECAYED, _arguments(now) | {"every": False, "organizations": sorted(organizations)})
-        return {org: (decayed, held) for org, decayed, held in cursor.fetchall()}
+    asked = _arguments(now) | {"every": False, "organizations": sorted(organizations)}
+    return {org: (decayed, held) for org, decayed, held in prepared.rows(_DECAYED, asked)}
 
 
 def roll(*, now: datetime) -> int:

@@ -1,19 +1,18 @@
 """Who calls the API: a key, a person with a session, or an agent; and may they do this?"""
 
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from django.core.cache import caches
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication, SessionAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
 
+from marketplace import caches, prepared
 from marketplace.actors import actor_of
 from marketplace.errors import MarketError
 from marketplace.models import Agent, ApiKey
-from marketplace.rows import Read
 from marketplace.services.tokens import digest
 from marketplace.tenancy import Actor
 
@@ -26,7 +25,22 @@ def _bearer(request: Request) -> str | None:
     return token.strip() if scheme.lower() == "bearer" else None
 
 
-_KEY = Read(ApiKey, "WHERE t.digest = %s AND t.revoked_at IS NULL", "organization")
+class Key(NamedTuple):
+    """What a call reads of its key. Columns of `_KEY`, in order."""
+
+    pk: int
+    prefix: str
+    scopes: list[str]
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    organization_id: int
+    livemode: bool
+
+
+_KEY = """
+SELECT k.id, k.prefix, k.scopes, k.expires_at, k.last_used_at, k.organization_id, o.livemode
+FROM marketplace_apikey k JOIN marketplace_organization o ON o.id = k.organization_id WHERE k.digest = %s AND k.revoked_at IS NULL
+"""
 
 
 class KeyAuthentication(BaseAuthentication):
@@ -37,7 +51,8 @@ class KeyAuthentication(BaseAuthentication):
         if token is None or not token.startswith("tr_"):
             return None
         now = timezone.now()
-        key = _KEY.first([digest(token)])
+        found = prepared.row(_KEY, [digest(token)])
+        key = None if found is None else Key(*found)
         if key is None or (key.expires_at and key.expires_at <= now):
             raise MarketError("key_invalid", "Create a new key on the page Team and keys.")
         if key.last_used_at is None or now - key.last_used_at > timedelta(minutes=1):
@@ -47,7 +62,7 @@ class KeyAuthentication(BaseAuthentication):
             organization_id=key.organization_id,
             scopes=frozenset(key.scopes),
             key_id=key.pk,
-            livemode=key.organization.livemode,
+            livemode=key.livemode,
             label=f"key {key.prefix}",
         )
         return key, actor
@@ -150,9 +165,8 @@ class KeyThrottle(SimpleRateThrottle):
 
     def _allow(self, key: str, now: float) -> bool:
         period, into = divmod(now, self.duration)
-        client = caches["default"]._cache.get_client(write=True)  # type: ignore[attr-defined]  # noqa: SLF001
         mine = f"{key}:{int(period)}"
-        pipe = client.pipeline(transaction=False)
+        pipe = caches.client().pipeline(transaction=False)
         pipe.incr(mine)
         pipe.expire(mine, 2 * self.duration)
         pipe.get(f"{key}:{int(period) - 1}")
@@ -160,7 +174,7 @@ class KeyThrottle(SimpleRateThrottle):
         before = int(past or 0)
         if before * (1 - into / self.duration) + count <= self.num_requests:
             return True
-        client.decr(mine)
+        caches.client().decr(mine)
         room = self.num_requests - count
         # The past fades by before / duration a second; where this period alone is full, it has to become the past first.
         fades = self.duration * (1 - room / before) if before and room >= 0 else float(self.duration)

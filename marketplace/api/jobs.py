@@ -27,7 +27,7 @@ from marketplace.api.job_shapes import (
     PlacementPage,
 )
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Job, Placement
+from marketplace.models import Job, Placement
 from marketplace.services import job_rules, job_views, jobs
 from scheduler import why
 
@@ -146,13 +146,6 @@ class JobResource(Resource):
     def represent(self, row: Job) -> dict[str, Any]:
         return job_views.shown(row)
 
-    def contract(self, pk: int) -> Contract:
-        """A contract that the actor's own organization holds."""
-        found = jobs.contract_of(self.actor, pk)
-        if found is None:
-            raise MarketError("not_found", "contract: there is none of that id.", {"/contract": "unknown"})
-        return found
-
 
 class Jobs(JobResource):
     actions = {"GET": "jobs:read", "POST": "jobs:write"}
@@ -167,7 +160,7 @@ class Jobs(JobResource):
     @extend_schema(tags=["jobs"], operation_id="jobs_submit", request=JobRequest, responses={201: JobShape})
     def post(self, request: Request) -> Response:  # noqa: ARG002
         spec = JobRequest.checked(self.request.data)
-        contract = self.contract(spec.pop("contract"))
+        contract = spec.pop("contract")
 
         def effect() -> Response:
             return Response(self.represent(jobs.submit(self.actor, contract, spec, now=timezone.now())), status=201)
@@ -193,15 +186,12 @@ class JobBatch(JobResource):
 
     def _submit(self, wanted: list[dict[str, Any]], now: Any) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [{} for _ in wanted]
-        good: list[tuple[int, Contract, dict[str, Any]]] = []
-        contracts: dict[int, Contract] = {}
+        good: list[tuple[int, int, dict[str, Any]]] = []  # place, contract, job
         for i, body in enumerate(wanted):
             try:
                 spec = JobRequest.checked(body)
-                pk = spec.pop("contract")
-                contracts[pk] = contracts.get(pk) or self.contract(pk)
-                good.append((i, contracts[pk], spec))
-            except (MarketError, serializers.ValidationError) as error:
+                good.append((i, spec.pop("contract"), spec))
+            except serializers.ValidationError as error:
                 answers[i] = {"error": _short(error)}
         try:
             made = jobs.submit_many(self.actor, [(c, s) for _, c, s in good], now=now)

@@ -34,9 +34,9 @@ from marketplace.api import (
     webhooks,
 )
 
-RESOURCES = (
-    health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
-    curtailments, listings, calendars, quotes, contracts, amendments, spot, forward, jobs, usage, invoices, payment_methods,
+RESOURCES = (  # asked from the first to the last: what is called most stands first
+    jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
+    curtailments, listings, calendars, quotes, contracts, amendments, spot, forward, usage, invoices, payment_methods,
     payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 
 from marketplace import ids
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Job, Kind
+from marketplace.models import Job, Kind
+from marketplace.services.job_terms import Terms
 
 NEAR, APART = "near", "apart"
 LEVELS = ("host", "leaf", "spine", "site")  # of affinity, from the narrowest up
@@ -70,19 +71,19 @@ def without(job: Job, side: str) -> dict[str, Any]:
     return fields if side == NEAR or not job.labels else fields | {"labels": {}}
 
 
-def check(job: Job, contract: Contract) -> None:
+def check(job: Job, terms: Terms) -> None:
     """Refuse rules that contradict each other, and what the contract can never give; say whether there are any."""
     problems = _contradictions(job)
     if problems:
         raise MarketError("invalid_request", " ".join(problems.values()), problems)
-    site = contract.site
-    if job.site_id is not None and job.site_id != site.pk:
-        raise _never("site", f"{contract.public_id} is at {site.name} ({site.public_id}).", site.public_id)
-    if job.region and job.region != site.region:
-        raise _never("region", f"{contract.public_id} is in region {site.region}.", site.region)
+    if job.site_id is not None and job.site_id != terms.site_id:
+        at = ids.encode("sit", terms.site_id)
+        raise _never("site", f"{terms.public_id} is at {terms.site_name} ({at}).", at)
+    if job.region and job.region != terms.region:
+        raise _never("region", f"{terms.public_id} is in region {terms.region}.", terms.region)
     limit = job.price_limit
-    if limit is not None and contract.kind != Kind.SPOT and contract.price > limit:
-        raise _never("price_limit", f"{contract.public_id} costs {contract.price} per GPU-hour.", str(contract.price))
+    if limit is not None and terms.kind != Kind.SPOT and terms.price > limit:
+        raise _never("price_limit", f"{terms.public_id} costs {terms.price} per GPU-hour.", str(terms.price))
     job.ruled = bool(
         job.nvlink != Job.Nvlink.ANY or job.spread_level or job.max_per_domain or job.site_id or limit is not None
         or job.labels or job.affinity or job.tolerations

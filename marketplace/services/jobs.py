@@ -1,5 +1,6 @@
 """Jobs: submit, cancel, preempt, and what becomes of a job when its placements move. The only writer of their state."""
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
@@ -9,12 +10,11 @@ from typing import Any
 from django.db import connection, transaction
 from django.db.models import F
 
-from marketplace import outbox
+from marketplace import outbox, prepared
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import BillingStanding, Contract, Host, Job, JobEvent, Placement
-from marketplace.rows import Read
-from marketplace.services import job_rules, replicas, screening, secrets
+from marketplace.models import Contract, Job, Placement
+from marketplace.services import job_rules, job_terms, replicas, secrets
 from marketplace.services.transitions import transition_many
 from marketplace.tenancy import Actor
 
@@ -27,49 +27,34 @@ FAULTS = frozenset(
     }
 )  # fmt: skip
 CYCLE = "scheduler.run_cycle"
-_CONTRACT = Read(Contract, "WHERE t.id = %s AND t.organization_id = %s", "listing", "site")
 
 
 def nudge_cell(cell_id: int) -> None:
     outbox.emit(CYCLE, key=str(cell_id), payload={"cell": cell_id})
 
 
-def contract_of(actor: Actor, pk: int) -> Contract | None:
-    """A contract that the actor's own organization holds, with its listing and its site."""
-    return _CONTRACT.first([pk, actor.organization_id])
-
-
-def submit(actor: Actor, contract: Contract, spec: dict[str, Any], *, now: datetime) -> Job:
-    """Queue one job under `contract`; MarketError names what is in the way."""
+def submit(actor: Actor, contract: Contract | int, spec: dict[str, Any], *, now: datetime) -> Job:
+    """Queue one job under `contract` (or its id); MarketError names what is in the way."""
     return submit_many(actor, [(contract, spec)], now=now)[0]
 
 
-def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]], *, now: datetime) -> list[Job]:
+def submit_many(actor: Actor, wanted: Sequence[tuple[Contract | int, dict[str, Any]]], *, now: datetime) -> list[Job]:
     """Queue jobs, all or none, in bulk statements. `spec` has Job's field names, already checked for shape by the caller.
 
     Every refusal comes before the first write: inside the caller's transaction there is nothing a savepoint would undo.
     """
-    contracts = list({contract.pk: contract for contract, _ in wanted}.values())
-    behind = {contract.pk: _Behind(contract) for contract in contracts}
+    if not wanted:
+        return []
+    asked = [(c if isinstance(c, int) else c.pk, job_terms.shape_of(spec)) for c, spec in wanted]
     with nullcontext() if connection.in_atomic_block else transaction.atomic():
-        standings = _hold(contracts)
-        for contract in contracts:
-            _check_contract(contract, *standings[contract.pk], now)
+        held, fitting = job_terms.hold(actor, asked)
+        for pk in dict.fromkeys(pk for pk, _ in asked):
+            job_terms.check(pk, held, now)
         jobs = []
-        for contract, spec in wanted:
-            plain = {k: v for k, v in spec.items() if k != "secrets"}
-            job = Job(
-                organization_id=contract.organization_id,
-                contract=contract,
-                cell_id=contract.cell_id,
-                state=Job.State.QUEUED,
-                secrets=secrets.seal(spec["secrets"]) if spec.get("secrets") else None,
-                created_at=now,
-                queued_at=now,
-                **plain,
-            )
-            job_rules.check(job, contract)
-            _check_fits_contract(job, contract, behind[contract.pk])
+        for pair, (_, spec) in zip(asked, wanted, strict=True):
+            job = _made(held[pair[0]], spec, now)
+            if pair not in fitting:
+                job_terms.refuse_what_never_fits(job, held[pair[0]])
             jobs.append(job)
         _insert(jobs, actor, now)
         for cell_id in sorted({job.cell_id for job in jobs}):
@@ -77,130 +62,49 @@ def submit_many(actor: Actor, wanted: Sequence[tuple[Contract, dict[str, Any]]],
     return jobs
 
 
+def _made(terms: job_terms.Terms, spec: dict[str, Any], now: datetime) -> Job:
+    """The job, not yet a row; refused where its rules or its size cannot be under these terms."""
+    plain = {k: v for k, v in spec.items() if k != "secrets"}
+    job = Job(
+        organization_id=terms.organization_id,
+        contract_id=terms.id,
+        cell_id=terms.cell_id,
+        state=Job.State.QUEUED,
+        secrets=secrets.seal(spec["secrets"]) if spec.get("secrets") else None,
+        created_at=now,
+        queued_at=now,
+        **plain,
+    )
+    job_rules.check(job, terms)
+    job_terms.check_size(job, terms)
+    return job
+
+
+_COLUMNS = {field.attname: str(field.column) for field in Job._meta.concrete_fields if not field.primary_key}
+_LIST = ", ".join(_COLUMNS.values())
+# The rows and the first event of each. One parameter for all columns: JSON is read faster than fifty values are bound.
+_INSERT = f"""
+WITH made AS (
+  INSERT INTO marketplace_job ({_LIST}) SELECT {_LIST} FROM json_populate_recordset(NULL::marketplace_job, %s) RETURNING id
+), told AS (
+  INSERT INTO marketplace_jobevent (job_id, at, actor, from_state, to_state, reason)
+  SELECT id, %s, %s, '', %s, '' FROM made ORDER BY id
+)
+SELECT id FROM made ORDER BY id
+"""  # noqa: S608
+
+
 def _insert(jobs: list[Job], actor: Actor, now: datetime) -> None:
-    """The rows and the first event of each, in one statement; the jobs get their ids, in their order."""
-    if not jobs:
-        return
-    fields = [field for field in Job._meta.concrete_fields if not field.primary_key]
-    row = "(" + ", ".join(["%s"] * len(fields)) + ")"
-    values = [field.get_db_prep_save(getattr(job, field.attname), connection) for job in jobs for field in fields]
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"WITH made AS (INSERT INTO {Job._meta.db_table} ({', '.join(str(f.column) for f in fields)})"  # noqa: S608
-            f" VALUES {', '.join([row] * len(jobs))} RETURNING id),"
-            f" told AS (INSERT INTO {JobEvent._meta.db_table} (job_id, at, actor, from_state, to_state, reason)"
-            " SELECT id, %s, %s, '', %s, '' FROM made ORDER BY id)"
-            " SELECT id FROM made ORDER BY id",
-            [*values, now, actor.label[:120], Job.State.QUEUED],
-        )
-        for job, (pk,) in zip(jobs, cursor.fetchall(), strict=True):
-            job.pk = pk
-            job._state.adding, job._state.db = False, connection.alias  # noqa: SLF001 (as bulk_create does)
+    """In one statement; the jobs get their ids, in their order."""
+    rows = [{column: job.__dict__[name] for name, column in _COLUMNS.items()} for job in jobs]
+    made = prepared.rows(_INSERT, [json.dumps(rows, default=_json), now, actor.label[:120], Job.State.QUEUED.value])
+    for job, (pk,) in zip(jobs, made, strict=True):
+        job.pk = pk
+        job._state.adding, job._state.db = False, connection.alias  # noqa: SLF001 (as bulk_create does)
 
 
-def _hold(contracts: Iterable[Contract]) -> dict[int, tuple[str | None, list[str]]]:
-    """The contracts as they are now, and none of them ends before we commit: who ends it sees our jobs, or we see its end.
-    Answers of each one's organization its standing and the checks that it did not pass.
-    """
-    rows = {contract.pk: contract for contract in contracts}
-    standings: dict[int, tuple[str | None, list[str]]] = {}
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT c.id, c.state, c.ends_at, s.state, ARRAY(SELECT x.kind::text FROM marketplace_screening x"
-            " WHERE x.organization_id = c.organization_id AND x.state = 'rejected' ORDER BY 1)"
-            " FROM marketplace_contract c LEFT JOIN marketplace_billingstanding s ON s.organization_id = c.organization_id"
-            " WHERE c.id = ANY(%s) ORDER BY c.id FOR SHARE OF c",
-            [list(rows)],
-        )
-        for pk, state, ends_at, standing, rejected in cursor.fetchall():
-            rows[pk].state, rows[pk].ends_at = state, ends_at
-            standings[pk] = standing, rejected
-    return standings
-
-
-def _check_contract(contract: Contract, standing: str | None, rejected: list[str], now: datetime) -> None:
-    if contract.state != Contract.State.ACTIVE or (contract.ends_at and contract.ends_at <= now):
-        raise MarketError("contract_inactive", f"{contract.public_id} is {contract.state}; book another one.")
-    if standing is None or standing == BillingStanding.State.NO_CARD:
-        raise MarketError("card_required", "Add a card on the page Payment methods, then submit again.")
-    if standing == BillingStanding.State.SUSPENDED:
-        raise MarketError("billing_suspended", "Pay the open invoices, then submit again.")
-    screening.refuse_rejected(rejected, contract.terms.get("gpu_model"))
-
-
-_LARGE = """
-SELECT 1 FROM marketplace_host h WHERE h.listing_id = %s AND h.state <> 'retired' AND h.gpu_count >= %s AND h.vcpu_milli >= %s
-  AND h.ram_mib >= %s AND h.nvme_gib >= %s AND (%s = 0 OR h.vram_mib >= %s)
-"""
-_OF_MODELS = "  AND h.gpu_model_id IN (SELECT id FROM marketplace_gpumodel WHERE name = ANY(%s)) "
-
-
-class _Behind:
-    """The hosts behind a contract. That one of them is large enough is found at once; all shapes are read only for a refusal."""
-
-    def __init__(self, contract: Contract) -> None:
-        self.listing_id = contract.listing_id
-        self.known: dict[tuple[Any, ...], bool] = {}
-
-    def hold(self, job: Job) -> bool:
-        """Whether some host could hold a replica when it is empty."""
-        shape = (tuple(job.gpu_models), job.gpus, job.vram_mib, job.vcpu_milli, job.ram_mib, job.nvme_gib)
-        if shape not in self.known:
-            asked = [self.listing_id, job.gpus, job.vcpu_milli, job.ram_mib, job.nvme_gib, job.gpus, job.vram_mib]
-            with connection.cursor() as cursor:
-                cursor.execute(
-                    _LARGE + (_OF_MODELS if job.gpu_models else "") + "LIMIT 1",
-                    [*asked, *([job.gpu_models] if job.gpu_models else [])],
-                )
-                self.known[shape] = cursor.fetchone() is not None
-        return self.known[shape]
-
-    def shapes(self) -> list[Host]:
-        """One host of each shape."""
-        names = ("gpu_model_id", "gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "vram_mib")
-        hosts = Host.objects.filter(listing_id=self.listing_id).exclude(state=Host.State.RETIRED)
-        return list(hosts.select_related("gpu_model").distinct(*names).order_by(*names))
-
-
-def _check_fits_contract(job: Job, contract: Contract, behind: _Behind) -> None:
-    """Refuse what can never run, naming the first dimension that no host behind the contract meets."""
-    if job.total_gpus > contract.gpu_count:
-        raise MarketError(
-            "over_ceiling",
-            f"The job asks for {job.total_gpus} GPUs; the contract holds {contract.gpu_count}. Ask for fewer, or extend it.",
-            {"/replicas": f"at most {contract.gpu_count} GPUs in all"},
-        )
-    if behind.hold(job):
-        return
-    left = behind.shapes()
-    steps: list[tuple[str, str, Any]] = [
-        ("gpu_models", "GPU model", lambda h: not job.gpu_models or h.gpu_model.name in job.gpu_models),
-        ("gpus", "GPUs in one host", lambda h: h.gpu_count >= job.gpus),
-        ("vram_mib", "VRAM per GPU", lambda h: not job.gpus or h.vram_mib >= job.vram_mib),
-        ("vcpu_milli", "vCPU", lambda h: h.vcpu_milli >= job.vcpu_milli),
-        ("ram_mib", "RAM", lambda h: h.ram_mib >= job.ram_mib),
-        ("nvme_gib", "NVMe", lambda h: h.nvme_gib >= job.nvme_gib),
-    ]
-    for field, noun, fits in steps:
-        kept = [host for host in left if fits(host)]
-        if not kept:
-            most = max(
-                (getattr(h, "gpu_count" if field == "gpus" else field, 0) or 0 for h in left if field != "gpu_models"),
-                default=0,
-            )
-            asked = getattr(job, field)
-            hint = (
-                f"the largest has {most}"
-                if field != "gpu_models"
-                else "offered: " + ", ".join({h.gpu_model.name for h in left})
-            )
-            raise MarketError(
-                "never_fits",
-                f"No host of {contract.listing} has {noun} of {asked}; {hint}.",
-                {f"/{field}": hint},
-                {"reason": f"no_{field}"},
-            )
-        left = kept
+def _json(value: datetime | bytes) -> str:
+    return "\\x" + value.hex() if isinstance(value, bytes) else value.isoformat()
 
 
 def cancel(actor: Actor, job: Job, *, now: datetime) -> Job:

@@ -14,10 +14,10 @@ from django.db import transaction
 from django.db.models import F, Value
 from django.db.models.functions import Coalesce
 
-from marketplace import arrays
+from marketplace import arrays, caches, prepared
 from marketplace.arrays import Ints
 from marketplace.locks import Lock, acquire
-from marketplace.models import Agent, Placement, Site
+from marketplace.models import Agent, Placement
 from marketplace.services import hosts, power
 from marketplace.services.transitions import transition_many
 
@@ -29,17 +29,21 @@ def lock_sites(site_ids: Iterable[int]) -> None:
 def touch_sites(site_ids: Iterable[int]) -> None:
     """What shall be at these sites has changed: agents that wait are answered now."""
     wanted = sorted(set(site_ids))
-    Site.objects.filter(pk__in=wanted).update(desired_generation=F("desired_generation") + 1)
-    for pk in wanted:
-        transaction.on_commit(lambda pk=pk: wake_agents(pk), robust=True)  # type: ignore[misc]
+    if not wanted:
+        return
+    prepared.count(
+        "UPDATE marketplace_site SET desired_generation = desired_generation + 1 WHERE id = ANY(%s)", [wanted]
+    )
+    transaction.on_commit(lambda: wake_agents(wanted), robust=True)
 
 
-def wake_agents(site_id: int) -> None:
-    """Tell the stream process that a waiting agent may be answered. Lost without Redis: it polls each second then."""
-    from django.core.cache import cache
-
+def wake_agents(site_ids: Iterable[int]) -> None:
+    """Tell the stream process that waiting agents may be answered. Lost without Redis: it polls each second then."""
     with suppress(Exception):  # a nudge only
-        cache._cache.get_client().publish(f"site:{site_id}", b"1")  # type: ignore[attr-defined]  # noqa: SLF001
+        pipe = caches.client().pipeline(transaction=False)
+        for pk in site_ids:
+            pipe.publish(f"site:{pk}", b"1")
+        pipe.execute()
 
 
 @dataclass(frozen=True)

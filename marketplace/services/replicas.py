@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from django.db.models import Q, QuerySet
 
+from marketplace import prepared
 from marketplace.models import Job, JobEvent, Placement, PlacementEvent
 
 HELD = "held"
@@ -159,6 +160,17 @@ def waiting() -> QuerySet[Job]:
     """Running jobs with ranks that wait to be placed again."""
     rows = Job.objects.filter(repair_since__isnull=False, state=Job.State.RUNNING, cancel_requested_at=None)
     return rows.exclude(lost_ranks=[])
+
+
+_MENDING = """
+SELECT id, attempt, epoch, lost_ranks FROM marketplace_job WHERE cell_id = %s AND repair_since IS NOT NULL AND state = 'running'
+  AND cancel_requested_at IS NULL AND lost_ranks <> '{}'
+"""
+
+
+def mending(cell_id: int) -> list[tuple[int, int, int, list[int]]]:
+    """(job, attempt, epoch, ranks) of `waiting` in a cell."""
+    return prepared.rows(_MENDING, [cell_id])
 
 
 def _held(ids: Collection[int]) -> set[int]:

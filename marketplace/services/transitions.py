@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from django.db import connection, models
 
+from marketplace import prepared
 from marketplace.errors import MarketError
 from marketplace.models import Contract, ContractEvent, Job, JobEvent, Placement, PlacementEvent
 
@@ -49,17 +50,16 @@ def transition_many(
     table = model._meta.db_table
     sets = ", ".join([*(f'"{name}" = %s' for name in names), *(f'"{name}" = t."{name}" + 1' for name in increment)])
     event, key, room = _event_of(model)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"WITH before AS MATERIALIZED (SELECT id, state FROM {table} WHERE id = ANY(%s) AND state = ANY(%s)"  # noqa: S608
-            " ORDER BY id FOR NO KEY UPDATE),"
-            f" moved AS (UPDATE {table} AS t SET {sets} FROM before WHERE t.id = before.id RETURNING t.id, before.state),"
-            f" told AS (INSERT INTO {event} ({key}, at, actor, from_state, to_state, reason)"
-            " SELECT id, %s, %s, state, %s, %s FROM moved ORDER BY id)"
-            " SELECT id, state FROM moved",
-            [wanted, allowed, *columns.values(), now, actor[:120], to, reason[:room]],
-        )
-        return dict(cursor.fetchall())
+    moved = prepared.rows(
+        f"WITH before AS MATERIALIZED (SELECT id, state FROM {table} WHERE id = ANY(%s) AND state = ANY(%s)"  # noqa: S608
+        " ORDER BY id FOR NO KEY UPDATE),"
+        f" moved AS (UPDATE {table} AS t SET {sets} FROM before WHERE t.id = before.id RETURNING t.id, before.state),"
+        f" told AS (INSERT INTO {event} ({key}, at, actor, from_state, to_state, reason)"
+        " SELECT id, %s, %s, state, %s, %s FROM moved ORDER BY id)"
+        " SELECT id, state FROM moved",
+        [wanted, allowed, *columns.values(), now, actor[:120], to, reason[:room]],
+    )
+    return dict(moved)
 
 
 def _event_of(model: Any) -> tuple[str, str, int | None]:

@@ -13,7 +13,7 @@ from marketplace.models import (
     Placement,
     ReservationBlock,
 )
-from marketplace.services import contracts, jobs
+from marketplace.services import contracts, job_terms, jobs
 from scheduler import commit, cycle
 from scheduler.core.types import Reason
 from tests import factories as f
@@ -110,7 +110,7 @@ def test_a_job_submitted_while_its_contract_ends_is_refused_or_ended(monkeypatch
         assert not Job.objects.exists()
         return
     checked, go = threading.Event(), threading.Event()
-    check = jobs._check_contract
+    check = job_terms.check
 
     def check_and_wait(*args):
         check(*args)
@@ -119,7 +119,7 @@ def test_a_job_submitted_while_its_contract_ends_is_refused_or_ended(monkeypatch
             if blocked():
                 return
 
-    monkeypatch.setattr(jobs, "_check_contract", check_and_wait)
+    monkeypatch.setattr(job_terms, "check", check_and_wait)
     submitted = in_thread(market.submit)
     assert checked.wait(30)
     ended = in_thread(lambda: contracts.end([market.contract.pk], now=NOW))

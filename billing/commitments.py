@@ -12,7 +12,7 @@ from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import InvoiceLine, PriceVersion
-from marketplace.models import Amendment, Contract, Curtailment, Fill
+from marketplace.models import Amendment, Contract, Curtailment, Fill, MaintenanceShortfall
 from marketplace.services import sheds
 
 HELD_KINDS = ("reserved", "flexible")
@@ -43,18 +43,49 @@ def joined(contracts: Iterable[Contract]) -> dict[int, list[Amendment]]:
     return found
 
 
+def shortfalls(contracts: Iterable[Contract]) -> dict[int, list[MaintenanceShortfall]]:
+    """What maintenance took of commitments, per contract."""
+    found: dict[int, list[MaintenanceShortfall]] = defaultdict(list)
+    held = [contract.pk for contract in contracts if contract.kind in HELD_KINDS]
+    rows = MaintenanceShortfall.objects.filter(contract__in=held).select_related("maintenance")
+    for row in rows.order_by("starts_at", "pk"):
+        found[row.contract_id].append(row)
+    return found
+
+
+def not_charged(contract: Contract, rows: Iterable[MaintenanceShortfall], month: Interval) -> tuple[rating.Missed, ...]:
+    """What of the shortfalls in a month the contract does not owe: all without due notice, and what goes beyond the hours a month
+    that its frozen terms bear (services.terms).
+    """
+    agreed = contract.terms.get("maintenance") or {}
+    noticed: list[tuple[Interval, int]] = []
+    free: list[rating.Missed] = []
+    for row in rows:
+        through = min(row.maintenance.noticed_until or row.starts_at, row.ends_at)
+        for start, end, told in ((row.starts_at, through, True), (max(row.starts_at, through), row.ends_at, False)):
+            for span in metering.clip((metering.interval(start, end),) if start < end else (), month):
+                if told:
+                    noticed.append((span, row.gpus * 1000))
+                else:
+                    free.append(rating.Missed(row.gpus * 1000, span))
+    over = rating.beyond((span for span, _ in noticed), 3600 * agreed.get("hours_per_month", 0))
+    free += [rating.Missed(milli, piece) for span, milli in noticed for piece in metering.clip(over, span)]
+    return tuple(free)
+
+
 def lines(
     contract: Contract,
     window: Interval,
     billed: Mapping[tuple[int, int, str, int], int],
     versions: Sequence[PriceVersion],
     joined: Sequence[Amendment],
+    missed: Sequence[MaintenanceShortfall],
     currency: str,
     *,
     used: int,
     sold: Sequence[Fill] = (),
 ) -> tuple[rating.Line, ...]:
-    """The commitment and overage of `window`, inside one month; `used`: milli-GPU-seconds of that month to the window's end.
+    """The commitment, overage and credit of `window`, inside one month; `used`: milli-GPU-seconds of that month to the window's end.
 
     `sold`: what was sold on of it. `billed`: quantities on earlier invoices by (contract, month, kind, price version).
     """
@@ -92,19 +123,24 @@ def lines(
             )
             for row in joined
         ),
+        missed=not_charged(contract, missed, month),
     )
+
+    def earlier(version: PriceVersion, kind: LineKind) -> int:
+        return billed.get((contract.pk, month.start, kind.value, version.pk), 0)
+
+    held = (rate, *later.values())
     return rating.rate_commitment(
         commitment,
         window,
         currency,
         used=used,
         billed={
-            priced(version): billed.get((contract.pk, month.start, kind.value, version.pk), 0)
-            for version, kind in [
-                (rate, LineKind.COMMITMENT), (overage, LineKind.OVERAGE), *((v, LineKind.COMMITMENT) for v in later.values())
-            ]
+            priced(overage): earlier(overage, LineKind.OVERAGE),
+            **{priced(version): earlier(version, LineKind.COMMITMENT) for version in held},
         },
-    )  # fmt: skip
+        credited={priced(version): earlier(version, LineKind.CREDIT) for version in held},
+    )
 
 
 def _sold_until(contract: Contract, sold: Fill) -> datetime:

@@ -23,7 +23,7 @@ from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Amendment, Contract, Fill, Resale
+from marketplace.models import Amendment, Contract, Fill, MaintenanceShortfall, Resale
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,10 @@ class DraftLine:
             return f"{gpu} {kind}, {words}, {self.contract.public_id}"
         if self.line.kind == LineKind.RESALE and self.resale is not None:
             return f"{gpu} {kind}, {hours} GPU-hours {resales.words(self.resale)}, {self.contract.public_id}"
-        what = {LineKind.USAGE: "used", LineKind.COMMITMENT: "reserved", LineKind.OVERAGE: "beyond the reservation"}
         if self.resale is not None:
             kind += f", resale {self.resale.public_id}"
         late = f", adjustment of {metering.instant(self.month_s):%Y-%m}" if self.adjustment else ""
-        return f"{gpu} {kind}, {hours} GPU-hours {what[self.line.kind]}, {self.contract.public_id}{late}"
+        return f"{gpu} {kind}, {hours} GPU-hours {rating.WORDS[self.line.kind]}, {self.contract.public_id}{late}"
 
 
 @dataclass(slots=True)
@@ -135,6 +134,7 @@ def rate(
     sold = resales.sold(contracts.values())
     bought = resales.bought(contracts.values())
     credited = resales.due(drafts)
+    missed = commitments.shortfalls(contracts.values())
     held: dict[int, list[Contract]] = defaultdict(list)
     for contract in contracts.values():
         held[contract.organization_id].append(contract)
@@ -145,7 +145,16 @@ def rate(
         try:
             mine = held[organization_id]
             _rate_account(
-                draft, mine, months[organization_id], used[organization_id], billed, versions, added, sold, bought
+                draft,
+                mine,
+                months[organization_id],
+                used[organization_id],
+                billed,
+                versions,
+                added,
+                missed,
+                sold,
+                bought,
             )
             _draw_down(draft, mine, prepaid, versions)
             draft.lines += [_credit(draft, each) for each in credited.get(organization_id, ())]
@@ -288,6 +297,7 @@ def _rate_account(
     billed: Billed,
     versions: dict[int, list[PriceVersion]],
     added: dict[int, list[Amendment]],
+    missed: dict[int, list[MaintenanceShortfall]],
     sold: dict[int, list[Fill]],
     bought: dict[int, Fill],
 ) -> None:
@@ -310,8 +320,8 @@ def _rate_account(
                     continue
                 used_here = sum(group.before + group.inside for group in here)
                 lines = commitments.lines(
-                    contract, window, billed, versions[contract.pk], added[contract.pk], currency, used=used_here,
-                    sold=sold.get(contract.pk, ()),
+                    contract, window, billed, versions[contract.pk], added[contract.pk], missed[contract.pk], currency,
+                    used=used_here, sold=sold.get(contract.pk, ()),
                 )  # fmt: skip
                 _add(draft, contract, month, lines, adjustment=late, bought=bought.get(contract.pk))
                 continue
@@ -330,12 +340,8 @@ def _merged(groups: Iterable[_Group]) -> list[_Group]:
     """One group per price version: recorded and pending sums together."""
     sums: dict[int, _Group] = {}
     for group in groups:
-        other = sums.get(group.version)
-        if other is not None:
-            merged = replace(group, before=group.before + other.before, inside=group.inside + other.inside)
-            sums[group.version] = merged
-        else:
-            sums[group.version] = group
+        other = sums.get(group.version, replace(group, before=0, inside=0))
+        sums[group.version] = replace(group, before=group.before + other.before, inside=group.inside + other.inside)
     return [sums[version] for version in sorted(sums)]
 
 
@@ -349,7 +355,7 @@ def _draw_down(
         if not left:
             continue
         lines = [row.line for row in draft.lines if row.contract.pk == contract.pk]
-        due = sum(line.amount for line in lines if line.kind == LineKind.COMMITMENT)
+        due = sum(line.amount for line in lines if line.kind in {LineKind.COMMITMENT, LineKind.CREDIT})
         over = contract.state == Contract.State.CANCELLED or edge >= commitments.term_end(contract, edge + 1)
         amount = rating.drawn(left, due, over=over)
         if not amount:

@@ -54,6 +54,7 @@ CATALOGUE: Final[dict[str, Kind]] = {
     "terms_not_accepted": Kind(409, "The terms of service are to be accepted first"),
     "screening_required": Kind(409, "A check of your organization must pass first"),
     "screening_rejected": Kind(403, "A check of your organization did not pass"),
+    "notice_too_short": Kind(409, "Firm contracts are touched, and their notice is too short"),
     "card_required": Kind(402, "Add a card first"),
     "payment_failed": Kind(402, "The payment was declined"),
     "billing_suspended": Kind(402, "The account is suspended until its invoices are paid"),

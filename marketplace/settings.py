@@ -146,6 +146,7 @@ CELERY_BEAT_SCHEDULE = {
     "cells": {"task": "scheduler.tasks.tick_cells", "schedule": 5.0, "options": {"expires": 5}},
     "cycle-records": {"task": "scheduler.tasks.forget_records", "schedule": 60.0, "options": {"expires": 60}},
     "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
+    "maintenance": {"task": "marketplace.tasks.tick_maintenance", "schedule": 5.0, "options": {"expires": 5}},
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},

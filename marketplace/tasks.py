@@ -6,7 +6,17 @@ from celery import shared_task
 from django.utils import timezone
 
 from marketplace import outbox
-from marketplace.services import contracts, feeds, jobs, reliability, screening, spot, verifications
+from marketplace.services import (
+    contracts,
+    drains,
+    feeds,
+    jobs,
+    maintenance,
+    reliability,
+    screening,
+    spot,
+    verifications,
+)
 from marketplace.services.forward import bids, notices, sales, topics
 
 
@@ -31,6 +41,22 @@ def roll_reliability() -> int:
 def tick_verifications() -> dict[str, int]:
     """Benchmarks of hosts: taken back, concluded, expired, begun."""
     return verifications.clock(now=timezone.now())
+
+
+@shared_task
+def tick_maintenance() -> None:
+    """Announced work: its hosts are emptied in time, taken, and given back."""
+    maintenance.clock(timezone.now())
+
+
+@outbox.handler(maintenance.NOTICE)
+def maintenance_notice(payload: dict[str, Any]) -> None:
+    maintenance.send_notice(payload["maintenance"], payload["organization"], payload["version"])
+
+
+@outbox.handler(drains.PUT_BACK)
+def hosts_put_back(payload: dict[str, Any]) -> None:
+    maintenance.put_back(payload["cell"], now=timezone.now())
 
 
 @shared_task

@@ -34,6 +34,8 @@ ACTIONS: dict[str, frozenset[str]] = {
     "usage:read": frozenset(ROLES),
     "payouts:read": frozenset({"owner", "admin", "billing"}),
     "payouts:write": frozenset({"owner", "billing"}),
+    "maintenance:read": frozenset(ROLES),
+    "maintenance:write": frozenset({"owner", "admin", "engineer"}),
     "power:read": frozenset(ROLES),
     "power:write": frozenset({"owner", "admin", "engineer"}),
 }

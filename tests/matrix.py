@@ -22,8 +22,8 @@ from functools import cached_property
 from typing import Any
 
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Amendment, Curtailment, Invitation
-from marketplace.services import conversions, documents, verifications
+from marketplace.models import Amendment, CalendarFeed, Curtailment, Invitation, Maintenance, MaintenanceHost
+from marketplace.services import conversions, documents, maintenance, verifications
 from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
@@ -136,6 +136,22 @@ class World:
         return conversions.make(actor, self.site, name="Plan", now=NOW)
 
     @cached_property
+    def work(self) -> Any:
+        """A draft of maintenance on the host."""
+        made = Maintenance.objects.create(
+            site=self.site, scope="hosts", starts_at=NOW + timedelta(days=1000), ends_at=NOW + timedelta(days=1000, hours=4),
+            text="New fans.", created_by="x", created_at=NOW,
+        )  # fmt: skip
+        MaintenanceHost.objects.create(maintenance=made, host=self.host)
+        return made
+
+    @cached_property
+    def feed(self) -> Any:
+        return CalendarFeed.objects.create(
+            organization=self.organization, name="x", digest=f"calendar-{self.organization.pk}", created_by="x", created_at=NOW,
+        )  # fmt: skip
+
+    @cached_property
     def invoice(self) -> Any:
         account, _ = BillingAccount.objects.get_or_create(
             organization=self.organization, defaults={"currency": "USD", "created_at": NOW}
@@ -160,6 +176,8 @@ class World:
                 "curtailment",
                 "conversion",
                 "invoice",
+                "work",
+                "feed",
             )
         ]
         return [self.organization, *self.members.values(), *rows, *self.site.power_nodes.all()]
@@ -174,6 +192,7 @@ listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote"
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
 draft, conversion = _one("listing", "draft"), _one("plan", "conversion")
 resale, bid = _one("resale"), _one("bid")
+work, feed = _one("work"), _one("feed")
 
 
 def amendment(world: World) -> dict[str, str]:
@@ -199,6 +218,10 @@ def node(world: World) -> dict[str, str]:
 
 def probe(world: World) -> dict[str, str]:
     return {"token": verifications._probe_url(world.host).rpartition("/")[2]}
+
+
+def calendar(world: World) -> dict[str, str]:
+    return {"token": maintenance.feeds.issue(factories.actor(world.organization), "x", now=NOW)[1]}
 
 
 ROUTES: tuple[R, ...] = (
@@ -268,6 +291,25 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/curtailments", "POST", "power:write"),
     R("api/v1/curtailments/<str:curtailment>", "GET", "power:read", curtailment),
     R("api/v1/curtailments/<str:curtailment>/cancel", "POST", "power:write", curtailment),
+    # --- maintenance
+    R("api/v1/maintenances", "GET", "maintenance:read"),
+    R("api/v1/maintenances", "POST", "maintenance:write"),
+    R("api/v1/maintenances/<str:work>", "GET", "maintenance:read", work),
+    R("api/v1/maintenances/<str:work>", "PATCH", "maintenance:write", work),
+    R("api/v1/maintenances/<str:work>/impact", "GET", "maintenance:write", work),
+    R("api/v1/maintenances/<str:work>/announce", "POST", "maintenance:write", work),
+    R("api/v1/maintenances/<str:work>/extend", "POST", "maintenance:write", work),
+    R("api/v1/maintenances/<str:work>/finish", "POST", "maintenance:write", work),
+    R("api/v1/maintenances/<str:work>/cancel", "POST", "maintenance:write", work),
+    R("api/v1/calendar-feeds", "GET", "maintenance:read"),
+    R("api/v1/calendar-feeds", "POST", "maintenance:write"),
+    R("api/v1/calendar-feeds/<str:feed>", "GET", "maintenance:read", feed),
+    R("api/v1/calendar-feeds/<str:feed>", "DELETE", "maintenance:write", feed),
+    R("maintenance", "GET", "maintenance:read"),
+    R("maintenance", "POST", "maintenance:write"),
+    R("maintenance/<str:work>", "GET", "maintenance:read", work),
+    R("calendar-feeds/<str:feed>/revoke", "POST", "maintenance:write", feed),
+    R("calendar/<str:token>.ics", "GET", "public", calendar, stranger="sees"),  # by its token
     # --- market
     R("api/v1/listings", "GET", "listings:read", stranger="sees"),
     R("api/v1/listings", "POST", "listings:write"),

@@ -6,8 +6,9 @@ does not change a line, because they are summed first.
 
 Kinds: `on_demand` and `spot` bill running seconds (spot with one price version per clearing price); `reserved` bills
 its commitment whether used or not, prorated by seconds, and what goes beyond the month's commitment as overage at the
-on-demand price; `flexible` is `reserved` less the curtailed time. What was paid at signing (`upfront`) is drawn down by
-the commitment, first things first, and what is left of it at the end is given back.
+on-demand price; `flexible` is `reserved` less the curtailed time. What of a commitment could not be had is `credit`.
+What was paid at signing (`upfront`) is drawn down by the commitment, first things first, and what is left of it at the
+end is given back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from billing.core.metering import Interval, clip, floor_second, instant, subtract
+from billing.core.metering import Interval, clip, cut, floor_second, instant, subtract
 from billing.core.money import exact_amount, round_half_away
 
 
@@ -28,6 +29,15 @@ class LineKind(StrEnum):
     UPFRONT = "upfront"
     DRAWDOWN = "drawdown"
     RESALE = "resale"
+    CREDIT = "credit"
+
+
+WORDS = {
+    LineKind.USAGE: "used",
+    LineKind.COMMITMENT: "reserved",
+    LineKind.OVERAGE: "beyond the reservation",
+    LineKind.CREDIT: "missing during maintenance",
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,8 +82,17 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """`milli_gpus` of a commitment that could not be had during `span`."""
+
+    milli_gpus: int
+    span: Interval
+
+
+@dataclass(frozen=True, slots=True)
 class Commitment:
-    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, and what was `added`.
+    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, what was `added`, and what it
+    `missed` and does not owe.
 
     `sold` is somebody else's to use: it stays due, to the end of its own window, and is no part of what may be drawn down.
     `curtailed` is empty for a reserved contract. `overage` prices what goes beyond the month's commitment.
@@ -88,6 +107,7 @@ class Commitment:
     curtailed: tuple[Interval, ...] = ()
     added: tuple[Added, ...] = ()
     sold: tuple[Added, ...] = ()
+    missed: tuple[Missed, ...] = ()
 
     def parts(self) -> tuple[Added, ...]:
         """All that it owes, what was there from the beginning first, and what was sold on beyond an early end."""
@@ -139,6 +159,42 @@ def sold_quantity(commitment: Commitment, window: Interval) -> int:
     )
 
 
+def missed_by_price(commitment: Commitment, window: Interval) -> dict[Price, int]:
+    """Milli-GPU-seconds of the commitment inside `window` that were missed, by price: the dearest GPUs are missed first, and what
+    is curtailed is not missed besides.
+    """
+    parts = sorted(commitment.parts(), key=lambda part: (-part.price.millionths, part.price.version))
+    marks = {
+        at for span in (*(m.span for m in commitment.missed), *(p.term for p in parts)) for at in (span.start, span.end)
+    }
+    found: dict[Price, int] = {}
+    free = subtract((window,), commitment.curtailed)
+    for piece in cut(free, sorted(marks)):
+        left = sum(m.milli_gpus for m in commitment.missed if m.span.start <= piece.start < m.span.end)
+        for part in parts:
+            if left and part.term.start <= piece.start < part.term.end:
+                taken = min(left, part.milli_gpus)
+                found[part.price] = found.get(part.price, 0) + taken * piece.seconds
+                left -= taken
+    return found
+
+
+def beyond(spans: Iterable[Interval], allowed_s: int) -> tuple[Interval, ...]:
+    """What is left of the seconds in `spans`, each counted once, after the first `allowed_s` of them."""
+    pieces: list[Interval] = []
+    through = None
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        start = span.start if through is None else max(span.start, through)
+        through = span.end if through is None else max(through, span.end)
+        if start >= span.end:
+            continue
+        borne = min(allowed_s, span.end - start)
+        allowed_s -= borne
+        if start + borne < span.end:
+            pieces.append(Interval(start + borne, span.end))
+    return tuple(pieces)
+
+
 def rate_commitment(
     commitment: Commitment,
     window: Interval,
@@ -146,28 +202,35 @@ def rate_commitment(
     *,
     used: int,
     billed: Mapping[Price, int] | None = None,
+    credited: Mapping[Price, int] | None = None,
 ) -> tuple[Line, ...]:
-    """The commitment and overage lines of `window`, which lies inside one UTC month.
+    """The commitment, overage and credit lines of `window`, which lies inside one UTC month.
 
     `used` is the contract's milli-GPU-seconds from the month's start to the window's end; `billed` are the quantities of
     that month that earlier invoices carry, by price. Each line is what is due to date less what was billed, so a month
     invoiced in several windows comes to the same quantities as in one, and a correction of the past appears as a smaller
     or negative line. Drawdown first: only what exceeds the GPUs that it holds over the whole month is overage; what still ran
-    while a curtailment had begun is not.
+    while a curtailment had begun is not. What was missed comes back as credit, a negative line of its own, and `credited` are
+    such quantities of earlier invoices.
     """
     month = month_of(window.start)
     if window.end > month.end:
         raise ValueError("a commitment is rated inside one UTC month; cut the window with month_windows")
-    earlier = billed or {}
-    to_date = committed_by_price(commitment, Interval(month.start, window.end))
+    earlier, given = billed or {}, credited or {}
+    until = Interval(month.start, window.end)
     held = replace(commitment, curtailed=())
-    over = max(0, used - committed_quantity(held, month) + sold_quantity(held, month))
-    due = [(LineKind.COMMITMENT, price, quantity) for price, quantity in to_date.items()]
-    due.append((LineKind.OVERAGE, commitment.overage, over))
+    theirs = sold_quantity(held, month) + sum(missed_by_price(commitment, month).values())
+    over = max(0, used - committed_quantity(held, month) + theirs)
+    free = missed_by_price(commitment, until)
+    due = [
+        *((LineKind.COMMITMENT, p, n - earlier.get(p, 0)) for p, n in committed_by_price(commitment, until).items()),
+        (LineKind.OVERAGE, commitment.overage, over - earlier.get(commitment.overage, 0)),
+        *((LineKind.CREDIT, p, -free.get(p, 0) - given.get(p, 0)) for p in sorted({*free, *given})),
+    ]
     return tuple(
         rated(kind, UsageGroup(commitment.contract, commitment.meter, price, window, left), currency)
-        for kind, price, quantity in due
-        if (left := quantity - earlier.get(price, 0))
+        for kind, price, left in due
+        if left
     )
 
 

@@ -126,6 +126,7 @@ class InvoiceLine(TenantModel):
         UPFRONT = "upfront"
         DRAWDOWN = "drawdown"
         RESALE = "resale"
+        CREDIT = "credit"
 
     HELD = ("upfront", "drawdown")
 

@@ -154,6 +154,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
                 m("Agents", "sensors", "marketplace_agent"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
                 m("Conversion plans", "event_upcoming", "marketplace_conversionplan"),
+                m("Maintenance", "engineering", "marketplace_maintenance"),
             ],
         },
         {
@@ -204,6 +205,7 @@ def staff_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: ARG
                 m("Cycles", "cycle", "scheduler_cycle"),
                 m("Decisions", "alt_route", "scheduler_decision"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
+                m("Maintenance", "engineering", "marketplace_maintenance"),
             ],
         },
         {

@@ -8,6 +8,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     forward,
     hosts,
     listings,
+    maintenance,
     miners,
     money,
     power,

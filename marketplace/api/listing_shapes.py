@@ -101,6 +101,10 @@ class TermsShape(Shape):
     eviction_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
     flexible_hours_per_month = serializers.IntegerField(min_value=0, max_value=720, required=False)
     flexible_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
+    maintenance_hours_per_month = serializers.IntegerField(
+        min_value=0, max_value=744, required=False,
+        help_text="of announced maintenance that a reserved or flexible contract bears; beyond it the time is not charged",
+    )  # fmt: skip
     available_from = serializers.DateTimeField(required=False, allow_null=True)
     available_until = serializers.DateTimeField(required=False, allow_null=True)
     interconnect = serializers.CharField(max_length=40, required=False, allow_blank=True)
@@ -144,6 +148,7 @@ class ListingShape(serializers.Serializer):
         allow_null=True,
         help_text="what a customer sells on: its id and the window that is taken as a whole; null: an operator's offer",
     )
+    maintenance = shapes.WorkShape(many=True, help_text="announced work on hosts that it offers, soonest first")
     stock = StockShape(required=False)
     actions = serializers.ListField(child=serializers.CharField())
 

@@ -22,8 +22,8 @@ from marketplace.api.listing_shapes import (
     filters_of,
 )
 from marketplace.errors import MarketError
-from marketplace.models import Listing, Site, SpotInterval
-from marketplace.services import availability, listings, search, spot_prices
+from marketplace.models import Listing, Maintenance, Site, SpotInterval
+from marketplace.services import availability, listings, maintenance, search, spot_prices
 from marketplace.services.availability import Stock
 from scheduler.core.capacity import LEVELS
 
@@ -82,10 +82,12 @@ class ListingResource(Resource):
                 "eviction_notice_s": row.eviction_notice_s,
                 "flexible_hours_per_month": row.flexible_hours_per_month,
                 "flexible_notice_s": row.flexible_notice_s,
+                "maintenance_hours_per_month": row.maintenance_hours_per_month,
                 "available_from": row.available_from,
                 "available_until": row.available_until,
             },
             "resale": _resale(row),
+            "maintenance": [shapes.maintenance(work) for work in self.maintenance(row)],
             **({} if stock is None else {"stock": _stock(stock, level)}),
             "actions": listings.actions(row) if mine else (["quote"] if row.state == "published" else []),
         }
@@ -99,6 +101,17 @@ class ListingResource(Resource):
     @cached_property
     def spot(self) -> dict[int, SpotInterval | None]:
         """Intervals in force, of listings that were looked up."""
+        return {}
+
+    def maintenance(self, row: Listing) -> list[Maintenance]:
+        """Announced work on hosts that it offers."""
+        if row.pk not in self.work:
+            self.work |= {row.pk: [], **maintenance.upcoming([row.pk], timezone.now())}
+        return self.work[row.pk]
+
+    @cached_property
+    def work(self) -> dict[int, list[Maintenance]]:
+        """As `spot`."""
         return {}
 
     def answer(self, row: Listing, status: int = 200) -> Response:
@@ -157,6 +170,7 @@ class Listings(ListingResource):
         )  # fmt: skip
         shown = [f.listing.pk for f in found.rows]
         self.spot |= {**dict.fromkeys(shown), **spot_prices.in_force(shown, now)}
+        self.work |= {**{pk: [] for pk in shown}, **maintenance.upcoming(shown, now)}
         return Response(
             {
                 "data": [self.represent(f.listing, f.stock, wanted.level, vars(f.checked)) for f in found.rows],

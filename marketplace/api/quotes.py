@@ -12,7 +12,7 @@ from rest_framework.response import Response
 from marketplace.api import shapes
 from marketplace.api.base import PublicId, Resource, Shape
 from marketplace.models import Kind, Quote
-from marketplace.services import quotes
+from marketplace.services import maintenance, quotes
 from marketplace.services.availability import HOLDING
 from scheduler.core.capacity import LEVELS
 
@@ -40,6 +40,10 @@ class QuoteRequest(Shape):
     metadata = serializers.DictField(required=False, default=dict)
 
 
+class NoticeShape(shapes.WorkShape):
+    touches = serializers.BooleanField(help_text="jobs may have to leave; what is held is held clear of it")
+
+
 class QuoteShape(serializers.Serializer):
     id = serializers.CharField()
     object = serializers.CharField()
@@ -59,6 +63,7 @@ class QuoteShape(serializers.Serializer):
     total = shapes.MoneyShape(allow_null=True, help_text="of the commitment; null: billed by use")
     due_at_signing = shapes.MoneyShape(allow_null=True, help_text="drawn down first; null: nothing")
     items = serializers.DictField()
+    maintenance = NoticeShape(many=True, help_text="announced work on hosts of the listing during the quoted window")
     held_until = serializers.DateTimeField(allow_null=True)
     firm_until = serializers.DateTimeField()
     holds_capacity = serializers.BooleanField()
@@ -107,6 +112,10 @@ class QuoteResource(Resource):
                 "to_the_seller": shapes.amount(items["seller_minor"] or None, row.currency),
                 "platform_fee": shapes.amount(items["platform_fee_minor"], row.currency),
             },
+            "maintenance": [
+                {**shapes.maintenance(work), "touches": row.kind not in HOLDING}
+                for work in (maintenance.during(row, now) if open_ else ())
+            ],
             "held_until": row.held_until,
             "firm_until": row.firm_until,
             "holds_capacity": bool(open_ and row.kind in HOLDING and row.held_until and row.held_until > now),

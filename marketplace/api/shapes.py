@@ -10,7 +10,7 @@ from rest_framework.request import Request
 from billing.core import money
 from marketplace.api import pagination
 from marketplace.api.base import Shape
-from marketplace.models import Kind, Listing
+from marketplace.models import Kind, Listing, Maintenance
 
 
 class MoneyShape(serializers.Serializer):
@@ -33,6 +33,19 @@ class AcceptShape(serializers.Serializer):
 class PageQuery(Shape):
     limit = serializers.CharField(required=False)
     cursor = serializers.CharField(required=False)
+
+
+class WorkShape(serializers.Serializer):
+    """Announced maintenance, as everybody reads it."""
+
+    id = serializers.CharField()
+    object = serializers.ChoiceField(["maintenance"])
+    state = serializers.ChoiceField(Maintenance.State.choices)
+    category = serializers.ChoiceField(Maintenance.Category.choices)
+    starts_at = serializers.DateTimeField()
+    ends_at = serializers.DateTimeField()
+    text = serializers.CharField(help_text="what is done")
+    impact = serializers.CharField(help_text="what will likely be noticed")
 
 
 class EventShape(serializers.Serializer):
@@ -73,6 +86,20 @@ def price(millionths: int | None, currency: str) -> dict[str, Any] | None:
 def prices(listing: Listing) -> dict[str, Any]:
     """Kind -> price, for the kinds on offer."""
     return {kind: price(p, listing.currency) for kind in Kind.values if (p := listing.price_of(kind)) is not None}
+
+
+def maintenance(row: Maintenance) -> dict[str, Any]:
+    """What everybody may read of announced work."""
+    return {
+        "id": row.public_id,
+        "object": "maintenance",
+        "state": row.state,
+        "category": row.category,
+        "starts_at": row.starts_at,
+        "ends_at": row.ends_at,
+        "text": row.text,
+        "impact": row.impact,
+    }
 
 
 def query(request: Request, shape: type[serializers.Serializer]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from django.urls import URLPattern, URLResolver
 from marketplace.api import (
     agent,
     amendments,
+    calendar_feeds,
     calendars,
     contracts,
     conversions,
@@ -16,6 +17,7 @@ from marketplace.api import (
     jobs,
     keys,
     listings,
+    maintenance,
     miners,
     organizations,
     payment_methods,
@@ -36,8 +38,8 @@ from marketplace.api import (
 
 RESOURCES = (  # asked from the first to the last: what is called most stands first
     jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
-    curtailments, listings, calendars, quotes, contracts, amendments, spot, forward, usage, invoices, payment_methods,
-    payouts, agent, staff,
+    curtailments, maintenance, calendar_feeds, listings, calendars, quotes, contracts, amendments, spot, forward, usage, invoices,
+    payment_methods, payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip
 

@@ -5,7 +5,8 @@ hosts, broken GPUs, reservations, and jobs that run outside a reservation.
 
 What claims a GPU: a quote's live hold and a contract's reservation (`Reservation`, from `claims_at` to `ends_at`); a
 placement of an on-demand contract, or of a reserved one beyond its own GPUs, to the end of its contract or for ever;
-and a listing's closed hours. Spot claims nothing: it leaves when somebody firm comes.
+a listing's closed hours; and announced maintenance, whose
+claim is a reservation of nobody's contract. Spot claims nothing: it leaves when somebody firm comes.
 """
 
 from collections import defaultdict
@@ -80,7 +81,9 @@ def load(
         (offered if among is None else offered.filter(pk__in=among))
         .exclude(state=Host.State.RETIRED)
         .order_by("id")
-        .values_list("id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "site__mode", "beat_at")
+        .values_list(
+            "id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "back_at", "site__mode", "beat_at"
+        )
     )
     broken = _broken(ids)
     rows: list[tuple[int, int, str, str, int]] = []
@@ -88,15 +91,17 @@ def load(
     smallest: dict[int, int] = {}
     beats: dict[int, datetime | None] = dict.fromkeys(ids)
     leaving: list[Claim] = []
-    for pk, listing_id, count, leaf, spine, state, leaves_at, mode, beat in hosts:
+    for pk, listing_id, count, leaf, spine, state, leaves_at, back_at, mode, beat in hosts:
         leaves = leaves_at if state == Host.State.DRAINING and leaves_at is not None and leaves_at > now else None
         up = (state == Host.State.ACTIVE or leaves is not None) and mode != Site.Mode.OFF
-        if leaves is not None:  # it can be had until then
+        if back_at is not None:  # maintenance has it, whose claim says until when
+            up = mode != Site.Mode.OFF
+        elif leaves is not None:  # it can be had until then
             leaving.append(Claim(("leaves", pk), seconds(leaves), FOREVER, ((pk, count),)))
         rows.append((pk, max(0, count - len(broken.get(pk, ()))) if up else 0, leaf, spine, listing_id))
         totals[listing_id] += count
         smallest[listing_id] = min(smallest.get(listing_id, count), count)
-        if up and beat is not None:
+        if up and back_at is None and beat is not None:
             beats[listing_id] = min(beats[listing_id] or beat, beat)
     host_ids = [row[0] for row in rows]
     claims = [*_reservations(host_ids, now, without), *_placements(host_ids, now), *leaving]
@@ -200,7 +205,7 @@ def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = 
     )
     rows = list(live)
     holders = {contract for _, _, contract, kind, *_ in rows if kind in HOLDING}
-    own: dict[tuple[int, int], set[int]] = {}
+    own: dict[tuple[int, int], set[int]] = defaultdict(set)
     if holders:
         blocks = ReservationBlock.objects.filter(
             reservation__contract_id__in=holders,
@@ -208,7 +213,7 @@ def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = 
             reservation__ends_at__gt=now,
         ).values_list("reservation__contract_id", "host_id", "gpu_indices")
         for contract, host, indices in blocks:
-            own.setdefault((contract, host), set()).update(indices)
+            own[contract, host].update(indices)
     taken: dict[int, dict[int, int]] = defaultdict(dict)
     for host, indices, contract, _, ends_at, limit, running_at, created_at in rows:
         # Past its contract's end, or its own, a placement still drains, nobody knows how long.

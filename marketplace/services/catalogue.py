@@ -111,8 +111,10 @@ _HOST: Final = {
     "id": "h.id",
     "listing_id": "h.listing_id",
     "gpu_count": "h.gpu_count",
-    "up": "((h.state = 'active' OR (h.state = 'draining' AND h.leaves_at IS NOT NULL)) AND s.mode <> 'off')::int",
-    "leaves": f"CASE h.state WHEN 'draining' THEN {_epoch('h.leaves_at', FOREVER)} ELSE {FOREVER} END",
+    # What maintenance has comes back (`back_at`); until then its claim, a reservation of nobody's contract, has the host.
+    "up": "((h.state = 'active' OR h.back_at IS NOT NULL OR (h.state = 'draining' AND h.leaves_at IS NOT NULL))"
+    " AND s.mode <> 'off')::int",
+    "leaves": f"CASE WHEN h.state = 'draining' AND h.back_at IS NULL THEN {_epoch('h.leaves_at', FOREVER)} ELSE {FOREVER} END",
     "broken": "(SELECT count(*) FROM marketplace_gpu g WHERE g.host_id = h.id AND NOT g.healthy)",
     "vcpu_milli": "h.vcpu_milli",
     "ram_mib": "h.ram_mib",

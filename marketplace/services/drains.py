@@ -16,14 +16,16 @@ from datetime import datetime
 from typing import Any
 
 from django.db import transaction
+from django.db.models import QuerySet
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Host, Job, Placement, Site
+from marketplace.models import Host, Job, MaintenanceHost, Placement, Site
 from marketplace.outbox import emit
 from marketplace.services import audit, conditions, jobs, placements, replicas
 from marketplace.tenancy import Actor
 
+PUT_BACK = "marketplace.hosts_put_back"  # by hand, in the midst of maintenance
 ABLE = (Host.State.ACTIVE, Host.State.DRAINING)
 # Kinds of work, as customers read them.
 CATEGORIES = {
@@ -94,16 +96,18 @@ def _drain(hosts: Collection[Host], wanted: Leave, *, actor: Actor, now: datetim
     for host in hosts:
         before = {"state": host.state, "leaves_at": _text(host.leaves_at)}
         host.state, host.state_reason, host.leaves_at = Host.State.DRAINING, wanted.reason[:200], wanted.by
+        host.back_at = None
         after = {"state": host.state, "leaves_at": _text(wanted.by), **told}
         _audit(host, actor, "host.drained", now, before=before, after=after)
-    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
     ids = {host.pk for host in hosts}
+    _taken(ids).update(comes_back=False)  # from now on by hand
+    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at", "back_at"], batch_size=500)
     conditions.record(hosts=ids, now=now)
     if wanted.evict:
         leave(ids, now=now, actor=actor.label, reason=f"host drained: {wanted.words}"[:200])
     elif wanted.by is not None:
         _announce(hosts, wanted.by, wanted.words, now=now, actor=actor.label)
-    _changed(hosts)
+    changed(hosts)
 
 
 def _announce(hosts: Collection[Host], by: datetime, why: str, *, now: datetime, actor: str) -> None:
@@ -141,10 +145,19 @@ def undrain_site(site: Site, *, actor: Actor, now: datetime) -> list[Host]:
 def _undrain(hosts: Collection[Host], *, actor: Actor, now: datetime) -> None:
     for host in hosts:
         before, host.state, host.state_reason, host.leaves_at = host.state, Host.State.ACTIVE, "", None
+        host.back_at = None
         _audit(host, actor, "host.undrained", now, before={"state": before}, after={"state": "active"})
-    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at"], batch_size=500)
+    Host.objects.bulk_update(hosts, ["state", "state_reason", "leaves_at", "back_at"], batch_size=500)
     conditions.record(hosts=[host.pk for host in hosts], now=now)
-    _changed(hosts)
+    if _taken({host.pk for host in hosts}).update(given_back_at=now):
+        for cell_id in sorted({host.cell_id for host in hosts}):
+            emit(PUT_BACK, key=str(cell_id), payload={"cell": cell_id})
+    changed(hosts)
+
+
+def _taken(host_ids: Collection[int]) -> QuerySet[MaintenanceHost]:
+    """Rows of maintenance that has these hosts (services.maintenance); by hand is the last word."""
+    return MaintenanceHost.objects.filter(host_id__in=host_ids, taken_at__isnull=False, given_back_at=None)
 
 
 @transaction.atomic
@@ -155,7 +168,7 @@ def set_taints(host: Host, taints: Collection[str], *, actor: Actor, now: dateti
     if before != host.taints:
         host.save(update_fields=["taints"])
         _audit(host, actor, "host.tainted", now, before={"taints": before}, after={"taints": host.taints})
-        _changed([host])
+        changed([host])
     return host
 
 
@@ -222,8 +235,8 @@ def _host(host: Host, *, expected: Collection[str]) -> Host:
     return found
 
 
-def _changed(hosts: Collection[Host]) -> None:
-    """The agents are told, the power loops and the cycles run."""
+def changed(hosts: Collection[Host]) -> None:
+    """After a change: the agents are told, the power loops and the cycles run."""
     placements.touch_sites({host.site_id for host in hosts})
     for site_id in sorted({host.site_id for host in hosts}):
         emit("scheduler.site_loop", key=str(site_id), payload={"site": site_id})

@@ -24,6 +24,7 @@ from marketplace.services.availability import seconds
 log = logging.getLogger(__name__)
 HEAL_AHEAD = timedelta(hours=25)  # the scheduler closes a reservation's GPUs to others a day before its claim
 HEAL_BATCH = 500
+CLAIM_OF_MAINTENANCE = Q(contract=None, maintenance__isnull=False)  # a host's every GPU: nothing to number
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,8 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
     """What holds devices of these hosts: blocks of live reservations, and running work outside them."""
     ids, at = list(host_ids), seconds(now)
     found: dict[int, list[tuple[Taken, ReservationBlock | None]]] = defaultdict(list)
-    blocks = ReservationBlock.objects.filter(
-        host_id__in=ids, reservation__in=Reservation.objects.filter(availability.live_reservations(now))
-    ).select_related("reservation")
+    live = Reservation.objects.filter(availability.live_reservations(now)).exclude(CLAIM_OF_MAINTENANCE)
+    blocks = ReservationBlock.objects.filter(host_id__in=ids, reservation__in=live).select_related("reservation")
     for block in blocks:
         of = block.reservation
         start, end = seconds(of.claims_at), seconds(of.ends_at)
@@ -200,6 +200,9 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
         ends = running.get(block.host_id, {})
         host = block.host
         stays = host.state == Host.State.DRAINING and host.leaves_at is not None and seconds(host.leaves_at) >= end
+        stays = (
+            stays or host.back_at is not None
+        )  # maintenance has it, and has found others that stand in where there were any
         return (
             (host.state != Host.State.ACTIVE and not stays)
             or not set(block.gpu_indices) <= set(usable[block.host_id])
@@ -211,6 +214,18 @@ def disturbed(reservations: Iterable[Reservation], now: datetime) -> set[int]:
         for pk, row in wanted.items()
         if not blocks[pk] or any(spoilt(block, seconds(row.claims_at), seconds(row.ends_at)) for block in blocks[pk])
     }
+
+
+def maintained(reservation: Reservation) -> bool:
+    """Does announced maintenance claim one of its hosts during its window?"""
+    claims = Reservation.objects.filter(
+        CLAIM_OF_MAINTENANCE,
+        state=Reservation.State.FIRM,
+        claims_at__lt=reservation.ends_at,
+        ends_at__gt=reservation.claims_at,
+    )
+    own = ReservationBlock.objects.filter(reservation=reservation)
+    return claims.filter(blocks__host__in=own.values("host")).exists()
 
 
 def lent_to_spot(reservation: Reservation) -> bool:

@@ -264,7 +264,7 @@ def _update_host(
         host.gpu_model, host.gpu_count = model, values["gpus"]
         for name in ("vcpu_milli", "ram_mib", "nvme_gib", "vram_mib", *_WATTS, *_PLACE):
             setattr(host, name, values[name])
-        if host.state == Host.State.DRAINING and host.state_reason == SHRANK:
+        if host.state == Host.State.DRAINING and host.state_reason == SHRANK and host.back_at is None:
             host.state, host.state_reason = Host.State.ACTIVE, ""
         _command(host, active)
     target = power.active_watts(host, active, cpu_only=cpu_only)

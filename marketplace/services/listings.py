@@ -35,7 +35,7 @@ from scheduler.core import economics
 EDITABLE = (
     "title", "description", "visibility", "gpu_model_id", "currency", "on_demand_price", "reserved_price", "flexible_price",
     "spot_floor", "min_gpus", "min_term_hours", "max_term_days", "upfront_permille", "eviction_notice_s", "flexible_hours_per_month",
-    "flexible_notice_s", "available_from", "available_until", "interconnect", "fabric_gbps",
+    "flexible_notice_s", "maintenance_hours_per_month", "available_from", "available_until", "interconnect", "fabric_gbps",
 )  # fmt: skip
 PRICES = ("on_demand_price", "reserved_price", "flexible_price", "spot_floor")
 SHARED_RUNTIMES = frozenset({"process", "virtual"})  # no isolation between tenants: for test cells, or named partners
@@ -110,8 +110,10 @@ def assign_hosts(listing: Listing, host_ids: Collection[int], *, now: datetime) 
 
 
 def _promised(host_ids: Collection[int], now: datetime) -> set[int]:
-    live = availability.live_reservations(now)
-    blocks = ReservationBlock.objects.filter(host_id__in=host_ids, reservation__in=Reservation.objects.filter(live))
+    live = Reservation.objects.filter(availability.live_reservations(now)).exclude(
+        contract=None, maintenance__isnull=False
+    )
+    blocks = ReservationBlock.objects.filter(host_id__in=host_ids, reservation__in=live)
     return set(blocks.values_list("host_id", flat=True))
 
 

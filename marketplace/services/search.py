@@ -197,7 +197,7 @@ def _heard(listing_ids: list[int], now: datetime) -> dict[int, datetime]:
         cursor.execute(
             "SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id"
             " WHERE h.listing_id = ANY (%s) AND s.mode <> 'off'"
-            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) GROUP BY 1"
+            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) AND h.back_at IS NULL GROUP BY 1"
             " UNION ALL SELECT x.listing_id, min(h.beat_at) FROM marketplace_resale x"
             " JOIN marketplace_reservationblock b ON b.reservation_id = x.reservation_id"
             " JOIN marketplace_host h ON h.id = b.host_id WHERE x.listing_id = ANY (%s) GROUP BY 1",

@@ -7,6 +7,10 @@ Early termination, as the terms of every contract say:
                       on stays due to the end of its own window.
   bought from a holder  paid whole at signing, so there is no early end: it can be sold on.
 
+Maintenance of GPUs that a reserved or flexible contract holds: where no others stand in, announced work may take them for
+`maintenance_hours_per_month` hours of a UTC month; what it takes beyond that, and all that emergencies and late extensions take, is
+not charged. (A contract from before this rule bears none.)
+
 What is due at signing (`upfront_minor`, a share of the commitment) is drawn down by the first months' commitment; what is left
 when the contract is over comes back with the next invoice.
 """
@@ -22,6 +26,7 @@ STAYS_DUE = 4  # a reserved contract that is left early owes one part in this ma
 BOUGHT = "not_before_its_end"  # the rule of what was bought from another customer
 STAYS_DUE_AT_LEAST = timedelta(hours=24)
 PRICE_NOTICE_DAYS = 30  # between an operator's proposal of a higher price and the day on which it would count
+MAINTENANCE_NOTICE_DAYS = 7  # before work touches GPUs that a contract holds; what comes sooner is an emergency
 DEFAULT_AFTER_DAYS = 28  # an invoice that stays unpaid so long ends the contracts
 
 
@@ -72,6 +77,13 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
             "part": f"1/{STAYS_DUE}",
             "at_least_hours": STAYS_DUE_AT_LEAST // timedelta(hours=1),
         },
+        "maintenance": {
+            "rule": "announced",
+            "notice_days": MAINTENANCE_NOTICE_DAYS,
+            "hours_per_month": frozen.get("maintenance_hours_per_month", 0),
+        }
+        if quote.kind in HOLDING
+        else None,
         "price_rise": {"rule": "with_consent", "notice_days": PRICE_NOTICE_DAYS} if quote.ends_at is None else None,
         "default": {"rule": "ended_when_unpaid", "after_days": DEFAULT_AFTER_DAYS},
     }

@@ -8,9 +8,9 @@ from django.urls import path, reverse
 from django.utils import timezone
 
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Fill, Job, Kind, Quote, Resale
+from marketplace.models import Contract, Fill, Job, Kind, Maintenance, MaintenanceNotice, Quote, Resale
 from marketplace.services import contracts as service
-from marketplace.services import spot
+from marketplace.services import maintenance, spot
 from marketplace.services.availability import HOLDING
 from marketplace.web import spot as spot_pages
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
@@ -71,6 +71,7 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "jobs": jobs if mine else [],
             "sold": row.operator_id == actor.organization_id,
             "asked": row.amendments.filter(kind="price", state="open") if mine else [],
+            "work": _maintenance(row, now) if mine else [],
             "papers": row.documents.only("pk", "title", "created_at").order_by("pk"),
             "spot": spot_pages.shown(row.listing, now) if row.kind == Kind.SPOT else None,
             "limit_form": spot_pages.LimitForm.of(row.limit_price) if "set_limit" in actions else None,
@@ -80,6 +81,17 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "events": row.events.order_by("-id")[:20],
         },
     )
+
+
+def _maintenance(row: Contract, now: datetime) -> list[tuple[Maintenance, str]]:
+    """Announced work that touches it, and what it means."""
+    told = (
+        maintenance.concerned_of(row.organization_id)
+        .filter(contract=row, maintenance__state__in=Maintenance.LIVE, maintenance__ends_at__gt=now)
+        .exclude(what=MaintenanceNotice.What.CANCELLED)
+    )
+    rows = told.select_related("maintenance", "contract").order_by("maintenance__starts_at")
+    return [(notice.maintenance, maintenance.sentence(notice)) for notice in rows]
 
 
 def _leaving(row: Contract, now: datetime) -> service.Leaving | str:

@@ -13,7 +13,7 @@ from django.utils.safestring import SafeString
 
 from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
-from marketplace.services import availability, search
+from marketplace.services import availability, maintenance, search
 from marketplace.tenancy import Actor
 from marketplace.web import calendars, charts, spot, trust
 from marketplace.web.base import page, row_of, visitor
@@ -187,6 +187,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "spot": spot.shown(row, now) if row.spot_floor is not None else None,
             "open": row.state == Listing.State.PUBLISHED,
             **trust.of(row),
+            "work": maintenance.of_listing(row, now),
         },
     )
     return varied(response)

@@ -13,7 +13,7 @@ from django.utils.dateparse import parse_datetime
 from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import BillingStanding, Kind, Listing, Quote
-from marketplace.services import contracts, documents, quotes
+from marketplace.services import contracts, documents, maintenance, quotes
 from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
 from marketplace.web.forms import LEVEL_WORDS, QuoteForm, millionths, refuse
@@ -141,6 +141,8 @@ def _show(request: HttpRequest, row: Quote, status: int = 200, **more: Any) -> H
         "contract": getattr(row, "contract", None),
         "standing": standing.state if standing else "no_card",
         "level_words": LEVEL_WORDS[row.level],
+        "holds": row.kind in HOLDING,
+        "work": maintenance.during(row, now) if state == Quote.State.OPEN else [],
         "terms_version": None if documents.acceptance(row.organization_id) else documents.CURRENT,
         "again": f"{reverse('web:quote-new', args=[row.listing.public_id])}?{urlencode(again)}",
         **more,

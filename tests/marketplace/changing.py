@@ -185,7 +185,8 @@ class Market:
             Gpu.objects.filter(host=host, index=0).update(healthy=dice.choice([True, False]))
         elif kind == "host":
             Host.objects.filter(pk=host.pk).update(
-                state=dice.choice(["active", "active", "lost", "draining", "retired"]),
+                state=dice.choice(["active", "active", "lost", "draining", "maintenance", "retired"]),
+                back_at=dice.choice([None, None, now + 3 * HOUR]),
                 leaf=dice.choice(["", "a"]),
                 leaves_at=dice.choice([None, now - HOUR, now + 2 * HOUR]),
             )

@@ -165,6 +165,7 @@ def _firm(actor: Actor, quote: Quote, listing: Listing, now: datetime) -> Reserv
         and reservation.held_until is not None
         and reservation.held_until > now
         and not holds.disturbed([reservation], now)
+        and not holds.maintained(reservation)
     )
     reservation.starts_at = starts_at
     reservation.held_until = None

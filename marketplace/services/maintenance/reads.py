@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Collection
 from datetime import datetime
 
-from django.db.models import Q, QuerySet
+from django.db.models import Q
 
-from marketplace.models import Listing, Maintenance, MaintenanceHost
+from marketplace.models import Listing, Maintenance, MaintenanceHost, Quote
 
 Window = tuple[datetime, datetime]
 
@@ -67,6 +67,7 @@ def of_listing(listing: Listing, now: datetime) -> list[Maintenance]:
     return upcoming([listing.pk], now).get(listing.pk, [])
 
 
-def announced(rows: QuerySet[Maintenance], now: datetime) -> QuerySet[Maintenance]:
-    """Of these, what is announced or running, the soonest first."""
-    return rows.filter(state__in=Maintenance.LIVE, ends_at__gt=now).order_by("starts_at", "pk")
+def during(quote: Quote, now: datetime) -> list[Maintenance]:
+    """What is announced for hosts of a quote's listing in the window that it quotes."""
+    found = upcoming([quote.listing_id], now, starts_at=quote.starts_at, ends_at=quote.ends_at)
+    return found.get(quote.listing_id, [])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 
@@ -5,15 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billing.core.metering import Interval, floor_second
+from billing.core.metering import Interval, clip, floor_second, subtract, union
 from billing.core.rating import (
     Added,
     Commitment,
     LineKind,
+    Missed,
     Price,
     UsageGroup,
+    beyond,
     committed_quantity,
     drawn,
+    missed_by_price,
     month_of,
     month_windows,
     rate_commitment,
@@ -188,3 +192,68 @@ def test_months_know_their_ends():
 def test_a_commitment_window_across_months_is_refused():
     with pytest.raises(ValueError, match="month"):
         rate_commitment(commitment(), Interval(MARCH.start, MARCH.end + 1), "USD", used=0)
+
+
+# --- what could not be had
+def lost(gpus, start_h, end_h):
+    return Missed(gpus * 1000, Interval(MARCH.start + start_h * HOUR, MARCH.start + end_h * HOUR))
+
+
+def test_what_was_missed_comes_back_as_a_line_of_its_own():
+    rows = rate_commitment(commitment(missed=(lost(2, 10, 12),)), MARCH, "USD", used=0)
+    assert [(row.kind, row.quantity) for row in rows] == [
+        (LineKind.COMMITMENT, committed_quantity(commitment(), MARCH)),
+        (LineKind.CREDIT, -2 * 1000 * 2 * HOUR),
+    ]
+    assert rows[1].amount == -(4 * 249)
+
+
+def test_the_dearest_are_missed_first_and_what_is_curtailed_is_not_missed_besides():
+    dear = Price(version=3, millionths=9_000_000)
+    joined = Added(1000, Interval(MARCH.start + 11 * HOUR, MARCH.end), dear)
+    held = commitment(milli_gpus=2000, added=(joined,), missed=(lost(2, 10, 12), lost(1, 11, 12)))
+    assert missed_by_price(held, MARCH) == {H100: (2 + 2) * 1000 * HOUR, dear: 1000 * HOUR}
+    hour = Interval(MARCH.start + 10 * HOUR, MARCH.start + 11 * HOUR)
+    assert missed_by_price(replace(held, curtailed=(hour,)), MARCH) == {H100: 2 * 1000 * HOUR, dear: 1000 * HOUR}
+
+
+def test_use_beyond_what_could_be_had_is_overage():
+    held = commitment(missed=(lost(1, 0, 24),))
+    most = committed_quantity(held, MARCH) - 24 * HOUR * 1000
+    kinds = {row.kind: row.quantity for row in rate_commitment(held, MARCH, "USD", used=most)}
+    assert LineKind.OVERAGE not in kinds
+    over = {row.kind: row.quantity for row in rate_commitment(held, MARCH, "USD", used=most + 5)}
+    assert over[LineKind.OVERAGE] == 5
+
+
+spans = st.tuples(st.integers(0, 700), st.integers(1, 44)).map(
+    lambda t: Interval(MARCH.start + t[0] * HOUR, MARCH.start + (t[0] + t[1]) * HOUR)
+)
+
+
+@given(st.lists(spans, max_size=6), st.integers(0, 50))
+@settings(max_examples=60)
+def test_the_first_hours_are_borne_and_each_second_counts_once(some, hours):
+    left = beyond(some, hours * HOUR)
+    every = union(some)
+    assert sum(p.seconds for p in left) == max(0, sum(p.seconds for p in every) - hours * HOUR)
+    assert subtract(left, every) == ()
+    if left:
+        assert sum(p.seconds for p in clip(every, Interval(MARCH.start, left[0].start))) == hours * HOUR
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), spans), max_size=5), st.integers(1, 743))
+@settings(max_examples=60)
+def test_a_credit_in_two_windows_is_the_same_as_in_one(some, offset):
+    held = commitment(missed=tuple(Missed(n * 1000, span) for n, span in some))
+    whole = {(r.kind, r.price): r.quantity for r in rate_commitment(held, MARCH, "USD", used=0)}
+    middle = MARCH.start + offset * HOUR
+    first = rate_commitment(held, Interval(MARCH.start, middle), "USD", used=0)
+    billed = {r.price: r.quantity for r in first if r.kind == LineKind.COMMITMENT}
+    credited = {r.price: r.quantity for r in first if r.kind == LineKind.CREDIT}
+    rest = rate_commitment(held, Interval(middle, MARCH.end), "USD", used=0, billed=billed, credited=credited)
+    sums: dict = {}
+    for row in (*first, *rest):
+        sums[row.kind, row.price] = sums.get((row.kind, row.price), 0) + row.quantity
+    assert sums == whole
+    assert -sums.get((LineKind.CREDIT, H100), 0) <= sums[LineKind.COMMITMENT, H100]

@@ -97,8 +97,7 @@ class House:
         due = {kind for kind, at in self.marks.items() if at <= now}
         for site in self.sites if "sites" in due else ():
             self.loop(site)
-        if due & {"market", "cells"}:
-            self.do("market clock", lambda: contracts.clock(now))
+        self.do("market clock", lambda: contracts.clock(now))
         if "cells" in due:
             self.do("cells", scheduler_tasks.tick_cells)
         if "spot" in due:

@@ -334,5 +334,5 @@ def test_nothing_is_metered_twice_by_all_that(market: World):
     sign(market, "on_demand", 8)
     market.ran(0, HOUR)
     market.close(2 * HOUR)
-    assert usage.drift(market.customer.pk, until=after(3 * HOUR)) == 0
+    assert usage.drift(since=after(0), until=after(3 * HOUR)) == 0
     assert payouts.unsettled(market.operator.pk) == {}

@@ -155,6 +155,7 @@ CELERY_BEAT_SCHEDULE = {
     "bids": {"task": "marketplace.tasks.tick_bids", "schedule": 30.0, "options": {"expires": 30}},
     "reliability": {"task": "marketplace.tasks.roll_reliability", "schedule": 900.0, "options": {"expires": 900}},
     "verifications": {"task": "marketplace.tasks.tick_verifications", "schedule": 10.0, "options": {"expires": 10}},
+    "saved-searches": {"task": "marketplace.tasks.follow_market", "schedule": 10.0, "options": {"expires": 10}},
     "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
 }
 
@@ -286,6 +287,10 @@ FAIR_SHARE_HALF_LIFE_SECONDS = env.int("FAIR_SHARE_HALF_LIFE_SECONDS", default=3
 PROMISED_STARTS = max(0, env.int("PROMISED_STARTS", default=12))
 QUOTE_HOLD_SECONDS = env.int("QUOTE_HOLD_SECONDS", default=120)
 QUOTE_LIVE_HOLDS = 3
+
+# --- saved searches (marketplace.services.saved)
+SAVED_SEARCHES = max(0, env.int("SAVED_SEARCHES", default=50))
+SAVED_SEARCH_IDLE_DAYS = max(8, env.int("SAVED_SEARCH_IDLE_DAYS", default=180))
 
 # --- browser security: no host but our own. The admin (unfold) needs a weaker policy: marketplace.admin sets it, and only there.
 CONTENT_SECURITY_POLICY = {

@@ -13,6 +13,9 @@ from marketplace.services import (
     jobs,
     maintenance,
     reliability,
+    saved,
+    saved_matches,
+    saved_notices,
     screening,
     spot,
     verifications,
@@ -125,3 +128,26 @@ def contract_notice(payload: dict[str, Any]) -> None:
 @outbox.handler(verifications.FAILED_TWICE)
 def tell_not_verified(payload: dict[str, Any]) -> None:
     verifications.tell_operator(payload["verification"])
+
+
+@shared_task
+def follow_market() -> None:
+    """What has changed in the market is compared with the searches that were saved; idle ones expire."""
+    now = timezone.now()
+    saved_matches.follow(now=now)
+    saved.clock(now)
+
+
+@outbox.handler(saved_matches.NOTICE)
+def saved_notice(payload: dict[str, Any]) -> None:
+    saved_notices.tell(payload["search"], now=timezone.now())
+
+
+@outbox.handler(saved_notices.MAIL)
+def saved_mail(payload: dict[str, Any]) -> None:
+    saved_notices.mail(payload["search"], payload["listings"], now=timezone.now())
+
+
+@outbox.handler(saved.IDLE_NOTICE)
+def saved_idle(payload: dict[str, Any]) -> None:
+    saved_notices.warn(payload["search"])

@@ -23,6 +23,8 @@ ACTIONS: dict[str, frozenset[str]] = {
     "listings:write": frozenset({"owner", "admin", "engineer"}),
     "sites:read": frozenset(ROLES),
     "sites:write": frozenset({"owner", "admin", "engineer"}),
+    "searches:read": frozenset(ROLES),
+    "searches:write": frozenset({"owner", "admin", "engineer", "billing"}),
     "quotes:read": frozenset(ROLES),
     "quotes:write": frozenset({"owner", "admin", "engineer"}),
     "contracts:read": frozenset(ROLES),

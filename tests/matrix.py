@@ -22,8 +22,16 @@ from functools import cached_property
 from typing import Any
 
 from billing.models import BillingAccount, Invoice
-from marketplace.models import Amendment, CalendarFeed, Curtailment, Invitation, Maintenance, MaintenanceHost
-from marketplace.services import conversions, documents, maintenance, verifications
+from marketplace.models import (
+    Amendment,
+    CalendarFeed,
+    Curtailment,
+    Invitation,
+    Maintenance,
+    MaintenanceHost,
+    SavedSearch,
+)
+from marketplace.services import conversions, documents, maintenance, saved, verifications
 from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
@@ -161,6 +169,12 @@ class World:
             period_start=NOW - timedelta(days=30), period_end=NOW, created_at=NOW,
         )  # fmt: skip
 
+    @cached_property
+    def search(self) -> Any:
+        return SavedSearch.objects.create(
+            organization=self.organization, name="x", gpu_models=["*"], regions=["*"], created_at=NOW, touched_at=NOW
+        )
+
     def everything(self) -> list[Any]:
         """All of it is made; these are the rows that lists may show to their owner alone."""
         names = ("site", "host", "miner", "agent", "listing", "draft", "quote", "contract", "job", "placement")
@@ -168,6 +182,7 @@ class World:
             getattr(self, name)
             for name in (
                 *names,
+                "search",
                 "amendment",
                 "resale",
                 "bid",
@@ -190,7 +205,7 @@ def _one(parameter: str, attribute: str | None = None) -> Make:
 organization, site, host, miner, agent = (_one(n) for n in ("organization", "site", "host", "miner", "agent"))
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
-draft, conversion = _one("listing", "draft"), _one("plan", "conversion")
+draft, conversion, search = _one("listing", "draft"), _one("plan", "conversion"), _one("search")
 resale, bid = _one("resale"), _one("bid")
 work, feed = _one("work"), _one("feed")
 
@@ -202,6 +217,10 @@ def amendment(world: World) -> dict[str, str]:
 def document(world: World) -> dict[str, str]:
     paper = documents.keep_order_form(world.contract, now=NOW) if not world.contract.documents.exists() else None
     return {"contract": world.contract.public_id, "document": (paper or world.contract.documents.get()).public_id}
+
+
+def unsubscribing(world: World) -> dict[str, str]:
+    return {"token": saved.unsubscribe_token(world.search)}
 
 
 def version(_world: World) -> dict[str, str]:
@@ -320,6 +339,14 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/listings/<str:listing>/publish", "POST", "listings:write", draft),
     R("api/v1/listings/<str:listing>/pause", "POST", "listings:write", draft),
     R("api/v1/listings/<str:listing>/retire", "POST", "listings:write", draft),
+    R("api/v1/saved-searches", "GET", "searches:read"),
+    R("api/v1/saved-searches", "POST", "searches:write"),
+    R("api/v1/saved-searches/<str:search>", "GET", "searches:read", search),
+    R("api/v1/saved-searches/<str:search>", "PATCH", "searches:write", search),
+    R("api/v1/saved-searches/<str:search>", "DELETE", "searches:write", search),
+    R("api/v1/saved-searches/<str:search>/pause", "POST", "searches:write", search),
+    R("api/v1/saved-searches/<str:search>/resume", "POST", "searches:write", search),
+    R("api/v1/saved-searches/<str:search>/matches", "GET", "searches:read", search),
     R("api/v1/quotes", "GET", "quotes:read"),
     R("api/v1/quotes", "POST", "quotes:write"),
     R("api/v1/quotes/<str:quote>", "GET", "quotes:read", quote),
@@ -387,6 +414,15 @@ ROUTES: tuple[R, ...] = (
     R("", "GET", "public", stranger="sees"),
     R("reliability", "GET", "public", stranger="sees"),
     R("listings/<str:listing>", "GET", "public", listing, stranger="sees"),
+    R("searches", "GET", "searches:read"),
+    R("searches", "POST", "searches:write"),
+    R("searches/unsubscribe/<str:token>", "GET", "public", unsubscribing, stranger="sees"),
+    R("searches/unsubscribe/<str:token>", "POST", "public", unsubscribing, stranger="sees"),
+    R("searches/<str:search>", "GET", "searches:read", search),
+    R("searches/<str:search>/change", "POST", "searches:write", search),
+    R("searches/<str:search>/pause", "POST", "searches:write", search),
+    R("searches/<str:search>/resume", "POST", "searches:write", search),
+    R("searches/<str:search>/delete", "POST", "searches:write", search),
     R("listings/<str:listing>/quote", "GET", "quotes:write", listing, stranger="sees"),
     R("listings/<str:listing>/quote", "POST", "quotes:write", listing, stranger="sees"),
     R("quotes/<str:quote>", "GET", "quotes:read", quote),

@@ -26,6 +26,7 @@ from marketplace.api import (
     probe,
     quotes,
     reliability,
+    saved,
     schema,
     screening,
     sites,
@@ -38,7 +39,7 @@ from marketplace.api import (
 
 RESOURCES = (  # asked from the first to the last: what is called most stands first
     jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
-    curtailments, maintenance, calendar_feeds, listings, calendars, quotes, contracts, amendments, spot, forward, usage, invoices,
+    curtailments, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward, usage, invoices,
     payment_methods, payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip

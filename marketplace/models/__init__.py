@@ -35,6 +35,7 @@ from marketplace.models.power import (
     SiteMinute,
 )
 from marketplace.models.reliability import GpuError, HostCondition, HostDay, Reliability
+from marketplace.models.saved import SavedMatch, SavedMoment, SavedSearch
 from marketplace.models.screening import BusinessProfile, Screening, ScreeningEvent
 from marketplace.models.sites import (
     Agent,
@@ -106,6 +107,9 @@ __all__ = [
     "Resale",
     "Reservation",
     "ReservationBlock",
+    "SavedMatch",
+    "SavedMoment",
+    "SavedSearch",
     "Screening",
     "ScreeningEvent",
     "ShedBatch",

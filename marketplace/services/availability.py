@@ -308,33 +308,33 @@ def admit(
     now: datetime,
     without: Collection[int] = (),
     among: Collection[int] | None = None,
+    market: Market | None = None,
 ) -> Admission:
     """The hold of `gpus` GPUs for [starts_at, ends_at) with its lead, or the reason and what would fit instead.
 
     Alternatives come back as windows for the customer, the lead taken off. Call it under the cell's lock where the answer is written down.
     """
-    market = load([listing], now, without=without, among=among)
+    market = market or load([listing], now, without=without, among=among)
     # A firm quote outlives an edit of the minimum: what was no multiple then is asked for in smaller pieces.
     shape = Shape(gcd(market.chunks[listing.pk], gpus))
     t1, t2 = claim_window(listing, starts_at, ends_at, now)
-    found = capacity.admit(market.pool, shape, level, gpus, t1, t2, not_before=t1, horizon_s=HORIZON_S)
+    found = capacity.admit(market.pool, shape, level, gpus, t1, t2, horizon_s=0)
     if found.admitted or found.alternatives is None:
         return found
-    # A later window needs its whole lead, also where this one, starting at once, does not.
-    lead, term = lead_s(listing), seconds(ends_at) - seconds(starts_at)
-    full = capacity.admit(market.pool, shape, level, gpus, t1, t1 + lead + term, horizon_s=HORIZON_S)
-    later = (
-        (t1, t1 + lead + term) if full.admitted else full.alternatives.later if full.alternatives is not None else None
-    )
-    if later is not None:
-        later = _on_the_minute(market.pool, shape, level, gpus, later, lead)
+    start, at, span = seconds(starts_at), seconds(now), seconds(ends_at) - seconds(starts_at)
+    earlier, later = capacity.nearest_starts(
+        market.pool, shape, level, gpus, start, span, since=at, until=start + HORIZON_S, lead_s=lead_s(listing), now=at,
+        grain_s=60,
+    )  # fmt: skip
     until = found.alternatives.until
-    if until is not None and until // 60 * 60 <= seconds(starts_at):
-        until = None
+    until = until // 60 * 60 if until is not None and until // 60 * 60 > start else None
     return replace(
         found,
         alternatives=replace(
-            found.alternatives, later=later, earlier=None, until=None if until is None else until // 60 * 60
+            found.alternatives,
+            later=None if later is None else (later, later + span),
+            earlier=None if earlier is None else (earlier, earlier + span),
+            until=until,
         ),
     )
 
@@ -370,14 +370,3 @@ def free_until(
         else:
             high = middle
     return max(starts_at, instant(marks[low - 1] // 60 * 60)) if low else starts_at
-
-
-def _on_the_minute(
-    pool: Pool, shape: Shape, level: str, gpus: int, window: tuple[int, int], lead: int
-) -> tuple[int, int] | None:
-    """The customer's window inside a claim's, moved to the next full minute, if it still fits there."""
-    start, end = window
-    shift = -start % 60
-    if shift and capacity.largest(pool, shape, level, start + shift, end + shift) < gpus:
-        return None
-    return start + shift + lead, end + shift

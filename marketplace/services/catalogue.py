@@ -184,6 +184,16 @@ def read() -> Offers:
     return offers if now.writing else _keep(_Kept(now, offers))
 
 
+def since(before: Moment | None) -> tuple[Moment, tuple[Ints, Ints] | None]:
+    """The moment now, and (listing ids, host ids) of what has changed since `before`; None: anything may have."""
+    if before is not None:
+        *head, everything, listings, hosts = arrays.columns(_CHANGED, {"xmin": before.xmin, "seen": before.snapshot})
+        now = Moment(*head)
+        if not everything and _continues(before, now):
+            return now, (listings, hosts)
+    return Moment(*arrays.columns(f"SELECT {_HEAD}")), None
+
+
 def _continues(before: Moment, now: Moment) -> bool:
     """The same server since then, going forward, and nothing is pruned that the earlier reading had not seen."""
     pruned = before.xmin < now.floor <= now.xmax  # a floor from the future came with another server's data

@@ -148,6 +148,31 @@ class Filters:
 FILTER_NAMES = tuple(f.name for f in fields(Filters))
 
 
+def stored(wanted: Filters) -> dict[str, Any]:
+    """What was asked, as plain JSON; `restored` reads it back."""
+    asked = {f.name: getattr(wanted, f.name) for f in fields(Filters)}
+    kept = {f.name: asked[f.name] for f in fields(Filters) if asked[f.name] != f.default}
+    plain: dict[str, Any] = {}
+    for name, value in kept.items():
+        if isinstance(value, datetime):
+            plain[name] = value.isoformat()
+        elif isinstance(value, tuple):
+            plain[name] = [str(each) for each in value]
+        else:
+            plain[name] = value
+    return plain
+
+
+def restored(kept: dict[str, Any]) -> Filters:
+    asked: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in kept.items()}
+    for name in ("start", "end"):
+        if name in asked:
+            asked[name] = datetime.fromisoformat(asked[name])
+    if "where" in asked:
+        asked["where"] = comparisons(",".join(asked["where"]))
+    return Filters(**asked)
+
+
 def conditions(offers: Offers, wanted: Filters, now: datetime) -> list[tuple[str, Mask]]:
     """(name, bool[N]) of each filter that was set, in the order in which "what removed the last offers" is told."""
     start = max(wanted.start or now, now)

@@ -41,12 +41,13 @@ def render(letter: Letter) -> tuple[str, str]:
     return text.strip() + "\n", render_to_string("mail/letter.html", context)
 
 
-def send(to: Iterable[str], letter: Letter) -> int:
+def send(to: Iterable[str], letter: Letter, *, headers: dict[str, str] | None = None) -> int:
     """One mail to each address (nobody sees the others'); how many were sent."""
     text, html = render(letter)
     sent = 0
     for address in to:
-        mail = EmailMultiAlternatives(" ".join(letter.subject.split()), text, settings.DEFAULT_FROM_EMAIL, [address])
+        subject = " ".join(letter.subject.split())
+        mail = EmailMultiAlternatives(subject, text, settings.DEFAULT_FROM_EMAIL, [address], headers=headers)
         mail.attach_alternative(html, "text/html")
         sent += mail.send()
     return sent

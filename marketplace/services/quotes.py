@@ -4,39 +4,27 @@ Two locks, in order: the cell's (whose capacity moves) and the organization's (w
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from fractions import Fraction
 from typing import Any
 
 from django.conf import settings
 from django.db import transaction
 from django.db.models import Count, Min
 
-from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Kind, Listing, Organization, Quote, Reservation, StandingBid
-from marketplace.services import availability, documents, holds, listings, quoted, search, spot_prices
+from marketplace.models import Listing, Organization, Quote, Reservation, StandingBid
+from marketplace.services import availability, documents, holds, listings, nearest, quoted, spot_prices
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward import buying
+from marketplace.services.quote_terms import Request, check, chunk_of, itemise, total_minor, upfront_minor
 from marketplace.tenancy import Actor
-from scheduler.core.capacity import LEVELS, Admission
+from scheduler.core.capacity import Admission
 
-BOOK_AHEAD = timedelta(days=365)
-OTHER_LISTINGS = 3
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for. `starts_at` None: at once. Windows are half-open, UTC, to the minute. `limit_price`: spot only."""
-
-    kind: str
-    gpu_count: int
-    level: str = "site"
-    starts_at: datetime | None = None
-    ends_at: datetime | None = None
-    limit_price: int | None = None
+__all__ = [
+    "Request", "accept_body", "admitted", "chunk_of", "claims_at", "itemise", "quote", "release", "state_of", "total_minor",
+    "upfront_minor",
+]  # fmt: skip
 
 
 def quote(
@@ -62,7 +50,7 @@ def quote(
     price = listings.price_of(listing, wanted.kind, now=now)
     if listing.is_resale:
         wanted = buying.asked(actor, listing, wanted)
-    starts_at = _check(listing, organization, wanted, price, now)
+    starts_at = check(listing, organization, wanted, price, now)
     if wanted.limit_price is not None:
         price = spot_prices.quoted(listing, price, wanted.limit_price, now)
     with transaction.atomic():
@@ -98,17 +86,17 @@ def quote(
             for name, value in buying.terms_of(listing).items():
                 setattr(made, name, value)
         if not holding:
-            _check_ceiling(actor, listing, wanted, now)
+            _check_ceiling(actor, listing, wanted, made, now)
             made.save()
             return made
         _check_holds(organization, now)
-        found = _admission(listing, made, now=now)
+        market = availability.load([listing], now)
+        found = _admission(listing, made, now=now, market=market)
         if found.admitted:
             _hold(made, listing, found, now=now)
             return made
-    raise _refusal(
-        actor, listing, made, found, now=now, code="no_capacity"
-    )  # what would fit is sought without the cell's lock
+    # What would fit is sought without the cell's lock.
+    raise _refusal(actor, listing, made, found, now=now, code="no_capacity", market=market)
 
 
 def _hold(made: Quote, listing: Listing, found: Admission, *, now: datetime) -> None:
@@ -145,9 +133,9 @@ def admitted(
     code: str = "no_capacity",
 ) -> tuple[tuple[int, int], ...]:
     """((host id, GPUs), ...) for the quote's window, or MarketError(`code`) with the reason and what would fit. Under the cell's lock."""
-    found = _admission(listing, asked, now=now, without=without)
+    found = _admission(listing, asked, now=now, market=availability.load([listing], now, without=without))
     if not found.admitted:
-        raise _refusal(actor, listing, asked, found, now=now, code=code)
+        raise _refusal(actor, listing, asked, found, now=now, code=code, market=None)
     return _by_host(found)
 
 
@@ -155,7 +143,7 @@ def _by_host(found: Admission) -> tuple[tuple[int, int], ...]:
     return tuple((int(str(host)), count) for host, count in found.hold)
 
 
-def _admission(listing: Listing, asked: Quote, *, now: datetime, without: Collection[int] = ()) -> Admission:
+def _admission(listing: Listing, asked: Quote, *, now: datetime, market: availability.Market) -> Admission:
     assert asked.ends_at is not None
     return availability.admit(
         listing,
@@ -164,12 +152,19 @@ def _admission(listing: Listing, asked: Quote, *, now: datetime, without: Collec
         starts_at=max(asked.starts_at, now),
         ends_at=asked.ends_at,
         now=now,
-        without=without,
+        market=market,
     )
 
 
 def _refusal(
-    actor: Actor, listing: Listing, asked: Quote, found: Admission, *, now: datetime, code: str
+    actor: Actor,
+    listing: Listing,
+    asked: Quote,
+    found: Admission,
+    *,
+    now: datetime,
+    code: str,
+    market: availability.Market | None,
 ) -> MarketError:
     detail = {
         "shape_never_fits": f"The listing has no {asked.level} with {asked.gpu_count} GPUs.",
@@ -178,45 +173,10 @@ def _refusal(
     }[found.reason]
     extra = {
         "reason": found.reason,
-        "alternatives": alternatives(actor, listing, asked, found, now=now),
+        "alternatives": nearest.alternatives(actor, listing, asked, found.alternatives, now=now, market=market),
         "retry_after": settings.QUOTE_HOLD_SECONDS,
     }
     return MarketError(code, detail, extra=extra)
-
-
-def alternatives(actor: Actor, listing: Listing, asked: Quote, refused: Admission, *, now: datetime) -> dict[str, Any]:
-    """What would be admitted as it stands: other counts and a shorter window here, the next window here, other listings."""
-    found: dict[str, Any] = {}
-    other = refused.alternatives
-    if other is not None:
-        found["gpu_count"] = other.in_window
-        found["later"] = None if other.later is None else _window(*other.later)
-        found["ends_at"] = None if other.until is None else instant(other.until)
-    elsewhere = search.search(
-        actor,
-        search.Filters(
-            gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=asked.kind, start=asked.starts_at,
-            end=asked.ends_at, count=asked.gpu_count, level=asked.level, resale=False,
-        ),
-        now=now,
-        limit=OTHER_LISTINGS + 1,
-    )  # fmt: skip
-    found["listings"] = [
-        {
-            "listing": row.listing.public_id,
-            "title": row.listing.title,
-            "gpus": row.stock.gpus,
-            "price": row.listing.price_of(asked.kind),
-            "currency": row.listing.currency,
-        }
-        for row in elsewhere.rows
-        if row.listing.pk != listing.pk and asked.gpu_count % max(1, row.listing.min_gpus) == 0
-    ][:OTHER_LISTINGS]
-    return found
-
-
-def _window(start: int, end: int) -> dict[str, datetime]:
-    return {"starts_at": instant(start), "ends_at": instant(end)}
 
 
 def _listing(actor: Actor, listing_id: int) -> Listing:
@@ -229,82 +189,11 @@ def _listing(actor: Actor, listing_id: int) -> Listing:
     return listing
 
 
-def _check(listing: Listing, organization: Organization, wanted: Request, price: int, now: datetime) -> datetime:
-    """Shape and terms; answers the start."""
-    wrong: dict[str, str] = {}
-    if wanted.level not in LEVELS:
-        wrong["/level"] = f"one of {', '.join(LEVELS)}"
-    if wanted.gpu_count < 1 or wanted.gpu_count < listing.min_gpus:
-        wrong["/gpu_count"] = f"at least {listing.min_gpus}"
-    elif wanted.kind in HOLDING and wanted.gpu_count % chunk_of(listing):
-        wrong["/gpu_count"] = f"a multiple of {chunk_of(listing)}"
-    if wanted.kind == Kind.SPOT and wanted.limit_price is None:
-        wrong["/limit_price"] = "spot needs the most that you would pay per GPU-hour"
-    elif wanted.kind == Kind.SPOT and wanted.limit_price is not None and wanted.limit_price < price:
-        wrong["/limit_price"] = f"the floor is {price} now"
-    elif wanted.kind != Kind.SPOT and wanted.limit_price is not None:
-        wrong["/limit_price"] = "only spot has a limit"
-    for name, at in (("/starts_at", wanted.starts_at), ("/ends_at", wanted.ends_at)):
-        if at is not None and (at.second or at.microsecond):
-            wrong[name] = "to the minute"
-    if wanted.starts_at is not None and wanted.starts_at < now - timedelta(minutes=1):
-        wrong["/starts_at"] = "is in the past; leave it out to start at once"
-    starts_at = max(wanted.starts_at or now, now)
-    if wanted.kind in HOLDING and wanted.ends_at is None:
-        wrong["/ends_at"] = f"{wanted.kind} needs an end"
-    elif wanted.ends_at is not None and wanted.ends_at <= starts_at:
-        wrong["/ends_at"] = "after the start"
-    if wrong:
-        raise MarketError("invalid_request", "; ".join(f"{k}: {v}" for k, v in wrong.items()), wrong)
-    if listing.currency != organization.currency:
-        raise MarketError(
-            "listing_unavailable",
-            f"It is priced in {listing.currency}; the account is billed in {organization.currency}.",
-        )
-    if wanted.gpu_count > organization.gpu_limit:
-        raise MarketError(
-            "limit_exceeded", f"{wanted.gpu_count} GPUs; the organization may have {organization.gpu_limit} at once.",
-            extra={"limit": "gpus", "allowed": organization.gpu_limit},
-        )  # fmt: skip
-    _check_term(listing, wanted, starts_at, now)
-    return starts_at
-
-
-def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: datetime) -> None:
-    if starts_at - now > BOOK_AHEAD:
-        raise MarketError(
-            "term_not_offered", "Starts lie at most a year ahead.", {"/starts_at": "at most a year ahead"}
-        )
-    if wanted.kind not in HOLDING or wanted.ends_at is None:
-        return
-    term = wanted.ends_at - starts_at
-    least, most = timedelta(hours=listing.min_term_hours), timedelta(days=listing.max_term_days)
-    # A window that began within this minute is as long as it was asked for.
-    if term + timedelta(minutes=1) <= least or term > most:
-        raise MarketError(
-            "term_not_offered",
-            f"Terms are {listing.min_term_hours} hours to {listing.max_term_days} days.",
-            {"/ends_at": f"{listing.min_term_hours} hours to {listing.max_term_days} days after the start"},
-            {"min_term_hours": listing.min_term_hours, "max_term_days": listing.max_term_days},
-        )
-
-
-def chunk_of(listing: Listing) -> int:
-    """GPUs come in multiples of this on one host: the minimum, or whole hosts where the minimum is larger than one."""
-    if listing.is_resale:
-        return listing.min_gpus
-    found = listing.hosts.exclude(state="retired").aggregate(least=Min("gpu_count"))["least"]
-    return max(1, min(listing.min_gpus, int(found or 1)))
-
-
-def _check_ceiling(actor: Actor, listing: Listing, wanted: Request, now: datetime) -> None:
+def _check_ceiling(actor: Actor, listing: Listing, wanted: Request, made: Quote, now: datetime) -> None:
     """A ceiling beyond what is listed could never be reached; less is a rate, and jobs wait their turn."""
-    total = availability.load([listing], now).totals[listing.pk]
+    market = availability.load([listing], now)
+    total = market.totals[listing.pk]
     if wanted.gpu_count > total:
-        elsewhere = search.Filters(
-            gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=wanted.kind, count=wanted.gpu_count
-        )
-        others = search.search(actor, elsewhere, now=now, limit=OTHER_LISTINGS).rows
         raise MarketError(
             "no_capacity",
             f"The listing has {total} GPUs in all.",
@@ -312,7 +201,7 @@ def _check_ceiling(actor: Actor, listing: Listing, wanted: Request, now: datetim
                 "reason": "shape_never_fits",
                 "alternatives": {
                     "gpu_count": {wanted.level: total},
-                    "listings": [{"listing": o.listing.public_id, "gpus": o.stock.gpus} for o in others],
+                    **nearest.alternatives(actor, listing, made, None, now=now, market=market),
                 },
             },
         )
@@ -329,18 +218,6 @@ def _check_holds(organization: Organization, now: datetime) -> None:
             "too_many_holds", f"Accept one of the {count} held quotes, or wait {wait} s.",
             extra={"limit": settings.QUOTE_LIVE_HOLDS, "retry_after": wait},
         )  # fmt: skip
-
-
-def total_minor(gpus: int, starts_at: datetime, ends_at: datetime, price: int, currency: str) -> int:
-    """A commitment in minor units: GPUs x seconds x price / 3600, rounded once, half away from zero."""
-    term = seconds(ends_at) - seconds(starts_at)
-    return money.round_half_away(money.exact_amount(gpus * 1000 * term, price, currency))
-
-
-def upfront_minor(total: int | None, permille: int, currency: str) -> int:
-    """What of a commitment is due at signing, minor units; nothing where it is too little to be charged."""
-    due = money.round_half_away(Fraction((total or 0) * permille, 1000))
-    return due if due >= money.MINIMUM_CHARGE.get(currency, 1) else 0
 
 
 def release(actor: Actor, quote_id: int, *, now: datetime) -> Quote:
@@ -368,29 +245,6 @@ def accept_body(row: Quote) -> dict[str, Any]:
         "method": "POST",
         "path": "/api/v1/contracts",
         "body": {"quote": row.public_id, "terms_version": documents.CURRENT},
-    }
-
-
-def itemise(row: Quote) -> dict[str, Any]:
-    """GPU-seconds and the amounts of the commitment in minor units; the platform's fee lies inside the total. By use: amounts per
-    hour of the whole ceiling.
-    """
-    by_use = row.total_minor is None or row.ends_at is None
-    span = 3600 if by_use else seconds(row.ends_at or row.starts_at) - seconds(row.starts_at)
-    total = row.total_minor
-    if total is None:
-        total = money.round_half_away(money.exact_amount(row.gpu_count * 1000 * span, row.price, row.currency))
-    resale = row.listing.resale if row.listing.is_resale else None
-    parts = share.split(total, row.fee_permille if resale is None else resale.fee_permille)
-    return {
-        "basis": "per_hour_at_ceiling" if by_use else "commitment",
-        "gpu_seconds": row.gpu_count * span,
-        "operator_minor": parts.operator if resale is None else 0,
-        "seller_minor": 0 if resale is None else parts.operator,
-        "platform_fee_minor": parts.platform,
-        "total_minor": total,
-        "upfront_minor": upfront_minor(row.total_minor, row.terms.get("upfront_permille", 0), row.currency),
-        "currency": row.currency,
     }
 
 

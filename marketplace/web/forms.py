@@ -10,16 +10,12 @@ from django import forms
 from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Kind, Listing
-from marketplace.services import job_rules, search
+from marketplace.services import job_rules
 from marketplace.tenancy import ROLES, SCOPES, Actor
 from marketplace.web.tags import kind_words, price
 from scheduler.core.capacity import LEVELS
 
 LEVEL_WORDS = {"host": "one host", "leaf": "one leaf switch", "spine": "one fabric", "site": "anywhere at the site"}
-SORT_WORDS = {
-    "price": "Price", "-price": "Price, highest first", "-vram": "GPU memory", "-fabric": "Fabric speed", "carbon": "Carbon",
-    "newest": "Newest", "-reliability": "Reliability", "-benchmark": "Benchmark", "term": "Shortest term",
-}  # fmt: skip
 
 
 class Instant(forms.DateTimeField):
@@ -43,50 +39,6 @@ def refuse(form: forms.BaseForm, error: MarketError, names: dict[str, str] | Non
 def millionths(value: Decimal | None) -> int | None:
     """Of the major unit."""
     return None if value is None else int(value * money.MILLIONTHS)
-
-
-class SearchForm(forms.Form):
-    """The market's filters. Facets come as repeated parameters."""
-
-    count = forms.IntegerField(label="GPUs in one block", required=False, min_value=1, max_value=1_000_000)
-    level = forms.ChoiceField(
-        label="All of them in", required=False, choices=[(v, LEVEL_WORDS[v]) for v in reversed(LEVELS)]
-    )
-    start = Instant(label="From (UTC)", required=False)
-    end = Instant(label="Until (UTC)", required=False)
-    price_max = forms.DecimalField(
-        label="Up to, per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=4
-    )
-    vram_min = forms.IntegerField(label="GPU memory from, GB", required=False, min_value=0, max_value=10_000)
-    fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
-    carbon_max_g = forms.IntegerField(label="Carbon up to, g/kWh", required=False, min_value=0, max_value=10_000)
-    verified = forms.BooleanField(label="Verified by benchmark only", required=False)
-    reliability_min = forms.DecimalField(
-        label="Reliability from, %", required=False, min_value=0, max_value=100, max_digits=4, decimal_places=1
-    )
-    sort = forms.ChoiceField(label="Sort by", required=False, choices=list(SORT_WORDS.items()))
-    kind = forms.ChoiceField(
-        label="Contract", required=False, choices=[("", "Any contract"), *((k, kind_words(k)) for k in Kind.values)]
-    )
-
-    def filters(self) -> search.Filters:
-        """What `services.search` is asked; call it on a valid form."""
-        asked = self.cleaned_data
-        facets: dict[str, Any] = {name: tuple(v for v in self.data.getlist(name) if v)[:20] for name in search.FACETS}  # type: ignore[attr-defined]
-        return search.Filters(
-            **facets,
-            count=asked["count"],
-            level=asked["level"] or "site",
-            start=asked["start"],
-            end=asked["end"],
-            price_max=millionths(asked["price_max"]),
-            vram_min_mib=None if asked["vram_min"] is None else asked["vram_min"] * 1024,
-            fabric_gbps_min=asked["fabric_gbps_min"],
-            carbon_max_g=asked["carbon_max_g"],
-            verified=asked["verified"],
-            reliability_min=None if asked["reliability_min"] is None else int(asked["reliability_min"] * 10),
-            kind=asked["kind"] or None,
-        )
 
 
 class QuoteForm(forms.Form):

@@ -17,7 +17,7 @@ from marketplace.services import availability, maintenance, search
 from marketplace.tenancy import Actor
 from marketplace.web import calendars, charts, spot, trust
 from marketplace.web.base import page, row_of, visitor
-from marketplace.web.forms import SearchForm
+from marketplace.web.search_forms import SavedForm, SearchForm
 from marketplace.web.tags import kind_words
 from scheduler.core.capacity import LEVELS
 
@@ -52,6 +52,7 @@ def market(request: HttpRequest) -> HttpResponse:
         error = refusal
     context = {
         "form": form,
+        "save": SavedForm(initial={"cadence": "at_once", "pause_minutes": 60}, auto_id="save_%s"),
         "found": found,
         "error": error,
         "offers": [_offer(f, actor) for f in found.rows] if found else [],

@@ -18,6 +18,7 @@ from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
 from marketplace.web.forms import LEVEL_WORDS, QuoteForm, millionths, refuse
 from marketplace.web.market import listing_of
+from marketplace.web.tags import price
 
 SIGNED = "Signed. The contract is yours; submit a job."
 ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
@@ -31,8 +32,7 @@ def new(request: HttpRequest, listing: str) -> HttpResponse:
     form = QuoteForm(request.POST, listing=row)
     if not form.is_valid():
         return _form(request, row, form, status=400)
-    given = {k: form.cleaned_data[k] for k in ASKED}
-    asked = dict(given)
+    asked = {k: form.cleaned_data[k] for k in ASKED}
     asked["limit_price"] = millionths(asked["limit_price"]) if asked["kind"] == Kind.SPOT else None
     try:
         made = quotes.quote(
@@ -40,8 +40,7 @@ def new(request: HttpRequest, listing: str) -> HttpResponse:
         )  # fmt: skip
     except MarketError as error:
         refuse(form, error)
-        options = alternatives(error, row, given)
-        return _form(request, row, form, error=error, options=options, status=error.kind.status)
+        return _form(request, row, form, error=error, options=alternatives(error), status=error.kind.status)
     return done(request, "The price is firm.", reverse("web:quote", args=[made.public_id]))
 
 
@@ -68,41 +67,39 @@ def _form(request: HttpRequest, row: Listing, form: QuoteForm, status: int = 200
     return render(request, "quote_new.html", {"row": row, "form": form, **more}, status=status)
 
 
-def alternatives(error: MarketError, row: Listing, asked: dict[str, Any]) -> list[tuple[str, str]]:
-    """(words, address) of what would be admitted instead."""
-    found = error.extra.get("alternatives") or {}
-    here = reverse("web:quote-new", args=[row.public_id])
-    base = {
-        **{k: v for k, v in asked.items() if v and k not in {"starts_at", "ends_at"}},
-        **{k: iso_minute(asked[k]) for k in ("starts_at", "ends_at") if asked.get(k)},
-    }
-    options: list[tuple[str, str]] = []
+WHAT = {
+    "later": "later",
+    "earlier": "earlier",
+    "shorter": "for a shorter time",
+    "fewer": "fewer GPUs",
+    "level": "less close",
+}
 
-    def offer(text: str, **changes: Any) -> None:
-        options.append((text, f"{here}?{urlencode({**base, **changes})}"))
 
-    if later := found.get("later"):
-        offer(
-            f"{asked['gpu_count']} GPUs from {later['starts_at']:%-d %b %H:%M} to {later['ends_at']:%-d %b %H:%M} UTC",
-            starts_at=iso_minute(later["starts_at"]), ends_at=iso_minute(later["ends_at"]),
-        )  # fmt: skip
-    if until := found.get("ends_at"):
-        offer(f"The same, ending {until:%-d %b %H:%M} UTC", ends_at=iso_minute(until))
-    counts = found.get("gpu_count") or {}
-    for level, count in counts.items():
-        if count and (count != asked["gpu_count"] or level != asked["level"]):
-            offer(
-                f"{min(count, asked['gpu_count'])} GPUs, {LEVEL_WORDS[level]}",
-                gpu_count=min(count, asked["gpu_count"]),
-                level=level,
-            )
-    for other in found.get("listings", ()):
-        there = reverse("web:quote-new", args=[other["listing"]])
-        options.append(
-            (f"{other.get('title', 'Another listing')}: {other['gpus']} GPUs free", f"{there}?{urlencode(base)}")
-        )
-    seen: set[str] = set()
-    return [o for o in options if not (o[0] in seen or seen.add(o[0]))]  # type: ignore[func-returns-value]
+def alternatives(error: MarketError) -> list[tuple[str, str]]:
+    """(words, address of the quote form filled in) of what would be admitted instead, the nearest first."""
+    found = (error.extra.get("alternatives") or {}).get("nearest", ())
+    return [(_words(each), _filled(each["quote"]["body"])) for each in found]
+
+
+def _words(offer: dict[str, Any]) -> str:
+    body, items = offer["quote"]["body"], offer["items"]
+    what = WHAT.get(offer["what"], f"{offer['title']}, {offer['region']}")
+    begins = f"from {body['starts_at']:%-d %b %Y %H:%M}" if "starts_at" in body else "from now"
+    ends = f" to {body['ends_at']:%-d %b %Y %H:%M} UTC" if "ends_at" in body else ""
+    amount = money.format_minor(items["total_minor"], items["currency"])
+    much = amount if items["basis"] == "commitment" else f"{amount} an hour"
+    per = price(offer["price"], offer["currency"])
+    words = f"{body['gpu_count']} GPUs, {LEVEL_WORDS[body['level']]}, {begins}{ends}; {much}, {per} per GPU-hour"
+    return f"{what[0].upper()}{what[1:]}: {words}"
+
+
+def _filled(body: dict[str, Any]) -> str:
+    query = {name: body[name] for name in ("kind", "gpu_count", "level")}
+    query |= {name: iso_minute(body[name]) for name in ("starts_at", "ends_at") if name in body}
+    if "limit_price" in body:
+        query["limit_price"] = f"{Decimal(body['limit_price']) / money.MILLIONTHS:f}"
+    return f"{reverse('web:quote-new', args=[body['listing']])}?{urlencode(query)}"
 
 
 def _quote(request: HttpRequest, public_id: str) -> Quote:
@@ -158,10 +155,7 @@ def accept(request: HttpRequest, quote: str) -> HttpResponse:
         made = contracts.accept(actor_of(request), row.pk, now=timezone.now(), terms_version=version)
     except MarketError as error:
         row.refresh_from_db()
-        asked = {k: getattr(row, k) for k in ASKED if k != "limit_price"}
-        return _show(
-            request, row, error=error, options=alternatives(error, row.listing, asked), status=error.kind.status
-        )
+        return _show(request, row, error=error, options=alternatives(error), status=error.kind.status)
     signed = "Signed. " + contracts.sentence(made, timezone.now()) if made.upfront_minor else SIGNED
     return done(request, signed, reverse("web:contract", args=[made.public_id]))
 

@@ -12,6 +12,7 @@ from marketplace.web import (
     market,
     organizations,
     quotes,
+    saved,
     team,
     trust,
     usage,
@@ -22,6 +23,7 @@ app_name = "web"
 urlpatterns = [
     *market.urlpatterns,
     *trust.urlpatterns,
+    *saved.urlpatterns,
     *quotes.urlpatterns,
     *contracts.urlpatterns,
     *amendments.urlpatterns,

@@ -13,6 +13,7 @@ API (times are integer seconds, windows half-open ``[start, end)``, counts are w
     largest_over(pool, shape, windows, levels)   -> {level: int64[windows]}   of many windows, by one sweep
     free_calendar(pool, shape, level, t1, t2, step_s=None) -> (CalendarCell, ...)
     first_windows(pool, shape, level, gpus, span, t1, t2)  -> ((start, end), ...)   the first that fit
+    nearest_starts(pool, shape, level, gpus, start, span)  -> (earlier, later)
     admit(pool, shape, level, gpus, t1, t2, not_before=t1, horizon_s=..., movable=()) -> Admission
     claim_window(start, end, lead_s, now)   -> (start, end)  a claim begins early by its lead
     violations(pool)                        -> tuple[str]      empty unless something is oversold or a promise broke
@@ -45,12 +46,12 @@ from scheduler.core.claims import (
     check_window,
     claim_window,
 )
-from scheduler.core.windows import CalendarCell, first_windows, free_calendar, largest_over
+from scheduler.core.windows import CalendarCell, first_windows, free_calendar, largest_over, nearest_starts
 
 __all__ = [
     "FOREVER", "FRAGMENTED", "LEVELS", "NEVER_FITS", "NO_CAPACITY", "Admission", "Alternatives", "CalendarCell", "CapacityError",
     "Claim", "Hosts", "Pool", "Shape", "admit", "claim_window", "first_windows", "free_calendar", "largest", "largest_each",
-    "largest_over", "violations",
+    "largest_over", "nearest_starts", "violations",
 ]  # fmt: skip
 
 # Reasons of a refusal, in the order in which they are examined.

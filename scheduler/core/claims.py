@@ -1,7 +1,7 @@
 """Hosts, the cells they stand in, and every claim on their GPUs over time. `capacity` answers questions about them."""
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +143,11 @@ class Pool:
 
     def without(self, keys: Collection[Hashable]) -> "Pool":
         return Pool.build(self.hosts, (claim for claim in self.claims if claim.key not in keys))
+
+    def of_site(self, site: Hashable) -> "Pool":
+        """The same with the hosts of all other sites empty: no block stands there."""
+        here = self.hosts.cell["site"] == self.hosts.sites.index(site) if site in self.hosts.sites else False
+        return replace(self, hosts=replace(self.hosts, gpus=np.where(here, self.hosts.gpus, 0)))
 
     def peak(self, t1: int, t2: int) -> Ints:
         """Most GPUs held at one instant of [t1, t2), per host."""

@@ -106,6 +106,27 @@ def first_windows(
     return tuple(found)
 
 
+def nearest_starts(
+    pool: Pool, shape: Shape, level: str, gpus: int, start: int, span: int,
+    *, since: int, until: int, lead_s: int = 0, now: int = 0, grain_s: int = 1,
+) -> tuple[int | None, int | None]:  # fmt: skip
+    """(the latest start before `start`, not before `since`; the earliest after it, before `until`) from which one block of `gpus`
+    can be had for `span` seconds; None where there is none. Starts are multiples of `grain_s`; claims begin `lead_s` earlier,
+    not before `now`. A start that fits itself is not looked at.
+    """
+    check_window(start, start + span)
+    # Earlier, room appears only where the window's end comes to a claim's start; later, only where a claim ends.
+    before = np.unique((pool.starts[pool.starts < start + span] - span) // grain_s * grain_s)
+    after = np.unique(-(-(pool.ends[pool.ends < until] + lead_s) // grain_s) * grain_s)
+
+    def fits(some: list[int]) -> Ints:
+        claimed = [claim_window(at, at + span, lead_s, now) for at in some]
+        return np.flatnonzero(largest_over(pool, shape, claimed, (level,))[level] >= gpus)
+
+    earlier = _first(before[(before >= since) & (before < start)][::-1], fits)
+    return earlier, _first(after[(after > start) & (after < until)], fits)
+
+
 def _first(starts: Ints, fits: Callable[[list[int]], Ints]) -> int | None:
     """The first of `starts` that fits, looked for in batches."""
     for begin in range(0, len(starts), _BATCH):

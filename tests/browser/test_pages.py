@@ -11,6 +11,8 @@ from django.utils import timezone
 
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Job, LogChunk, Placement
+from marketplace.services import saved
+from marketplace.services.search import Filters
 from tests import factories
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
@@ -127,15 +129,22 @@ def test_no_page_breaks_a_rule_of_axe_or_overflows(chromium, market, width, them
         period_start=factories.NOW - timedelta(days=30), period_end=factories.NOW, created_at=factories.NOW,
     )  # fmt: skip
     factories.key(customer)
+    kept = saved.save(factories.actor(customer), "eight", Filters(count=8), now=timezone.now())
     paths = [
         "/", "/?count=900", "/?view=calendar&count=9",
         f"/listings/{listing.public_id}?count=9&level=spine", f"/listings/{listing.public_id}/quote", f"/quotes/{quote.public_id}",
         "/contracts", f"/contracts/{job.contract.public_id}", "/jobs", "/jobs/new", f"/jobs/{job.public_id}", "/usage", "/invoices",
-        f"/invoices/{invoice.public_id}", "/billing/card",
+        f"/invoices/{invoice.public_id}", "/billing/card", "/searches",
         "/verification", "/team", "/keys", "/organizations/new", "/join", "/reliability", "/nothing/here",
     ]  # fmt: skip
     found = check(open_page(chromium, market, width=width, theme=theme), market["url"], paths, width)
-    public = ["/", "/accounts/login/", "/accounts/signup/", "/accounts/password/reset/"]
+    public = [
+        f"/searches/unsubscribe/{saved.unsubscribe_token(kept)}",
+        "/",
+        "/accounts/login/",
+        "/accounts/signup/",
+        "/accounts/password/reset/",
+    ]
     found += check(open_page(chromium, market, role=None, width=width, theme=theme), market["url"], public, width)
     assert not found, "\n".join(found)
 

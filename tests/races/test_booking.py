@@ -1,5 +1,6 @@
 """Buyers of the last host, at the same moment, on real connections: one wins, the others get a clear conflict, none pays."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 
 from marketplace.models import Contract, OutboxMessage, Quote, Reservation, ReservationBlock
-from marketplace.services import availability, contracts, quotes
+from marketplace.services import availability, contracts, documents, quotes
 from scheduler.core import capacity
 from tests import factories
 from tests.factories import NOW
-from tests.threads import at_once
+from tests.threads import at_once, in_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 START, END = NOW + timedelta(days=2), NOW + timedelta(days=3)
@@ -112,3 +113,65 @@ def test_the_clock_and_a_buyer_meet_at_the_last_second_of_a_hold():
     assert Reservation.objects.filter(state="firm", contract__isnull=False).count() == 6
     assert Reservation.objects.filter(state="firm", blocks=None).count() == 0
     sound(listing)
+
+
+def rival_during_accept(monkeypatch, act):
+    """While a quote is being accepted, its row checked and locked, a rival acts; the joins of what it began."""
+    begun: list[Callable[[], Any]] = []
+    require = documents.require_terms
+
+    def slowly(organization_id):
+        if not begun:
+            begun.append(in_thread(act))
+            time.sleep(0.3)
+        return require(organization_id)
+
+    monkeypatch.setattr(documents, "require_terms", slowly)
+    return begun
+
+
+def test_the_clock_that_strikes_while_a_quote_is_accepted_comes_too_late(monkeypatch):
+    """Accepted in its last second; the clock of another machine is a second ahead and expires quotes meanwhile."""
+    listing, (actor,) = world(1)
+    quote = quotes.quote(actor, listing.pk, wanted(), now=NOW)
+    edge = quote.firm_until
+    begun = rival_during_accept(monkeypatch, lambda: contracts.clock(edge))
+    contract = contracts.accept(actor, quote.pk, now=edge - timedelta(seconds=1))
+    begun[0]()
+    quote.refresh_from_db()
+    assert (quote.state, contract.reservation.state) == ("accepted", "firm")
+    assert ReservationBlock.objects.filter(reservation__state="firm").exists()
+    sound(listing)
+
+
+def test_at_the_very_second_of_its_expiry_a_quote_is_expired_whoever_comes_first():
+    listing, (actor,) = world(1)
+    quote = quotes.quote(actor, listing.pk, wanted(), now=NOW)
+    edge = quote.firm_until
+    answers = at_once([lambda: contracts.accept(actor, quote.pk, now=edge), lambda: contracts.clock(edge)])
+    assert outcome(answers) == {"quote_expired": 1, "Ticked": 1}
+    assert not Contract.objects.exists()
+
+
+def test_a_hold_that_lapses_while_its_quote_is_accepted_is_looked_for_again_or_gone(monkeypatch):
+    """Between the check of the quote and the taking of its hold the clock releases it; nobody else can have come in between."""
+    listing, (actor, other) = world(2)
+    quote = quotes.quote(actor, listing.pk, wanted(), now=NOW)
+    lapse = quote.held_until
+    begun = rival_during_accept(
+        monkeypatch, lambda: (contracts.clock(lapse), quotes.quote(other, listing.pk, wanted(), now=lapse))
+    )
+    contract = contracts.accept(actor, quote.pk, now=lapse - timedelta(seconds=1))
+    lost = begun[0]()
+    assert contract.reservation.state == "firm"
+    assert getattr(lost, "code", "") == "no_capacity"
+    sound(listing)
+
+
+def test_who_gives_a_quote_back_while_it_is_accepted_is_refused(monkeypatch):
+    listing, (actor,) = world(1)
+    quote = quotes.quote(actor, listing.pk, wanted(), now=NOW)
+    begun = rival_during_accept(monkeypatch, lambda: quotes.release(actor, quote.pk, now=NOW))
+    contracts.accept(actor, quote.pk, now=NOW)
+    assert begun[0]().code == "illegal_transition"
+    assert Reservation.objects.get().state == "firm"

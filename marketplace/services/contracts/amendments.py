@@ -25,6 +25,7 @@ from marketplace.services import (
     documents,
     holds,
     listings,
+    nearest,
     quoted,
     quotes,
     screening,
@@ -302,13 +303,13 @@ def _elsewhere(
         gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=contract.kind, start=starts_at, end=ends_at,
         count=gpus, resale=False,
     )  # fmt: skip
-    viewer = Actor(kind="system", organization_id=contract.organization_id, livemode=contract.organization.livemode)
-    rows = search.search(viewer, asks, now=now, limit=quotes.OTHER_LISTINGS + 1).rows
+    viewer = Actor(kind="user", organization_id=contract.organization_id, livemode=contract.organization.livemode)
+    rows = search.search(viewer, asks, now=now, limit=nearest.OTHER_LISTINGS + 1).rows
     return [
         {"listing": row.listing.public_id, "title": row.listing.title, "gpus": row.stock.gpus}
         for row in rows
         if row.listing.pk != listing.pk
-    ][: quotes.OTHER_LISTINGS]
+    ][: nearest.OTHER_LISTINGS]
 
 
 def _lengthen(contract: Contract, reservation: Reservation, ends_at: datetime, hold: Hold, now: datetime) -> None:

@@ -309,3 +309,32 @@ def test_the_first_windows_begin_as_early_and_last_as_long_as_they_can(drawn, le
         )
         expected.append((start, at))
     assert list(found) == expected
+
+
+@BOUNDED
+@given(
+    small_sites(),
+    st.sampled_from(LEVELS),
+    st.integers(1, 6),
+    windows,
+    st.integers(0, 2),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
+def test_the_nearest_starts_are_the_nearest(drawn, level, gpus, window, lead, grain, now):
+    rows, claims = drawn
+    pool, (start, end) = Pool.build(Hosts.of(rows), claims), window
+    start, span = max(start, now), end - window[0]
+    found = capacity.nearest_starts(
+        pool, Shape(1), level, gpus, start, span, since=now, until=HORIZON, lead_s=lead, now=now, grain_s=grain
+    )
+
+    def fits(at):
+        return (
+            at % grain == 0 and brute_largest(rows, claims, 1, level, min(at, max(now, at - lead)), at + span) >= gpus
+        )
+
+    if brute_largest(rows, claims, 1, level, min(start, max(now, start - lead)), start + span) >= gpus:
+        return  # it is only asked where the start itself does not fit
+    assert found[0] == next((at for at in range(start - 1, now - 1, -1) if fits(at)), None)
+    assert found[1] == next((at for at in range(start + 1, HORIZON) if fits(at)), None)

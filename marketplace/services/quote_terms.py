@@ -1,0 +1,139 @@
+"""What may be asked for in a quote, and what it comes to: the request, the listing's terms, the amounts."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from fractions import Fraction
+from typing import Any
+
+from django.db.models import Min
+
+from billing.core import money, share
+from marketplace.errors import MarketError
+from marketplace.models import Kind, Listing, Organization, Quote
+from marketplace.services.availability import HOLDING, seconds
+from scheduler.core.capacity import LEVELS
+
+BOOK_AHEAD = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. `starts_at` None: at once. Windows are half-open, UTC, to the minute. `limit_price`: spot only."""
+
+    kind: str
+    gpu_count: int
+    level: str = "site"
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+    limit_price: int | None = None
+
+
+def check(
+    listing: Listing,
+    organization: Organization,
+    wanted: Request,
+    price: int,
+    now: datetime,
+    *,
+    chunk: int | None = None,
+) -> datetime:
+    """Shape and terms; answers the start. `chunk`: as `chunk_of` says, where that is known."""
+    wrong: dict[str, str] = {}
+    if wanted.level not in LEVELS:
+        wrong["/level"] = f"one of {', '.join(LEVELS)}"
+    if wanted.gpu_count < 1 or wanted.gpu_count < listing.min_gpus:
+        wrong["/gpu_count"] = f"at least {listing.min_gpus}"
+    elif wanted.kind in HOLDING and wanted.gpu_count % (chunk := chunk or chunk_of(listing)):
+        wrong["/gpu_count"] = f"a multiple of {chunk}"
+    if wanted.kind == Kind.SPOT and wanted.limit_price is None:
+        wrong["/limit_price"] = "spot needs the most that you would pay per GPU-hour"
+    elif wanted.kind == Kind.SPOT and wanted.limit_price is not None and wanted.limit_price < price:
+        wrong["/limit_price"] = f"the floor is {price} now"
+    elif wanted.kind != Kind.SPOT and wanted.limit_price is not None:
+        wrong["/limit_price"] = "only spot has a limit"
+    for name, at in (("/starts_at", wanted.starts_at), ("/ends_at", wanted.ends_at)):
+        if at is not None and (at.second or at.microsecond):
+            wrong[name] = "to the minute"
+    if wanted.starts_at is not None and wanted.starts_at < now - timedelta(minutes=1):
+        wrong["/starts_at"] = "is in the past; leave it out to start at once"
+    starts_at = max(wanted.starts_at or now, now)
+    if wanted.kind in HOLDING and wanted.ends_at is None:
+        wrong["/ends_at"] = f"{wanted.kind} needs an end"
+    elif wanted.ends_at is not None and wanted.ends_at <= starts_at:
+        wrong["/ends_at"] = "after the start"
+    if wrong:
+        raise MarketError("invalid_request", "; ".join(f"{k}: {v}" for k, v in wrong.items()), wrong)
+    if listing.currency != organization.currency:
+        raise MarketError(
+            "listing_unavailable",
+            f"It is priced in {listing.currency}; the account is billed in {organization.currency}.",
+        )
+    if wanted.gpu_count > organization.gpu_limit:
+        raise MarketError(
+            "limit_exceeded", f"{wanted.gpu_count} GPUs; the organization may have {organization.gpu_limit} at once.",
+            extra={"limit": "gpus", "allowed": organization.gpu_limit},
+        )  # fmt: skip
+    _check_term(listing, wanted, starts_at, now)
+    return starts_at
+
+
+def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: datetime) -> None:
+    if starts_at - now > BOOK_AHEAD:
+        raise MarketError(
+            "term_not_offered", "Starts lie at most a year ahead.", {"/starts_at": "at most a year ahead"}
+        )
+    if wanted.kind not in HOLDING or wanted.ends_at is None:
+        return
+    term = wanted.ends_at - starts_at
+    least, most = timedelta(hours=listing.min_term_hours), timedelta(days=listing.max_term_days)
+    # A window that began within this minute is as long as it was asked for.
+    if term + timedelta(minutes=1) <= least or term > most:
+        raise MarketError(
+            "term_not_offered",
+            f"Terms are {listing.min_term_hours} hours to {listing.max_term_days} days.",
+            {"/ends_at": f"{listing.min_term_hours} hours to {listing.max_term_days} days after the start"},
+            {"min_term_hours": listing.min_term_hours, "max_term_days": listing.max_term_days},
+        )
+
+
+def chunk_of(listing: Listing) -> int:
+    """GPUs come in multiples of this on one host: the minimum, or whole hosts where the minimum is larger than one."""
+    if listing.is_resale:
+        return listing.min_gpus
+    found = listing.hosts.exclude(state="retired").aggregate(least=Min("gpu_count"))["least"]
+    return max(1, min(listing.min_gpus, int(found or 1)))
+
+
+def total_minor(gpus: int, starts_at: datetime, ends_at: datetime, price: int, currency: str) -> int:
+    """A commitment in minor units: GPUs x seconds x price / 3600, rounded once, half away from zero."""
+    term = seconds(ends_at) - seconds(starts_at)
+    return money.round_half_away(money.exact_amount(gpus * 1000 * term, price, currency))
+
+
+def upfront_minor(total: int | None, permille: int, currency: str) -> int:
+    """What of a commitment is due at signing, minor units; nothing where it is too little to be charged."""
+    due = money.round_half_away(Fraction((total or 0) * permille, 1000))
+    return due if due >= money.MINIMUM_CHARGE.get(currency, 1) else 0
+
+
+def itemise(row: Quote) -> dict[str, Any]:
+    """GPU-seconds and the amounts of the commitment in minor units; the platform's fee lies inside the total. By use: amounts per
+    hour of the whole ceiling.
+    """
+    by_use = row.total_minor is None or row.ends_at is None
+    span = 3600 if by_use else seconds(row.ends_at or row.starts_at) - seconds(row.starts_at)
+    total = row.total_minor
+    if total is None:
+        total = money.round_half_away(money.exact_amount(row.gpu_count * 1000 * span, row.price, row.currency))
+    resale = row.listing.resale if row.listing.is_resale else None
+    parts = share.split(total, row.fee_permille if resale is None else resale.fee_permille)
+    return {
+        "basis": "per_hour_at_ceiling" if by_use else "commitment",
+        "gpu_seconds": row.gpu_count * span,
+        "operator_minor": parts.operator if resale is None else 0,
+        "seller_minor": 0 if resale is None else parts.operator,
+        "platform_fee_minor": parts.platform,
+        "total_minor": total,
+        "upfront_minor": upfront_minor(row.total_minor, row.terms.get("upfront_permille", 0), row.currency),
+        "currency": row.currency,
+    }

@@ -18,7 +18,7 @@ from marketplace.services import saved, search
 PAGE = [OpenApiParameter("limit", int, description="1 to 100, 20 by default"), OpenApiParameter("cursor", str)]
 
 
-class ChangeShape(Shape):
+class KeepShape(Shape):
     name = serializers.CharField(max_length=80)
     filters = FilterShape(help_text="as the query of a search")
     sort = serializers.ChoiceField(search.SORTS, required=False)
@@ -87,11 +87,11 @@ class SavedSearches(SavedResource):
         return self.listing(request)
 
     @extend_schema(
-        tags=["saved searches"], operation_id="saved_searches_create", request=ChangeShape, responses={201: SavedShape}
+        tags=["saved searches"], operation_id="saved_searches_create", request=KeepShape, responses={201: SavedShape}
     )
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """Keep a search. What fits now is not told; each offer that begins to fit is, once."""
-        body = self.read(ChangeShape)
+        body = self.read(KeepShape)
         wanted = filters_of(body.pop("filters"))
 
         def effect() -> Response:
@@ -111,12 +111,12 @@ class SavedDetail(SavedResource):
         return Response(self.represent(row))
 
     @extend_schema(
-        tags=["saved searches"], operation_id="saved_searches_change", request=ChangeShape, responses={200: SavedShape}
+        tags=["saved searches"], operation_id="saved_searches_change", request=KeepShape, responses={200: SavedShape}
     )
     def patch(self, request: Request, search: str) -> Response:  # noqa: ARG002
         """Other filters are a new beginning: what fits them now is not told."""
         row = self.row(search)
-        body = self.read(ChangeShape, partial=True)
+        body = self.read(KeepShape, partial=True)
         wanted = filters_of(body.pop("filters")) if "filters" in body else None
         return self.write(
             lambda: Response(self.represent(saved.change(self.actor, row.pk, body, wanted=wanted, now=timezone.now())))

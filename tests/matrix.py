@@ -223,6 +223,10 @@ def unsubscribing(world: World) -> dict[str, str]:
     return {"token": saved.unsubscribe_token(world.search)}
 
 
+def order_form(world: World) -> dict[str, str]:
+    return {"contract": document(world)["contract"]}
+
+
 def version(_world: World) -> dict[str, str]:
     return {"version": documents.CURRENT}
 
@@ -376,6 +380,8 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/contracts/<str:contract>/amendments/<str:amendment>/accept", "POST", "contracts:write", amendment),
     R("api/v1/contracts/<str:contract>/amendments/<str:amendment>/decline", "POST", "contracts:write", amendment),
     R("api/v1/contracts/<str:contract>/documents", "GET", "contracts:read", contract),
+    R("api/v1/contracts/<str:contract>/documents/<str:document>/pdf", "GET", "contracts:read", document),
+    R("api/v1/contracts/<str:contract>/order-form.pdf", "GET", "contracts:read", order_form),
     R("api/v1/terms", "GET", "contracts:read"),
     R("api/v1/terms", "POST", "contracts:write"),
     R("api/v1/contracts/<str:contract>/events", "GET", "contracts:read", contract),
@@ -435,6 +441,8 @@ ROUTES: tuple[R, ...] = (
     R("contracts/<str:contract>/amendments/<str:amendment>/accept", "POST", "contracts:write", amendment),
     R("contracts/<str:contract>/amendments/<str:amendment>/decline", "POST", "contracts:write", amendment),
     R("contracts/<str:contract>/documents/<str:document>", "GET", "contracts:read", document),
+    R("contracts/<str:contract>/documents/<str:document>/pdf", "GET", "contracts:read", document),
+    R("terms/<str:version>/pdf", "GET", "public", version, stranger="sees"),
     R("terms", "GET", "public", stranger="sees"),
     R("terms/<str:version>", "GET", "public", version, stranger="sees"),
     R("contracts/<str:contract>/terminate", "POST", "contracts:write", contract),

@@ -9,7 +9,7 @@ from marketplace.models.accounts import (
     Organization,
     User,
 )
-from marketplace.models.agreements import Amendment, ContractDocument, TermsAcceptance
+from marketplace.models.agreements import Amendment, ContractDocument, DocumentFile, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.conversions import ConversionPlan
 from marketplace.models.forward import Fill, Resale, StandingBid
@@ -69,6 +69,7 @@ __all__ = [
     "ControlPulse",
     "ConversionPlan",
     "Curtailment",
+    "DocumentFile",
     "EnrolmentToken",
     "FeedValue",
     "Fill",

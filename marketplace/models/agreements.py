@@ -12,6 +12,10 @@ class OfContract(TenantQuerySet):
     tenant_paths = ("contract__organization", "contract__operator")
 
 
+class DocumentFileQuerySet(TenantQuerySet):
+    tenant_paths = ("document__contract__organization", "document__contract__operator")
+
+
 class Amendment(TenantModel):
     """A change of a contract, proposed, then answered by its customer: a later end, more GPUs, another price.
 
@@ -119,3 +123,17 @@ class ContractDocument(TenantModel):
 
     def __str__(self) -> str:
         return self.title
+
+
+class DocumentFile(models.Model):
+    """Append-only: a paper as a PDF file, made at its first download and kept as it was then."""
+
+    document = models.OneToOneField(ContractDocument, primary_key=True, on_delete=models.PROTECT, related_name="file")
+    body = models.BinaryField()
+    digest = models.CharField(max_length=64, help_text="SHA-256 of the file")
+    created_at = models.DateTimeField()
+
+    objects = DocumentFileQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return f"{self.document.title}.pdf"

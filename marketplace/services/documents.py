@@ -14,8 +14,8 @@ from typing import Any
 from django.template.loader import render_to_string
 
 from marketplace.errors import MarketError
-from marketplace.models import Amendment, Contract, ContractDocument, TermsAcceptance
-from marketplace.services import audit
+from marketplace.models import Amendment, Contract, ContractDocument, DocumentFile, TermsAcceptance
+from marketplace.services import audit, pdf
 from marketplace.tenancy import Actor
 
 VERSIONS = ("2026-11-01",)  # newest last
@@ -118,3 +118,24 @@ def _keep(
     return ContractDocument.objects.create(
         contract=contract, amendment=amendment, kind=kind, title=title, html=html, digest=digest(html), created_at=now
     )
+
+
+# --- as PDF files
+def file_of(document: ContractDocument, *, now: datetime) -> DocumentFile:
+    """The paper as a PDF: made from its HTML when it is first asked for, and the same file ever after, whoever asks at once."""
+    found = DocumentFile.objects.filter(document=document).first()
+    if found is None:
+        kept = f"Kept since {document.created_at:%-d %b %Y %H:%M} UTC as {document.public_id}."
+        body = pdf.render(title=document.title, html=document.html, digest=document.digest, kept=kept)
+        found, _ = DocumentFile.objects.get_or_create(
+            document=document, defaults={"body": body, "digest": sha256(body).hexdigest(), "created_at": now}
+        )
+    return found
+
+
+@cache
+def terms_file(version: str = CURRENT) -> bytes:
+    """One version of the terms of service as a PDF. MarketError("not_found") for one that never was."""
+    found = terms(version)
+    title = f"Terms of service {version}"
+    return pdf.render(title=title, html=found.html, digest=found.digest, kept=f"Version {version}.")

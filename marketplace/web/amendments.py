@@ -100,6 +100,29 @@ def document(request: HttpRequest, contract: str, document: str) -> HttpResponse
     return render(request, "paper.html", {"row": row, "contract": of})
 
 
+@page(GET="contracts:read")
+def document_pdf(request: HttpRequest, contract: str, document: str) -> HttpResponse:
+    of = contract_of(request, contract)
+    rows = ContractDocument.objects.visible_to(actor_of(request)).filter(contract=of)
+    row: ContractDocument = row_of(rows, ContractDocument.PREFIX, document)
+    file = documents.file_of(row, now=timezone.now())
+    return pdf_answer(bytes(file.body), row.public_id)
+
+
+def pdf_answer(body: bytes, name: str) -> HttpResponse:
+    return HttpResponse(
+        body, content_type="application/pdf", headers={"Content-Disposition": f'attachment; filename="{name}.pdf"'}
+    )
+
+
+@page(GET="public")
+def terms_pdf(request: HttpRequest, version: str) -> HttpResponse:  # noqa: ARG001
+    try:
+        return pdf_answer(documents.terms_file(version), f"terms-{version}")
+    except MarketError as error:
+        raise Http404 from error
+
+
 @page(GET="public")
 def terms(request: HttpRequest, version: str = documents.CURRENT) -> HttpResponse:
     try:
@@ -115,6 +138,8 @@ urlpatterns = [
     path("contracts/<str:contract>/amendments/<str:amendment>/accept", accept, name="amendment-accept"),
     path("contracts/<str:contract>/amendments/<str:amendment>/decline", decline, name="amendment-decline"),
     path("contracts/<str:contract>/documents/<str:document>", document, name="document"),
+    path("contracts/<str:contract>/documents/<str:document>/pdf", document_pdf, name="document-pdf"),
     path("terms", terms, name="terms"),
+    path("terms/<str:version>/pdf", terms_pdf, name="terms-pdf"),
     path("terms/<str:version>", terms, name="terms-version"),
 ]

@@ -27,6 +27,14 @@ class MaintenanceForm(DeskForm):
     class Meta:
         model = Maintenance
         fields = (*_PLACE, *_PLAN)
+        labels = {
+            "domain": "Leaf (rack)",
+            "starts_at": "From (UTC)",
+            "ends_at": "To (UTC)",
+            "text": "What is done",
+            "impact": "Likely impact",
+            "cap_w": "Power meanwhile, W",
+        }
 
     hosts = forms.CharField(
         required=False,

@@ -3,7 +3,6 @@
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Prefetch
 from django.urls import path
 from django.utils import timezone
 from drf_spectacular.utils import OpenApiParameter, extend_schema
@@ -120,15 +119,14 @@ class ImpactShape(serializers.Serializer):
 
 
 class MaintenanceResource(Resource):
-    model_queryset = Maintenance.objects.select_related("site", "node").prefetch_related(
-        Prefetch("notices", MaintenanceNotice.objects.select_related("contract").order_by("contract_id", "version"))
-    )
+    model_queryset = Maintenance.objects.select_related("site", "node").prefetch_related("notices__contract")
     prefix = "mnt"
     filters = {"site": "site", "state": "state", "category": "category"}
 
     def represent(self, row: Maintenance) -> dict[str, Any]:
         mine = self.actor.is_staff or self.actor.organization_id == row.site.organization_id
-        last = {n.contract_id: n for n in row.notices.all() if mine or n.organization_id == self.actor.organization_id}
+        notices = sorted(row.notices.all(), key=lambda n: (n.contract_id, n.version))
+        last = {n.contract_id: n for n in notices if mine or n.organization_id == self.actor.organization_id}
         return {
             **shapes.maintenance(row),
             "created_at": row.created_at,

@@ -55,8 +55,8 @@ class AuditShape(serializers.Serializer):
     actor = serializers.CharField()
     verb = serializers.CharField()
     subject = serializers.CharField()
-    before = serializers.JSONField(allow_null=True)
-    after = serializers.JSONField(allow_null=True)
+    before = serializers.JSONField()
+    after = serializers.JSONField()
 
 
 class OrganizationResource(Resource):

@@ -40,13 +40,13 @@ def test_each_rise_is_told_once_and_a_restart_tells_nothing_again(tmp_path):
         [written(3, "xid", 79, 3), written(1, "ecc", 0, 1)],
     ):
         health.observe([reading(*seen)])
-    assert told(store) == [(3, "xid", 79, 1), (3, "xid", 79, 2), (1, "ecc", 0, 1)]
+    assert sorted(told(store)) == [(1, "ecc", 0, 1), (3, "xid", 79, 1), (3, "xid", 79, 2)]  # of one instant
     health = Health(store, Events(store))
     health.observe([reading(*seen)])
     health.observe([reading(alive=False)])  # says nothing of its GPUs
     assert len(told(store)) == 3
     health.observe([reading(written(3, "xid", 79, 1))])  # its driver came up anew, and counts anew
-    assert told(store)[3:] == [(3, "xid", 79, 1)]
+    assert sorted(told(store)) == [(1, "ecc", 0, 1), (3, "xid", 79, 1), (3, "xid", 79, 1), (3, "xid", 79, 2)]
     store.close()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from billing import invoices, ledger, upfront
 from billing.core import share
 from marketplace.models import Curtailment, Fill, PlacementEvent, Resale
-from marketplace.services import contracts, quotes
+from marketplace.services import contracts, quotes, sheds
 from marketplace.services.forward import resales, sales
 from tests import factories
 from tests.billing.conftest import World, add_card, after, assert_invariants
@@ -172,7 +172,7 @@ def test_flexible_is_free_while_it_gave_way_for_seller_and_buyer(market: World, 
     placement = buyer.ran(MONTH + 2 * DAY, 6 * HOUR, gpus=2)
     start, end = after(MONTH + 2 * DAY + 6 * HOUR), after(MONTH + 2 * DAY + 9 * HOUR)
     site = market.host.site
-    Curtailment.objects.create(
+    call = Curtailment.objects.create(
         site=site, node=factories.a_node(site), reference="grid-7", cap_w=1, starts_at=start, ends_at=end, state="completed",
         settled_at=end, created_by="grid",
     )  # fmt: skip
@@ -183,7 +183,7 @@ def test_flexible_is_free_while_it_gave_way_for_seller_and_buyer(market: World, 
         actor="power",
         from_state="running",
         to_state="draining",
-        reason="curtailed by grid-7",
+        reason=f"{sheds.REASON}{call.public_id}",
     )
     theirs = buyer.close(MONTH + 11 * DAY)
     due = 2 * 45 * 150

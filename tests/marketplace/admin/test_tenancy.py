@@ -102,7 +102,7 @@ def form(part, **values):
         "site": part.site.pk, "title": "New offer", "gpu_model": part.host.gpu_model_id, "visibility": "public", "currency": "USD",
         "on_demand_price": "2.49", "min_gpus": 1, "min_term_hours": 1, "max_term_days": 30, "upfront_permille": 0,
         "eviction_notice_s": 120,
-        "flexible_hours_per_month": 40, "flexible_notice_s": 600, "fabric_gbps": 400, **values,
+        "flexible_hours_per_month": 40, "flexible_notice_s": 600, "maintenance_hours_per_month": 4, "fabric_gbps": 400, **values,
     }  # fmt: skip
 
 

@@ -40,6 +40,8 @@ class Auditor:
     def __init__(self) -> None:
         self.hosts_before: dict[int, str] = {}
         self.newest_placement = 0
+        self.live_before: set[int] = set()
+        self.booked_before: dict[int, int] = {}
         self.limits: dict[int, int | None] = {}
         self.granted_mw: dict[int, int] = {}
 
@@ -47,7 +49,8 @@ class Auditor:
         """Everything that is wrong now, in words."""
         hosts = {r["id"]: r for r in rows("SELECT * FROM marketplace_host")}
         placements = rows(
-            "SELECT p.*, g.state AS watts, g.id AS watts_id, j.max_seconds AS max_s, c.kind FROM marketplace_placement p"
+            "SELECT p.*, g.state AS watts, g.id AS watts_id, j.max_seconds + j.checkpoint_grace_s AS max_s, c.kind"
+            " FROM marketplace_placement p"
             " JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = p.contract_id"
             " LEFT JOIN marketplace_powergrant g ON g.placement_id = p.id ORDER BY p.id"
         )
@@ -56,6 +59,7 @@ class Auditor:
         live = [p for p in placements if p["state"] not in OVER]
         found = [
             *self._hosts(hosts, live),
+            *self._raised(hosts, placements),
             *_node_books(hosts, self),
             *_jobs(jobs, placements),
             *_gangs(jobs, placements),
@@ -71,6 +75,8 @@ class Auditor:
         ]
         self.newest_placement = max((p["id"] for p in placements), default=0)
         self.hosts_before = {pk: h["state"] for pk, h in hosts.items()}
+        self.live_before = {p["id"] for p in live}
+        self.booked_before = {pk: h["reserved_w"] for pk, h in hosts.items()}
         return found
 
     # --- hosts
@@ -111,12 +117,26 @@ class Auditor:
                 found.append(f"host {pk} has {h['reserved_w']} W booked, what is granted there may draw {least} W")
         return found
 
+    def _raised(self, hosts: dict[int, Row], placements: list[Row]) -> list[str]:
+        """No watt is granted twice: a host is raised to what all that has stood there since the last audit may draw, and no further."""
+        here: dict[int, list[Row]] = defaultdict(list)
+        for p in placements:
+            if p["state"] not in OVER or p["id"] in self.live_before or p["id"] > self.newest_placement:
+                here[p["host_id"]].append(p)
+        found = []
+        for pk, h in hosts.items():
+            most = max(_host_w(h, here[pk]), self.booked_before.get(pk, 1 << 40))  # of a new one nothing is known
+            if h["reserved_w"] > most:
+                found.append(f"host {pk} was raised to {h['reserved_w']} W, what stands there may draw {most} W")
+        return found
+
 
 def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
     """No GPU is promised twice for one moment, and nobody else comes onto one that is closed for its claim.
 
     Who came first: a placement is made, and a reservation becomes firm, under the cell's lock, so the order of their
-    transactions' numbers is that of the facts.
+    transactions' numbers is that of the facts. Whoever is no spot and came when the claim had begun is wrong in either order:
+    GPUs on which he stood already would not have been promised for then.
     """
     blocks = rows(
         "SELECT b.host_id, b.gpu_indices, r.contract_id, r.claims_at, r.ends_at,"
@@ -151,7 +171,7 @@ def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
                 p["contract_id"] != b["contract_id"]
                 and p["created_at"] < b["ends_at"]
                 and not lent
-                and born[p["id"]] > b["born"]
+                and (born[p["id"]] > b["born"] or (p["kind"] != "spot" and b["claims_at"] <= p["created_at"]))
             ):
                 found.append(
                     f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -16,7 +15,8 @@ from django.db import connection, transaction
 from benchmarks import fault_tasks as tasks
 from benchmarks.auditor import DONE, Auditor, kept_for_nobody, rows
 from benchmarks.fault_cell import Clock, World, build
-from benchmarks.faults import At, Ended, Surgeon
+from benchmarks.fault_openings import OPENINGS
+from benchmarks.faults import At, Ended, Surgeon, plain
 from marketplace import outbox
 from marketplace import tasks as market_tasks
 from marketplace.models import Agent, Contract, Curtailment, Host, Job, Placement, Reservation, Site
@@ -111,15 +111,12 @@ class _Run:
     # --- disturbed
     def disturb(self, steps: int) -> None:
         dice = random.Random(self.world.seed * 7919)
-        if dice.random() < 0.4 and (planners := tasks.two_planners(self.world, dice)) is not None:
-            self.finish(0, planners, _plain(planners.call), "plain")
-            self.outcome.counts["planners"] += 1
-            if self.look(0):
-                return
+        if dice.random() < 0.6 and self.opens(dice):
+            return
         for _ in range(dice.choice((2, 4, 6))):
             task = tasks.submit(self.world, dice)
             assert task is not None
-            _plain(task.call)
+            plain(task.call)
         for step in range(1, steps + 1):
             self.world.pass_time(
                 timedelta(seconds=dice.choice((0, 1, 1, 3, 5, 5, 20, 60, 200, dice.choice((200, 1000)))))
@@ -127,6 +124,18 @@ class _Run:
             self.act(step, dice)
             if self.look(step):
                 return
+
+    def opens(self, dice: random.Random) -> bool:
+        """One of the openings; whether something was found."""
+        opening = dice.choice(OPENINGS)
+        for kind, ended in opening(self.world, dice, self.surgeon):
+            self.outcome.story.append(f"0 {self.world.now:%T} {opening.__name__}: {kind} {ended.error[:80]}")
+            if not tasks.harmless(ended, cut=False):
+                self.outcome.violations.append((0, f"{kind} ended with {ended.error}\n{ended.trace}"))
+            if self.look(0):
+                return True
+            self.outcome.counts[opening.__name__] += ended.struck or kind in {"commit", "site loop"}
+        return False
 
     def act(self, step: int, dice: random.Random) -> None:
         task = tasks.draw(self.world, dice)
@@ -150,7 +159,7 @@ class _Run:
         elif how == "twice":
             ends = list(surgeon.together((call, call)))
         else:
-            ends = [_plain(call)]
+            ends = [plain(call)]
         if how in {"killed", "cut"} and ends[0].struck:
             self.outcome.counts[how] += 1
         self.outcome.counts[how] += how == "twice"
@@ -276,12 +285,3 @@ class _Run:
         self.world.pass_time(min(ahead) - now if ahead else timedelta(seconds=160))
         for yard in self.world.yards:
             self.sync(yard)  # nothing runs, so no lease was missed
-
-
-def _plain(call: Callable[[], Any]) -> Ended:
-    ended = Ended()
-    try:
-        ended.answer = call()
-    except Exception as error:
-        ended.failed(error)
-    return ended

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-
-from django.db import transaction
 
 from benchmarks.fault_cell import World
 from benchmarks.fault_site import Yard
 from benchmarks.faults import Call, Ended
 from marketplace import outbox
-from marketplace.models import Agent, Cell, Contract, Host, Job, Placement, PowerNode, Site
-from marketplace.services import agents, contracts, curtailments, jobs, leases, placements, quotes, sites
+from marketplace.models import Agent, Cell, Contract, Host, Job, PowerNode, Site
+from marketplace.services import agents, contracts, curtailments, jobs, leases, quotes, sites
 from marketplace.services.contracts import END_JOBS
 from marketplace.services.jobs import CYCLE
 from marketplace.tenancy import SYSTEM
@@ -97,53 +94,6 @@ def late_commit(world: World, dice: random.Random) -> Task | None:
         return None
     held = dice.choice(world.held)
     return Task("late commit", lambda: commit.commit(held.taken, held.plan, now=world.now), 25)
-
-
-def two_planners(world: World, dice: random.Random) -> Task | None:
-    """Each plans a job up to one contract's ceiling, onto GPUs of its own: only the fence stands between their commits.
-
-    The GPUs are others because the first plans while somebody stands where the second will, who has left by then.
-    """
-    rows = (
-        Contract.objects.filter(state="active", kind="on_demand")
-        .select_related("organization", "listing")
-        .order_by("pk")
-    )
-    pairs = [
-        (c, o) for c in rows for o in rows if o != c and o.listing_id == c.listing_id and o.gpu_count >= 2 * c.gpu_count
-    ]
-    if not pairs:
-        return None
-    contract, other = dice.choice(pairs)
-    late = dice.random() < 0.5
-
-    def send(of: Contract, priority: int) -> Job:
-        spec = {
-            "command": ["true"],
-            "gpus": 1,
-            "replicas": contract.gpu_count,
-            "vcpu_milli": 500,
-            "ram_mib": 512,
-            "priority": priority,
-        }
-        return jobs.submit(factories.actor(of.organization), of, spec, now=world.now)
-
-    def both() -> None:
-        first = send(other, 0)
-        cycle.run(world.cell.pk, now=world.now)
-        send(contract, 100)
-        plans = [Held(world)]
-        gone = list(Placement.objects.filter(job=first).values_list("pk", "site_id"))
-        with transaction.atomic():
-            placements.lock_sites({site for _, site in gone})
-            placements.finish([pk for pk, _ in gone], to="failed", now=world.now, actor="site", reason="exit code 1")
-        send(contract, 101)
-        plans.append(Held(world))
-        for held in reversed(plans) if late else plans:
-            with suppress(commit.FencedError):
-                commit.commit(held.taken, held.plan, now=world.now)
-
-    return Task("two planners", both, 120)
 
 
 # --- customers

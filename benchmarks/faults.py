@@ -48,6 +48,16 @@ class Ended:
         self.trace = "".join(traceback.format_exception(error))
 
 
+def plain(call: Call) -> Ended:
+    """`call` as it comes, undisturbed."""
+    ended = Ended()
+    try:
+        ended.answer = call()
+    except Exception as error:
+        ended.failed(error)
+    return ended
+
+
 class _Trap:
     """An execute wrapper that acts once, at its statement."""
 

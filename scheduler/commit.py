@@ -74,8 +74,9 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
         if victims:
             sites |= set(_standing(victims).values_list("site_id", flat=True))
         acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
-        now_is = prepared.row("SELECT generation FROM marketplace_cell WHERE id = %s", [snapshot.cell.pk])
-        if now_is != (snapshot.generation,):
+        # Locked: who begins a newer cycle raises the generation, waits for us to end, and sees what we wrote.
+        fence = "SELECT generation FROM marketplace_cell WHERE id = %s FOR NO KEY UPDATE"
+        if prepared.row(fence, [snapshot.cell.pk]) != (snapshot.generation,):
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
         wanted: dict[int, list[Planned]] = defaultdict(list)
         for p in plan.placements:

@@ -8,15 +8,16 @@ import pytest
 from django.db import connection, transaction
 from django.utils import timezone
 
-from benchmarks import fault_run
+from benchmarks import fault_openings, fault_run
 from benchmarks.auditor import Auditor
 from benchmarks.faults import At, Surgeon
 from marketplace import outbox
 from marketplace.locks import Lock, acquire
 from marketplace.models import Agent, Cell, Contract, Host, Job, Miner, OutboxMessage, Placement, PowerGrant, PowerNode
-from marketplace.services import contracts, jobs, quotes
+from marketplace.services import contracts, jobs, power, quotes
 from marketplace.services.jobs import CYCLE
-from scheduler import cycle, fleet, site_loop
+from marketplace.services.power import grants
+from scheduler import commit, cycle, fleet, site_loop
 from tests import factories as f
 from tests.factories import NOW
 from tests.races.market import Market
@@ -48,6 +49,48 @@ def test_a_seeded_run_breaks_nothing(surgeon, seed):
     assert violations(outcome) == []
     assert outcome.counts["jobs"]
     assert outcome.counts["audits"] > fault_run.STEPS
+
+
+def without_the_cells_lock(monkeypatch):
+    taken = commit.acquire
+    monkeypatch.setattr(
+        commit, "acquire", lambda *wanted: taken(*((kind, pk) for kind, pk in wanted if kind is not Lock.CELL))
+    )
+
+
+def same_watts_to_all(monkeypatch):
+    def book(ledger, node_id, delta_w, kind):
+        for n in ledger.tree.paths[ledger.tree.index[node_id]]:
+            ledger.changes[ledger.tree.keys[n]] += delta_w * int(ledger.tree.k[n, kind])
+
+    monkeypatch.setattr(power.Ledger, "book", book)
+
+
+def watts_twice(monkeypatch):
+    once = grants._raise_host
+
+    def twice(ledger, host, use, extra, target):
+        once(ledger, host, use, extra, target + max(0, target - host.reserved_w))
+
+    monkeypatch.setattr(grants, "_raise_host", twice)
+
+
+@pytest.mark.parametrize(
+    ("opening", "broken", "words"),
+    [
+        ("booked_meanwhile", without_the_cells_lock, "came onto GPUs"),
+        ("watts_for_some", same_watts_to_all, "sold of"),
+        ("watts_for_some", watts_twice, "was raised to"),
+    ],
+)
+def test_the_harness_sees_a_guard_that_is_gone(surgeon, monkeypatch, opening, broken, words):
+    monkeypatch.setattr(fault_run, "OPENINGS", (getattr(fault_openings, opening),))
+    broken(monkeypatch)
+    for seed in range(1, 100):
+        found = fault_run.once(seed, surgeon, steps=0, rest=False).violations
+        if found:
+            break
+    assert any(words in line for _, line in found), found
 
 
 @pytest.mark.full
@@ -202,6 +245,7 @@ ILLS = {
     "RAM": ("UPDATE marketplace_placement SET ram_mib = ram_mib + 1", "ram_mib"),
     "GPU sold twice": ("UPDATE marketplace_placement SET gpu_indices = '{0}'", "is sold"),
     "watts of a host": ("UPDATE marketplace_host SET reserved_w = 1100", "may draw"),
+    "watts granted twice": ("UPDATE marketplace_host SET reserved_w = reserved_w + 700", "was raised to"),
     "watts of a node": ("UPDATE marketplace_powernode SET reserved_mw = reserved_mw + 1", "booked"),
     "cap": ("UPDATE marketplace_powernode SET cap_w = 6000", "sold of"),
     "sleep that nobody proved": ("UPDATE marketplace_miner SET reserved_w = 25", "last proved"),

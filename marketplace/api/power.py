@@ -13,8 +13,9 @@ from rest_framework.response import Response
 from marketplace.api.base import Resource
 from marketplace.api.power_shapes import PowerNowShape, SiteMinutesShape
 from marketplace.errors import MarketError
-from marketplace.models import PowerGrant, PowerNode, Site
+from marketplace.models import PowerNode, Site
 from marketplace.services import feeds
+from marketplace.services.budgets import pending_w
 
 MAX_MINUTES = 24 * 60
 COLUMNS = (
@@ -33,7 +34,6 @@ class SitePower(Resource):
         row = self.row(site)
         nodes = row.power_nodes.select_related("parent").order_by("depth", "id")
         miners = row.miners.all()
-        pending = row.grants.filter(state=PowerGrant.State.SHEDDING).aggregate(w=Sum("delta_w"))["w"]
         prices = feeds.prices(row, now=timezone.now())
         return Response(
             {
@@ -45,7 +45,7 @@ class SitePower(Resource):
                     "awake": miners.exclude(desired_mode=0).count(),
                     "asleep": miners.filter(desired_mode=0).count(),
                 },
-                "pending_w": pending or 0,
+                "pending_w": pending_w([row.pk]).get(row.pk, 0),
                 "hashprice_microusd_per_ph_day": prices.hashprice_uusd if prices else None,
                 "energy_microusd_per_mwh": prices.energy_uusd_mwh if prices else None,
             }

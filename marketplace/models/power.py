@@ -28,7 +28,8 @@ class MeterReading(models.Model):
 class PowerGrant(TenantModel):
     """The watts of one host for one placement: reserved, then freed by sleeping miners, then granted.
 
-    `delta_w` is what the host's reservation grows by. While `shedding`, those watts are claimed from named miners.
+    `delta_w` is what the host's reservation grew by when it was placed, or would have without the others who waited there: a
+    record. What hosts are short of now is counted by host (`services.budgets`).
     """
 
     PREFIX = "grt"

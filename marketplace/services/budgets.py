@@ -11,8 +11,8 @@ from marketplace.arrays import Ints
 
 @dataclass(frozen=True)
 class NodeTable:
-    """Power nodes as columns [N], parents first. Watts in mW: `free` less what pending grants wait for; `reclaimable` from
-    machines that may be slept.
+    """Power nodes as columns [N], parents first. Watts in mW: `free` less what hosts with pending grants are short of
+    (`pending_w`); `reclaimable` from machines that may be slept.
     """
 
     ids: Ints
@@ -35,13 +35,28 @@ class NodeBudget:
     reclaimable_mw: int
 
 
+# What a host with pending grants is short of is a fact of the host: the watts of all GPUs of which somebody has, or waits for, a part,
+# less what is booked for it now. Who shares a GPU with another, or comes to a host that is raised for another, needs that much less,
+# and needs it himself once the other is gone.
+_SHORT = """
+WITH short AS (
+  SELECT h.site_id, h.power_node_id AS node, greatest(0, h.base_w + CASE WHEN h.cap_control
+    THEN u.active * h.gpu_max_w + (h.gpu_count - u.active) * h.gpu_min_w ELSE h.gpu_count * h.gpu_max_w END - h.reserved_w) AS watts
+  FROM (
+    SELECT g.host_id, bit_count(bit_or((SELECT coalesce(bit_or(1::bigint << i), 0) FROM unnest(p.gpu_indices) i))::bit(64)) AS active
+    FROM marketplace_powergrant g JOIN marketplace_placement p ON p.id = g.placement_id
+    WHERE g.state IN ('granted', 'shedding') AND g.host_id IN (
+      SELECT host_id FROM marketplace_powergrant WHERE site_id = ANY(%(sites)s) AND state = 'shedding')
+    GROUP BY 1
+  ) u JOIN marketplace_host h ON h.id = u.host_id
+)
+"""
+_BY_SITE = "SELECT site_id, sum(watts)::bigint FROM short GROUP BY 1"
 _NODES = """
-WITH tree AS (
+, tree AS (
   SELECT * FROM marketplace_powernode WHERE site_id = ANY(%(sites)s)
 ), pending AS (
-  SELECT h.power_node_id AS node, sum(g.delta_w)::bigint AS watts FROM marketplace_powergrant g
-  JOIN marketplace_host h ON h.id = g.host_id
-  WHERE g.site_id = ANY(%(sites)s) AND g.state = 'shedding' GROUP BY 1
+  SELECT node, sum(watts)::bigint AS watts FROM short GROUP BY 1
 ), awake AS (
   SELECT m.power_node_id AS node, sum(greatest(0, m.reserved_w - m.mode_watts[1]))::bigint AS watts
   FROM marketplace_miner m
@@ -63,7 +78,7 @@ FROM (
 
 def node_table(site_ids: Iterable[int]) -> NodeTable:
     """Every node of the sites, in one statement."""
-    found = arrays.columns(_NODES, {"sites": sorted(set(site_ids))})
+    found = arrays.columns(_SHORT + _NODES, {"sites": sorted(set(site_ids))})
     if found[0] is None:
         none = np.zeros(0, np.int64)
         return NodeTable(none, none, none, none, none, none)
@@ -74,6 +89,12 @@ def node_table(site_ids: Iterable[int]) -> NodeTable:
         np.add.at(pending, above[at], pending[at])
         np.add.at(awake, above[at], awake[at])
     return NodeTable(ids, above, site, k_gpu, free - pending * k_gpu, awake * k_miner)
+
+
+def pending_w(site_ids: Iterable[int]) -> dict[int, int]:
+    """W that each site's hosts are short of for the grants that are pending there; sites without any are left out."""
+    rows = arrays.execute(_SHORT + _BY_SITE, {"sites": sorted(set(site_ids))})
+    return dict(rows)
 
 
 def node_budgets(site_ids: Iterable[int]) -> dict[int, NodeBudget]:

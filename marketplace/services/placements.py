@@ -49,7 +49,7 @@ def wake_agents(site_ids: Iterable[int]) -> None:
 @dataclass(frozen=True)
 class Planned:
     """Replicas that a commit has admitted: columns [P]. `granted`: their watts are booked (else they wait for miners);
-    `delta_w`: what the host's reservation grows by.
+    `delta_w`: what the host's reservation grows by, for each as if it were the only one that waits there.
     """
 
     job: Ints

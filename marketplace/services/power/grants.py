@@ -124,7 +124,8 @@ def _save_hosts(hosts: Iterable[Host]) -> None:
 def grant_pending(site_id: int, *, now: datetime) -> list[int]:
     """Give waiting grants their watts, oldest first, as far as they fit; returns the placements granted.
 
-    A later small grant may pass an earlier large one only under nodes where the earlier asks for nothing.
+    A later small grant may pass an earlier large one only under nodes where the earlier asks for nothing. Those who wait on
+    one host keep their place in the queue together: for what the host is short of with all of them.
     """
     pending = list(
         PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING, placement__state="shedding")
@@ -141,18 +142,22 @@ def grant_pending(site_id: int, *, now: datetime) -> list[int]:
     ledger = Ledger.of(site_id)
     granted: list[int] = []
     touched: set[int] = set()
+    queued: dict[int, list[list[int]]] = defaultdict(list)  # host -> GPUs of each that was refused
+    kept: dict[int, int] = defaultdict(int)  # host -> W kept for those
     for row in pending:
-        host = hosts[row.host_id]
-        target = _needed(host, use[host.pk], row.placement.gpu_indices)
-        delta = max(0, target - host.reserved_w)
-        if ledger.refuses(host.power_node_id, delta) is not None:
-            for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]:  # keep its place in the queue
-                ledger.free[n] -= delta * int(ledger.tree.k[n, core.HOST])
-            continue
-        _raise_host(ledger, host, use[host.pk], row.placement.gpu_indices, target)
-        use[host.pk].append(row.placement.gpu_indices)
-        touched.add(host.pk)
-        granted.append(row.placement_id)
+        host, gpus = hosts[row.host_id], row.placement.gpu_indices
+        target = _needed(host, use[host.pk], gpus)
+        if ledger.refuses(host.power_node_id, max(0, target - host.reserved_w)) is None:
+            _raise_host(ledger, host, use[host.pk], gpus, target)
+            use[host.pk].append(gpus)
+            touched.add(host.pk)
+            granted.append(row.placement_id)
+        else:
+            queued[host.pk].append(gpus)
+        if queued[host.pk]:
+            short = max(0, _needed(host, [*use[host.pk], *queued[host.pk]]) - host.reserved_w)
+            ledger.keep(host.power_node_id, short - kept[host.pk])
+            kept[host.pk] = short
     PowerGrant.objects.filter(placement_id__in=granted, state=PowerGrant.State.SHEDDING).update(
         state=PowerGrant.State.GRANTED, granted_at=now
     )

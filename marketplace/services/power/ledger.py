@@ -54,6 +54,11 @@ class Ledger:
             self.free[n] -= mw
             self.changes[self.tree.keys[n]] += mw  # type: ignore[index]
 
+    def keep(self, node_id: int, watts: int) -> None:
+        """Leave `watts` (negative: no longer) of a host's at the node and all above it to who waits for them; nothing is booked."""
+        for n in self.tree.paths[self.tree.index[node_id]]:
+            self.free[n] -= watts * int(self.tree.k[n, core.HOST])
+
     def stale(self, now: datetime, *, unread: bool) -> bool:
         """Whether a metered node's meter is silent. `unread`: one that has never reported counts, too."""
         fresh = timedelta(seconds=FRESH_S)

@@ -14,12 +14,13 @@ from django.db import transaction
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, ShedClaim, Site
 from marketplace.services import curtailments, drains, feeds, leases, placements, power, sheds, site_minutes
+from marketplace.services.availability import WATTS_S
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
 from scheduler.core import power as core
 
 SLOW = timedelta(minutes=5)
-PATIENCE = timedelta(minutes=5)  # for watts that miners were asked for
+PATIENCE = timedelta(seconds=WATTS_S)  # for watts that miners were asked for
 DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
 CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
 WAKE_PERMILLE = 100  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
@@ -43,9 +44,9 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         changed = curtailments.apply(site, now=now)
         done |= power.settle_miners(site_id, now=now)
         done["lowered_w"] = power.lower_hosts(site_id)
+        give_up(site, now=now)  # first: what would be granted later than that would also end later than was promised
         granted = power.grant_pending(site_id, now=now) if power.may_grant(power.Ledger.of(site_id), now=now) else []
         placements.grant(granted, now=now)
-        give_up(site, now=now)
         done["drained"] = len(sheds.relieve(site_id, now=now))
         done["granted"] = len(granted)
         if granted or changed or done.get("again"):
@@ -67,7 +68,7 @@ def give_up(site: Site, *, now: datetime) -> None:
     """Whose watts have not come free for long queues again, and may find them elsewhere: the job, or of a gang that runs only the
     replicas that were to join it. The caller holds the site's lock.
     """
-    late = Placement.objects.filter(site=site, state="shedding", created_at__lt=now - PATIENCE).order_by("pk")
+    late = Placement.objects.filter(site=site, state="shedding", created_at__lte=now - PATIENCE).order_by("pk")
     if late:
         drains.take_off(late, now=now, actor="power", reason="not_started: the watts did not come free")
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from marketplace import prepared
-from marketplace.services.availability import LAG_S
+from marketplace.services.availability import LAG_S, WATTS_S
 from scheduler.core.types import Kind, Running
 
 KINDS: Final = {"reserved": Kind.FIRM, "flexible": Kind.FLEXIBLE, "on_demand": Kind.ON_DEMAND, "spot": Kind.SPOT}
@@ -29,18 +29,20 @@ class Row(NamedTuple):
     priority: int
     since: int
     replicas: int
-    limit: int
+    limit: int  # and the grace after it; 0 = none
     grace_end: int | None  # of one that drains
     saved: int  # newest checkpoint, 0 = it told of none
     contract: int
     least: int  # replicas with which its gang goes on, 0 = it goes whole
 
 
+# What does not run yet begins now, if it has waited longer for its watts than anybody may: it starts slowly (an image is fetched).
 # What of a gang that may shrink is done counts towards its least (services.replicas.may_lose).
 _RUNNING = """
 SELECT p.id, p.job_id, p.organization_id, c.kind, p.host_id, p.gpu_indices, p.gpu_milli, p.vcpu_milli, p.ram_mib, p.nvme_gib,
-  p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM coalesce(p.running_at, p.created_at)))::bigint,
-  j.replicas, coalesce(j.max_seconds, 0),
+  p.vram_mib, coalesce(c.limit_price, 0), j.priority, floor(extract(epoch FROM
+    coalesce(p.running_at, greatest(p.created_at, %(now)s - make_interval(secs => %(watts_s)s)))))::bigint,
+  j.replicas, coalesce(j.max_seconds + j.checkpoint_grace_s, 0),
   CASE WHEN p.state = 'draining' THEN floor(extract(epoch FROM p.release_requested_at))::bigint + j.checkpoint_grace_s END,
   coalesce(floor(extract(epoch FROM j.checkpointed_at)), 0)::bigint, p.contract_id,
   CASE WHEN j.on_replica_loss = 'shrink' AND j.state = 'running' AND j.cancel_requested_at IS NULL THEN
@@ -66,7 +68,7 @@ def running(
     """
     now_s = int(now.timestamp())
     row_of = {pk: i for i, pk in enumerate(hosts)}
-    rows = [Row(*row) for row in prepared.rows(_RUNNING, {"cell": cell_id})]
+    rows = [Row(*row) for row in prepared.rows(_RUNNING, {"cell": cell_id, "now": now, "watts_s": WATTS_S})]
     return [_running(p, reserved, row_of[p.host], now_s) for p in rows if p.host in row_of]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from math import gcd
 
-from django.db.models import Q
+from django.db.models import F, Q
 
 from marketplace.models import Gpu, Host, Kind, Listing, Placement, Reservation, ReservationBlock, Site
 from scheduler.core import capacity
@@ -23,7 +23,10 @@ from scheduler.core.capacity import FOREVER, Admission, Claim, Hosts, Pool, Shap
 
 CHECKPOINT_GRACE_S = 60  # what runs there as spot may use this to write its checkpoint, after its notice
 SHED_LEAD_S = 60  # miners asleep and confirmed by readings, before the GPUs start
-LAG_S = 120  # most that passes before a placed job runs (miners shed), and from its limit until its GPUs are back
+# A placed job's GPUs are back so long after its limit and its grace, at most, and that is what is promised to whoever comes next:
+# it may have waited `WATTS_S` for its watts (miners shed; then it goes, see scheduler.site_loop), the rest is its start and its end.
+LAG_S = 120
+WATTS_S = 90
 BEGAN = ("running_at", "created_at")
 HOLDING = (Kind.RESERVED, Kind.FLEXIBLE)  # kinds that hold capacity
 NOW_WINDOW = timedelta(hours=1)  # "free now" means: for all of the next hour
@@ -193,14 +196,20 @@ def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[in
 
 def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = False) -> dict[int, dict[int, int]]:
     """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out. With
-    `limits` a job's own time limit ends it, too, `LAG_S` later at most.
+    `limits` a job's own time limit and the grace after it end it, too, `LAG_S` later at most.
     """
     live = (
         Placement.objects.filter(host_id__in=host_ids)
         .exclude(state__in=Placement.FINAL)
         .exclude(contract__kind=Kind.SPOT)
         .values_list(
-            "host_id", "gpu_indices", "contract_id", "contract__kind", "contract__ends_at", "job__max_seconds", *BEGAN
+            "host_id",
+            "gpu_indices",
+            "contract_id",
+            "contract__kind",
+            "contract__ends_at",
+            F("job__max_seconds") + F("job__checkpoint_grace_s"),
+            *BEGAN,
         )
     )
     rows = list(live)

@@ -23,6 +23,7 @@ from scheduler.standing import LAG_S
 from tests import factories as f
 from tests.factories import NOW
 
+STAYS_S = LAG_S + 30  # beyond its limit, at most: with the grace that a job has unless it says so
 AHEAD = 24  # hours for which work without an end is taken to stand (reserved.CLAIM_AHEAD)
 POLICY = Policy(unknown_s=AHEAD)
 CORE = {"host": Level.HOST, "leaf": Level.LEAF, "spine": Level.SPINE, "site": Level.SITE}
@@ -311,14 +312,14 @@ class Lent:
 def test_gpus_are_lent_until_their_claim_to_who_is_gone_by_then():
     here = Lent()
     here.reserve()
-    long = here.submit(gpus=8, max_seconds=7201 - LAG_S)
+    long = here.submit(gpus=8, max_seconds=7201 - STAYS_S)
     endless = here.submit()
     cycle.run(here.site.cell_id, now=NOW)
     assert here.gpus(long) == []
     decision = Decision.objects.get(job=long)
     assert decision.reason == "RESERVED_SOON"
     assert here.gpus(endless) == [[0, 1, 2, 3]]
-    short = here.submit(max_seconds=7200 - LAG_S)
+    short = here.submit(max_seconds=7200 - STAYS_S)
     cycle.run(here.site.cell_id, now=NOW)
     assert here.gpus(short) == [[4, 5, 6, 7]]
     assert holds.disturbed(Reservation.objects.all(), NOW) == set()  # it is gone in time: nothing need move

@@ -12,9 +12,11 @@ from scheduler import commit, cycle, rules, site_loop, snapshot
 from scheduler.core.plan import plan
 from scheduler.core.types import Level, Reason, Topology
 from scheduler.models import Decision
-from scheduler.snapshot import LAG_S
+from scheduler.standing import LAG_S
 from tests import factories as f
 from tests.factories import NOW
+
+STAYS_S = LAG_S + 30  # beyond its limit, at most: with the grace that a job has unless it says so
 
 pytestmark = pytest.mark.django_db
 
@@ -214,8 +216,8 @@ def test_taints_keep_all_but_tolerant_jobs_away():
 def test_a_host_that_leaves_takes_what_ends_before_and_nothing_else():
     market = Market(hosts=1)
     drains.drain_host(market.hosts[0], reason="fan", actor=market.boss, now=NOW, by=at(3600))
-    fits = market.submit(max_seconds=3600 - LAG_S)  # it may begin so much later, and is gone at the hour all the same
-    long = market.submit(max_seconds=3601 - LAG_S)
+    fits = market.submit(max_seconds=3600 - STAYS_S)  # it may begin so much later, and is gone at the hour all the same
+    long = market.submit(max_seconds=3601 - STAYS_S)
     endless = market.submit()
     market.cycle()
     assert [bool(market.where(job)) for job in (fits, long, endless)] == [True, False, False]
@@ -228,7 +230,7 @@ def test_a_host_that_leaves_takes_what_ends_before_and_nothing_else():
 
 def test_the_commit_reads_the_hour_that_is_said_now():
     market = Market(hosts=1)
-    fits, long = market.submit(max_seconds=600 - LAG_S), market.submit(max_seconds=601 - LAG_S)
+    fits, long = market.submit(max_seconds=600 - STAYS_S), market.submit(max_seconds=601 - STAYS_S)
     cell = market.site.cell
     taken = snapshot.take(cell, now=NOW)
     made = plan(taken.fleet, taken.requests, policy=taken.policy, now_s=int(NOW.timestamp()))

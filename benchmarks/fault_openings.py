@@ -140,11 +140,12 @@ def _lacking(yard: Yard) -> dict[int, int]:
 def _carries(yard: Yard, free_w: dict[int, int]) -> None:
     """Each node carries what is booked there, and so much more."""
     for node in PowerNode.objects.filter(site_id=yard.pk):
-        _cap(yard, node, -(-node.reserved_mw // 1000) + node.fixed_w + node.margin_w + free_w[node.pk])
+        _cap(yard, node, (-(-node.reserved_mw // 1000) + node.fixed_w + free_w[node.pk]) * 100 // 98 + 1)
 
 
 def _cap(yard: Yard, node: PowerNode, watts: int) -> None:
-    PowerNode.objects.filter(pk=node.pk).update(cap_w=watts)
+    """With the margin that goes with it: 2 % where the node is metered."""
+    PowerNode.objects.filter(pk=node.pk).update(cap_w=watts, margin_w=-(-watts * 20 // 1000))
     yard.nodes[node.name].cap_w = watts
 
 

@@ -22,7 +22,7 @@ from marketplace import tasks as market_tasks
 from marketplace.models import Agent, Contract, Curtailment, Host, Job, Placement, Reservation, Site
 from marketplace.services import agents, contracts, jobs, sites
 from marketplace.tenancy import SYSTEM
-from scheduler import fleet, site_loop
+from scheduler import site_loop, snapshot
 from scheduler.tasks import tick_cells
 from tests import factories
 
@@ -85,7 +85,7 @@ def clean() -> None:
                 cursor.execute(f"DELETE FROM {name}")
         again = ", ".join(f"setval('{number}', 1, false)" for number in tables.values() if number)
         cursor.execute(f"SELECT {again}")
-    fleet.forget()  # what is kept of another run's cell 1 is not this one's
+    snapshot.forget()  # what is kept of another run's cell 1 is not this one's
 
 
 def once(seed: int, surgeon: Surgeon, *, steps: int = STEPS, rest: bool = True) -> Outcome:

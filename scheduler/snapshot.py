@@ -46,7 +46,7 @@ class Waiting(NamedTuple):
     gpu_models: list[str]
     topology: str
     topology_required: bool
-    max_seconds: int | None
+    lasts_s: int | None  # most that it stands: its limit and its grace
     queued_s: int
     contract_kind: str
     contract_gpus: int
@@ -69,9 +69,9 @@ WITH turn AS (
   ORDER BY turn, j.queued_at, j.id LIMIT %(limit)s
 )
 SELECT j.id, j.organization_id, j.contract_id, j.priority, j.replicas, j.gpus, j.gpu_milli, j.vram_mib, j.vcpu_milli,
-  j.ram_mib, j.nvme_gib, j.gpu_models, j.topology, j.topology_required, j.max_seconds,
-  floor(extract(epoch FROM coalesce(j.queued_at, j.created_at)))::bigint, c.kind, c.gpu_count, c.listing_id,
-  o.fair_share_weight, o.gpu_limit, j.ruled
+  j.ram_mib, j.nvme_gib, j.gpu_models, j.topology, j.topology_required,
+  j.max_seconds + j.checkpoint_grace_s, floor(extract(epoch FROM coalesce(j.queued_at, j.created_at)))::bigint, c.kind,
+  c.gpu_count, c.listing_id, o.fair_share_weight, o.gpu_limit, j.ruled
 FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c ON c.id = j.contract_id
 JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
 """
@@ -105,7 +105,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     nodes = node_table(sites.tolist())
     repairs = rules.repairs(cell.pk)
     jobs = _waiting(cell, now, repairs)
-    begun, ahead = reservations(cell.pk, now, max((job.max_seconds or 0 for job in jobs), default=0))
+    begun, ahead = reservations(cell.pk, now, max((job.lasts_s or 0 for job in jobs), default=0))
     reserved = Parts(hosts, begun)
     model_of = hosts.models[0]
     fleet = _fleet(hosts, reserved, ahead, nodes, _site_flags(sites, now)[site_of])
@@ -113,7 +113,8 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
-    policy = Policy(shapes=_mix(cell, jobs), usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S)
+    mix = _mix(cell, jobs, model_of)
+    policy = Policy(shapes=mix, usage_scale=capacity, backfill_depth=settings.PROMISED_STARTS, lag_s=LAG_S)
     taints = hosts.names.taints
     rules.bind(requests, fleet, host_of, ruled=ruled, taints=taints, mended=repairs, now=now, policy=policy)
     _pack(requests, fleet, hosts, reserved)
@@ -207,11 +208,24 @@ def _requests(
     jobs: list[Waiting], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
 ) -> list[Request]:
     reserved = {contract for by_contract in claims.values() for contract in by_contract}
-    models = prepared.rows("SELECT name, id FROM marketplace_gpumodel WHERE id = ANY(%s)", [list(model_of)])
-    names = {name: model_of[pk] for name, pk in models}
+    names = _model_names(model_of)
     used, by_org = _held_milli({job.organization_id for job in jobs})
     made = [_request(job, reserved, names, used, by_org) for job in jobs]
     return made if may_preempt else [replace(request, may_preempt=False) for request in made]
+
+
+def _model_names(model_of: dict[int, int]) -> dict[str, int]:
+    """GPU model's name -> its position in the models mask."""
+    rows = prepared.rows("SELECT name, id FROM marketplace_gpumodel WHERE id = ANY(%s)", [list(model_of)])
+    return {name: model_of[pk] for name, pk in rows}
+
+
+def _models(named: list[str], names: dict[str, int]) -> int:
+    """The models mask of a job that names these; a name that the cell does not have is a bit that no host has."""
+    mask = 0
+    for name in named:
+        mask |= 1 << names.get(name, 62)
+    return mask
 
 
 def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
@@ -279,9 +293,6 @@ def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:
 def _request(
     job: Waiting, reserved: set[int], names: dict[str, int], used: Counter[int], by_org: Counter[int]
 ) -> Request:
-    mask = 0
-    for name in job.gpu_models:
-        mask |= 1 << names.get(name, 62)
     return Request(
         job=job.id,
         org=job.organization_id,
@@ -295,7 +306,7 @@ def _request(
         gpus=job.gpus,
         gpu_milli=job.gpu_milli,
         vram=job.vram_mib,
-        models=mask,
+        models=_models(job.gpu_models, names),
         topology=rules.topology_of(job.topology, job.topology_required),
         queued_at=job.queued_s,
         weight=job.fair_share_weight * 1000,
@@ -303,29 +314,55 @@ def _request(
         quota_milli=max(0, job.contract_gpus * 1000 - used[job.contract_id]),
         limit_milli=max(0, job.gpu_limit * 1000 - by_org[job.organization_id]),
         may_preempt=job.contract_kind != "spot",
-        duration_s=job.max_seconds or 0,
+        duration_s=job.lasts_s or 0,
     )
 
 
 _MIX = """
-SELECT vcpu_milli, ram_mib, gpus, gpu_milli, 0, sum(replicas)::bigint, count(*), max(id) FROM (
-  SELECT * FROM marketplace_job WHERE cell_id = %s ORDER BY id DESC LIMIT %s
-) newest GROUP BY 1, 2, 3, 4 ORDER BY 6 DESC, 1, 2, 3, 4
+SELECT vcpu_milli, ram_mib, gpus, gpu_milli, gpu_models, gpu_model_id, sum(replicas)::bigint, count(*), max(id) FROM (
+  SELECT j.id, j.vcpu_milli, j.ram_mib, j.gpus, j.gpu_milli, j.gpu_models, l.gpu_model_id, j.replicas FROM marketplace_job j
+  JOIN marketplace_contract c ON c.id = j.contract_id JOIN marketplace_listing l ON l.id = c.listing_id
+  WHERE j.cell_id = %s ORDER BY j.id DESC LIMIT %s
+) newest GROUP BY 1, 2, 3, 4, 5, 6
 """
 Mix = tuple[tuple[int, int, int, int, int, int], ...]
-_mixes: dict[int, tuple[int, Mix]] = {}  # cell -> (the job from which on it is counted anew, the mix)
 
 
-def _mix(cell: Cell, jobs: list[Waiting]) -> Mix | None:
-    """Shapes of the newest jobs with their counts: the mix for which fragmentation is priced. None without history.
+class _Counted(NamedTuple):
+    """A cell's mix, for GPU models of these positions, and the job from which on it is counted anew."""
+
+    mix: Mix
+    models: dict[int, int]
+    again: int
+
+
+_mixes: dict[int, _Counted] = {}  # by cell
+
+
+def _mix(cell: Cell, jobs: list[Waiting], model_of: dict[int, int]) -> Mix | None:
+    """Shapes of the newest jobs with their counts, most frequent first: the mix for which fragmentation is priced. None without
+    history. A job that names no GPU model has that of its listing: nothing else is offered there.
 
     Counted anew when one in MIX_STEP of them is another.
     """
-    newest = max((job.id for job in jobs), default=0)
-    again, mix = _mixes.get(cell.pk, (0, ()))
-    if newest >= again:
-        found = prepared.rows(_MIX, [cell.pk, MIX_JOBS])
-        mix = tuple(row[:6] for row in found)
-        again = max((row[7] for row in found), default=0) + max(1, sum(row[6] for row in found) // MIX_STEP)
-        _mixes[cell.pk] = again, mix
-    return mix or None
+    known = _mixes.get(cell.pk)
+    if known is None or known.models != model_of or max((job.id for job in jobs), default=0) >= known.again:
+        known = _mixes[cell.pk] = _counted(prepared.rows(_MIX, [cell.pk, MIX_JOBS]), model_of)
+    return known.mix or None
+
+
+def forget() -> None:
+    """Drops what this process keeps of cells: their hosts and their mixes."""
+    _mixes.clear()
+    cells.forget()
+
+
+def _counted(rows: list[tuple[Any, ...]], model_of: dict[int, int]) -> _Counted:
+    names = _model_names(model_of) if rows else {}
+    count: Counter[tuple[int, int, int, int, int]] = Counter()
+    for cpu, ram, gpus, milli, named, listed, replicas, *_ in rows:
+        mask = _models(named, names) or (1 << model_of[listed] if listed in model_of else 0)
+        count[cpu, ram, gpus, milli, mask if gpus else 0] += replicas
+    mix = tuple((*shape, n) for shape, n in sorted(count.items(), key=lambda item: (-item[1], item[0])))
+    jobs, newest = sum(row[7] for row in rows), max((row[8] for row in rows), default=0)
+    return _Counted(mix, model_of, newest + max(1, jobs // MIX_STEP))

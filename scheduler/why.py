@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from scheduler import record, said, snapshot, words
 from scheduler.core.case import Case, Window
 from scheduler.core.changes import Change, changes, reserved
 from scheduler.core.choice import Choice, choice
-from scheduler.core.types import Kind, Request
+from scheduler.core.types import WHOLE, Kind, Request
 from scheduler.models import CycleRecord, Decision
 from scheduler.packed import UnreadableError
 from scheduler.reserved import CLAIM_AHEAD
@@ -121,7 +121,7 @@ def _waits(job: Job, decision: Decision, staff: bool, now: datetime) -> dict[str
     )
     told = _Told(job, scene, request, listings, None if staff else mine)
     held = words.reason(decision.reason) in said.ROOM and reserved(scene.case, job.pk, windows)
-    kept = [told.change(c) for c in found if _holds(c, scene.case)]
+    kept = [told.change(c) for c in found if _holds(c, scene.case) and told.can_say(c)]
     notes = (
         "" if scene.recorded else "The last cycle was not recorded: this is how things stand now.",
         "" if kept else "No single change that was tried would make it fit.",
@@ -181,16 +181,27 @@ def _windows(case: Case, now: datetime) -> list[Window]:
 
 
 def _holds(c: Change, case: Case) -> bool:
-    """Whether a later start is free of reservations that the case does not know yet: those beyond its horizon."""
-    if not c.start:
+    """Whether it is free of reservations that the case does not know: those beyond its horizon, which a later start, or one for
+    longer, may meet. Of each host its GPUs must stay clear of those reserved, and what it takes of the rest is its GPUs' share.
+    """
+    request = c.request
+    stays = timedelta(seconds=request.duration_s) if request.duration_s else AHEAD
+    spot = request.kind == Kind.SPOT  # it gives way
+    by = datetime.fromtimestamp((c.start or case.now_s) + case.policy.lag_s, UTC) + (timedelta() if spot else stays)
+    mine = {int(case.fleet.host_id[row]): mask for row, mask in zip(c.hosts, c.gpus, strict=True)}
+    later = ReservationBlock.objects.filter(host_id__in=mine, reservation__state="firm")
+    later = later.filter(reservation__claims_at__gt=_seen(case), reservation__claims_at__lte=by).select_related("host")
+    return not any(_crosses(request, mine[block.host_id], block) for block in later)
+
+
+def _crosses(r: Request, mask: int, block: ReservationBlock) -> bool:
+    """Whether a replica on these GPUs stands on some of the block's, or takes of the host's CPU, RAM and NVMe what goes with them."""
+    if any(mask >> gpu & 1 for gpu in block.gpu_indices):
         return True
-    stays = timedelta(seconds=c.request.duration_s) if c.request.duration_s else AHEAD
-    by = datetime.fromtimestamp(c.start + case.policy.lag_s, UTC) + (
-        timedelta() if c.request.kind == Kind.SPOT else stays
-    )
-    hosts = [int(case.fleet.host_id[h]) for h in c.hosts]
-    later = ReservationBlock.objects.filter(host_id__in=hosts, reservation__state="firm")
-    return not later.filter(reservation__claims_at__gt=_seen(case), reservation__claims_at__lte=by).exists()
+    host, others = block.host, block.host.gpu_count - len(block.gpu_indices)
+    used = mask.bit_count() // r.gpus if r.gpus and r.gpu_milli == WHOLE else r.replicas  # replicas there, at most
+    shares = ((r.cpu, host.vcpu_milli), (r.ram, host.ram_mib), (r.nvme, host.nvme_gib))
+    return any(used * ask * host.gpu_count > total * min(others, mask.bit_count() or others) for ask, total in shares)
 
 
 def _seen(case: Case) -> datetime:
@@ -205,12 +216,22 @@ class _Told:
     def __init__(
         self, job: Job, scene: Scene, request: Request, listings: dict[int, Listing], mine: Collection[int] | None
     ) -> None:
-        self.job, self.case, self.was, self.listings, self.mine = job, scene.case, request, listings, mine
+        self.job, self.case, self.listings, self.mine = job, scene.case, listings, mine
+        self.was = self._asked(request)
         self.models = GpuModel.objects.in_bulk(scene.models)
         self.model_at = scene.models
 
+    def can_say(self, c: Change) -> bool:
+        """A length that leaves no time beside the grace is no time limit."""
+        return c.kind != "duration" or c.request.duration_s > self.job.checkpoint_grace_s
+
+    def _asked(self, r: Request) -> Request:
+        """The request as its owner writes it: the planner's length is the time limit and the grace after it."""
+        return replace(r, duration_s=max(0, r.duration_s - self.job.checkpoint_grace_s))
+
     def change(self, c: Change) -> dict[str, Any]:
         """One suggestion. `starts_at` None: now."""
+        c = c._replace(request=self._asked(c.request))
         names = self._where(c)
         starts = datetime.fromtimestamp(c.start, UTC) if c.start else None
         if starts:

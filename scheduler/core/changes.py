@@ -32,7 +32,8 @@ _ROUND: Final = {"cpu": 500, "ram": 1024, "nvme": 10, "vram": 1024, "gpu_milli":
 
 class Change(NamedTuple):
     """`request`: the job as it would have to be. `start`: when it then starts, seconds; 0 = now. `hosts`: the rows where
-    it goes. `jobs`: whose end it waits for, `rows`: reserved rows whose window must be over.
+    it goes, `gpus`: a bit mask of those that it gets on each. `jobs`: whose end it waits for, `rows`: reserved rows whose
+    window must be over.
 
     Kinds: gpus, split (as many GPUs in smaller replicas), replicas, share, cpu, ram, nvme, vram (less of it); model, site,
     listing (elsewhere); topology, nvlink, spread, near, apart, affinity (looser; the last is both of those before it); taints
@@ -45,6 +46,11 @@ class Change(NamedTuple):
     hosts: tuple[int, ...] = ()
     jobs: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
+    gpus: tuple[int, ...] = ()
+
+    def at(self, found: dict[int, int]) -> Change:
+        """It, with where it goes."""
+        return self._replace(hosts=tuple(found), gpus=tuple(found.values()))
 
 
 def changes(
@@ -67,8 +73,8 @@ def changes(
     search = _Search(case, request)
     if not len(case.fleet):
         return []
-    if hosts := search.in_queue(request):
-        return [Change("now", request, hosts=hosts)]
+    if found_at := search.in_queue(request):
+        return [Change("now", request).at(found_at)]
     found = [search.later(windows), search.one_end(may_name)]
     if not request.members:  # the rest of the gang runs: what it lost can be neither smaller nor elsewhere
         found = [*search.smaller(), *search.elsewhere(pools), *search.looser(), *found]
@@ -103,13 +109,17 @@ class _Search:
         made = replace(at, requests=[request], running=[], policy=self.quick).plan()
         return bool(made.placements)
 
-    def in_queue(self, request: Request, case: Case | None = None, *, evict: bool = False) -> tuple[int, ...]:
-        """The rows on which the planner places it among all who wait; () when it does not."""
+    def in_queue(self, request: Request, case: Case | None = None, *, evict: bool = False) -> dict[int, int]:
+        """The rows on which the planner places it among all who wait, with its GPUs there as a bit mask; {} when it does not."""
         at = case or self.case
         mine = replace(request, may_preempt=evict)
         queue = [mine if r.job == mine.job else r for r in at.requests]
         made = replace(at, requests=queue, policy=self.quiet).plan()
-        return tuple(dict.fromkeys(p.host for p in made.placements if p.job == mine.job))
+        found: dict[int, int] = {}
+        for p in made.placements:
+            if p.job == mine.job:
+                found[p.host] = found.get(p.host, 0) | sum(1 << gpu for gpu in p.gpus)
+        return found
 
     def least(self, kind: str, options: Sequence[Request]) -> Change | None:
         """The first of `options`, from the least change to the most, that is placed."""
@@ -124,7 +134,7 @@ class _Search:
                 low = middle + 1
         for option in options[low : low + MORE_TRIES]:
             if hosts := self.in_queue(option):
-                return Change(kind, option, hosts=hosts)
+                return Change(kind, option).at(hosts)
         return None
 
     def any_of(self, kind: str, options: Iterable[Request]) -> list[Change]:
@@ -132,7 +142,7 @@ class _Search:
         found: list[Change] = []
         for option in options:
             if self.alone(option) and (hosts := self.in_queue(option)):
-                found.append(Change(kind, option, hosts=hosts))
+                found.append(Change(kind, option).at(hosts))
                 if len(found) == MAX_OTHERS:
                     break
         return found
@@ -206,7 +216,7 @@ class _Search:
         if me.kind == Kind.SPOT:
             firm = replace(me, kind=Kind.ON_DEMAND)
             if hosts := self.in_queue(firm, evict=True):
-                yield Change("contract", firm, hosts=hosts)
+                yield Change("contract", firm).at(hosts)
         yield from self._untied()
         if self.case.fleet.taints.any():
             yield self.least("taints", [replace(me, tolerates=KNOWN_TAINTS)])
@@ -231,7 +241,7 @@ class _Search:
         for time in sorted((t for t in times if t > begins), reverse=True)[:MAX_LIMITS]:
             limited = case.lasting(me, time - begins)
             if (not me.duration_s or limited.duration_s < me.duration_s) and (hosts := self.in_queue(limited)):
-                return Change("duration", limited, hosts=hosts)
+                return Change("duration", limited).at(hosts)
         return None
 
     # --- later
@@ -257,7 +267,8 @@ class _Search:
             if hosts := self.in_queue(*then(time)):
                 jobs = tuple(dict.fromkeys(r.job for r in case.running if r.ends_at == time))
                 rows = tuple(w.row for w in windows if w.ends_at == time)
-                return Change("window" if rows and not jobs else "ends", self.as_it_is, time, hosts, jobs, rows)
+                kind = "window" if rows and not jobs else "ends"
+                return Change(kind, self.as_it_is, time, jobs=jobs, rows=rows).at(hosts)
         return None
 
     def one_end(self, may_name: Callable[[int], bool]) -> Change | None:
@@ -274,7 +285,7 @@ class _Search:
             ended = self.case.without(_of(job))
             mine = self.among(ended)
             if self.alone(mine, ended) and (hosts := self.in_queue(mine, ended)):
-                return Change("job", me, 0, hosts, (job,))
+                return Change("job", me, jobs=(job,)).at(hosts)
         return None
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from marketplace.models import Agent, BillingStanding, Host, Reservation, ReservationBlock
+from marketplace.models import Agent, BillingStanding, Host, Placement, Reservation, ReservationBlock
 from marketplace.services import jobs
 from scheduler import cycle, fleet, snapshot
 from scheduler.core.types import HostFlag, Level
@@ -142,3 +142,60 @@ def test_a_gang_without_gpus_waits_for_the_smallest_part_of_the_fabric_that_coul
     assert (len(where[2]), where[4], where[6]) == (1, set(), set())
     waits = jobs_of[4].decision
     assert (waits.reason, waits.binding) == ("TOPOLOGY", "topology, short by 1")
+
+
+def test_the_mix_knows_the_models_that_are_asked_for_and_leaves_them_to_those_who_insist():
+    """Two hosts in one listing; many insist on the first's model. Who does not goes to the other, though it stands behind."""
+    site = f.site()
+    f.host(site, "h0")
+    f.host(site, "h1", gpu_model=f.gpu_model("A100-SXM"))
+    f.agent(site, last_sync_at=NOW, lease_until=NOW + timedelta(minutes=15))
+    listing = f.listing(site, hosts=Host.objects.all(), gpu_model=None)
+    contract = f.contract(listing, f.organization(), gpu_count=16)
+    ask = {"command": ["true"], "gpus": 1, "vcpu_milli": 8000, "ram_mib": 1024}
+
+    def first_goes_to(**more):
+        job = jobs.submit(f.actor(contract.organization), contract, {**ask, **more}, now=NOW)
+        taken = snapshot.take(site.cell, now=NOW)
+        (placed,) = cycle._plan(taken).placements
+        job.state = "cancelled"
+        job.save()
+        return taken.host_of[placed.host], taken
+
+    first, second = Host.objects.order_by("name").values_list("pk", flat=True)
+    assert first_goes_to()[0] == first
+    for _ in range(8):
+        f.job(contract, state="succeeded", gpu_models=["H100-SXM"], **ask)
+    f.job(contract, state="succeeded", gpu_models=["nobody has it"], replicas=2, **ask)
+    f.job(contract, state="succeeded", **{**ask, "gpus": 0})
+    where, taken = first_goes_to()
+    h100 = 1 << taken.model_of[Host.objects.get(pk=first).gpu_model_id]
+    assert taken.policy.shapes == (
+        (8000, 1024, 1, 1000, h100, 8), (8000, 1024, 1, 1000, 0, 2), (8000, 1024, 1, 1000, 1 << 62, 2),
+        (8000, 1024, 0, 1000, 0, 1),
+    )  # fmt: skip
+    assert where == second
+    assert first_goes_to(gpu_models=["H100-SXM"])[0] == first
+    listing.gpu_model = Host.objects.get(pk=first).gpu_model  # all of them are of one: so is who names none
+    listing.save()
+    assert first_goes_to()[1].policy.shapes[0] == (8000, 1024, 1, 1000, h100, 9 + 3)
+
+
+def test_a_share_that_names_no_vram_holds_its_part_of_it_and_who_names_it_holds_that(market):
+    site, host, contract = market
+    ask = {"command": ["true"], "gpus": 1, "gpu_milli": 250, "vcpu_milli": 1000, "ram_mib": 1024}
+    quarter, named = (
+        jobs.submit(f.actor(contract.organization), contract, {**ask, **more}, now=NOW)
+        for more in ({}, {"vram_mib": 30_000})
+    )
+    cycle.run(site.cell_id, now=NOW)
+    held = dict(Placement.objects.values_list("job_id", "vram_mib"))
+    assert held == {quarter.pk: host.vram_mib // 4, named.pk: 30_000}
+    host.refresh_from_db()
+    assert host.vram_mib - host.vram_free[0] == host.vram_mib // 4 + 30_000
+    # VRAM is what it lacks now, not the GPU: half of one is free.
+    much = jobs.submit(f.actor(contract.organization), contract, {**ask, "vram_mib": 40_000}, now=NOW)
+    Host.objects.update(gpu_free=[500] + [0] * 7, vram_free=[host.vram_free[0]] + [0] * 7)
+    fleet.forget()
+    cycle.run(site.cell_id, now=NOW)
+    assert much.decision.reason == "NO_VRAM"

@@ -9,7 +9,7 @@ from django.core.cache import cache
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
-from marketplace.models import Agent, BillingStanding, Contract, Job, Placement
+from marketplace.models import Agent, BillingStanding, Contract, Host, Job, Placement, Reservation, ReservationBlock
 from marketplace.services import jobs
 from scheduler import cycle, why, words
 from scheduler.core.types import Reason
@@ -83,6 +83,29 @@ def test_what_a_waiting_job_is_told_would_make_it_fit_does(market, kind, before,
     again = submit(agreed, **changed)
     assert run(market, 1).jobs_placed == 1
     assert Placement.objects.filter(job=again).count() == changed.get("replicas", 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "takes", "said"),
+    [("its own", {}, False), ("others", {}, True), ("others", {"vcpu_milli": 97_000}, False)],
+)
+def test_a_later_start_is_said_only_where_nobody_has_reserved_its_gpus_by_then(market, where, takes, said):
+    """A reservation that no plan of today knows yet, on the GPUs on which it would stand, on others of the host, or with their CPU."""
+    day = 86_400
+    Host.objects.filter(name="h1").update(state="draining")
+    agreed = contract(market)
+    short, endless = submit(agreed, gpus=4, max_seconds=2 * day), submit(agreed, gpus=4)
+    run(market)
+    waiting = submit(agreed, gpus=4, max_seconds=day, **takes)
+    run(market, 5)
+    assert "ends" in by_kind(why.explain(waiting))
+    begins = NOW + timedelta(days=2, hours=6)
+    made = Reservation.objects.create(
+        listing=market, state="firm", claims_at=begins, starts_at=begins, ends_at=begins + timedelta(days=1)
+    )
+    on = Placement.objects.get(job=short if where == "its own" else endless)
+    ReservationBlock.objects.create(reservation=made, host=on.host, gpu_indices=on.gpu_indices)
+    assert ("ends" in by_kind(why.explain(waiting, fresh=True))) is said
 
 
 def test_strangers_are_not_named_to_a_customer_but_to_our_own_people(market):

@@ -168,7 +168,8 @@ class _Numbered(Canvas):
 
     def __init__(self, title: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._paper, self._pages = title, []
+        self._paper = title
+        self._pages: list[dict[str, Any]] = []
 
     def showPage(self) -> None:  # noqa: N802 - reportlab's name
         self._pages.append(dict(self.__dict__))

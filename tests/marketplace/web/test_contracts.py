@@ -51,7 +51,7 @@ def test_a_contract_is_extended_and_grows_on_its_page(market, browser, signed):
     answer = client.post(f"{here}/amend", {"kind": "resize", "gpu_count": "8"})
     page = text(client.post(f"{answer.url}/accept", follow=True))
     assert "4 GPUs more from" in page
-    assert page.count("/documents/doc_") == 3
+    assert page.count("/documents/doc_") == 3 * 2  # each as a page and as PDF
     page = text(client.post(f"{here}/amend", {"kind": "resize", "gpu_count": "64"}, follow=True))
     assert "16 GPUs in all would fit" in page
     assert "New end: is needed." in text(client.post(f"{here}/amend", {"kind": "extend"}, follow=True))

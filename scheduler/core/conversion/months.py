@@ -104,12 +104,11 @@ class Life:
         self.site, self.hall = site, hall
         self.fleet = tuple(sorted(hall.miners, key=lambda b: (Fraction(b.watts, b.ghs), b.model)))
         self.kept, self.sold = _split(self.fleet, hall.keep_w)
-        self._hashing = lru_cache(maxsize=None)(self._hashing_of)
-
-    @property
-    def capital_cents(self) -> int:
-        """What its conversion takes: the hall, and the GPUs where they are ours."""
-        return self.hall.capex_cents + _gpus(self.site.income, self.hall.it_w)
+        self.capital_cents = hall.capex_cents + _gpus(
+            site.income, hall.it_w
+        )  # the hall, and the GPUs where they are ours
+        # A month is the same whatever the start: only how far the ramp has come tells them apart.
+        self._hashes, self._lives = lru_cache(maxsize=None)(self._hashes_on), lru_cache(maxsize=None)(self._live_at)
 
     def path(self, start: int | None) -> list[Month]:
         """Its months, when permits are applied for in month `start`; None: it hashes on."""
@@ -118,28 +117,34 @@ class Life:
     def _month(self, start: int | None, t: int) -> Month:
         hall, site = self.hall, self.site
         now = phase(hall, start, t, site.term_months)
-        capital = -self._capital(start, t)
         if now in ("hashing", "permit and orders"):
-            watts, cents = self._hashing(self.fleet, hall.gross_w, t)
-            return Month(t, 0, watts, 0, hashing_cents=cents, capital_cents=capital)
+            capital = self._capital(start, t)
+            return replace(self._hashes(t), capital_cents=-capital) if capital else self._hashes(t)
         assert start is not None
         built = start + max(hall.permit_months, hall.lead_months)
-        live = built + hall.build_months + hall.commission_months
         if now in ("building", "commissioning"):
             resale = self._resale(t) if t == built else 0
-            return Month(t, 0, 0, hall.gross_w, capital_cents=capital, resale_cents=resale)
+            return Month(t, 0, 0, hall.gross_w, capital_cents=-self._capital(start, t), resale_cents=resale)
         if now == "term over":
-            watts, cents = self._hashing(self.kept, hall.gross_w, t)
-            return Month(t, 0, watts, 0, hashing_cents=cents)
-        share = site.target_permille * min(t - live + 1, max(1, site.ramp_months))
-        it = hall.it_w * share // (1000 * max(1, site.ramp_months))
+            return self._lives(t, 0)
+        live = built + hall.build_months + hall.commission_months
+        return self._lives(t, min(t - live + 1, max(1, site.ramp_months)))
+
+    def _hashes_on(self, t: int) -> Month:
+        """Month t with the whole fleet."""
+        watts, cents = self._hashing(self.fleet, self.hall.gross_w, t)
+        return Month(t, 0, watts, 0, hashing_cents=cents)
+
+    def _live_at(self, t: int, step: int) -> Month:
+        """Month t, live, `step` months into its ramp; 0: its term is over."""
+        hall, site = self.hall, self.site
+        it = hall.it_w * site.target_permille * step // (1000 * max(1, site.ramp_months))
         drawn = -(-it * hall.pue_permille // 1000)
         watts, cents = self._hashing(self.kept, hall.gross_w - drawn, t)
         earned, running, pays_energy = _income(site.income, hall.it_w, it, t)
-        energy = (
-            _cents(Fraction(drawn * HOURS * energy_uusd_mwh(site.market, t), 10**6 * CENTS_UUSD)) if pays_energy else 0
-        )
-        return Month(t, drawn, watts, 0, earned, cents, -energy, -running, capital)
+        price = energy_uusd_mwh(site.market, t)
+        energy = _cents(Fraction(drawn * HOURS * price, 10**6 * CENTS_UUSD)) if pays_energy else 0
+        return Month(t, drawn, watts, 0, earned, cents, -energy, -running)
 
     def _capital(self, start: int | None, t: int) -> int:
         """Cents paid in month t: the deposit at the start, the rest in equal parts over the building."""
@@ -160,7 +165,7 @@ class Life:
         keeps = Fraction(1000 - self.site.market.resale_permille_month, 1000) ** t
         return _cents(sum(b.count * b.resale_cents for b in self.sold) * keeps)
 
-    def _hashing_of(self, fleet: tuple[Batch, ...], meter_w: int, t: int) -> tuple[int, int]:
+    def _hashing(self, fleet: tuple[Batch, ...], meter_w: int, t: int) -> tuple[int, int]:
         """(watts at the meter, cents) of the machines that earn more than they cost, the most efficient first."""
         market, pue = self.site.market, self.hall.mining_pue_permille
         price, energy = hashprice(market, t), energy_uusd_mwh(market, t)

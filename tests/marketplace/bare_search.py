@@ -124,13 +124,13 @@ def _term(wanted: Filters, start: datetime) -> Q | None:
 
 
 def _large_enough(wanted: Filters) -> Q:
-    """Only listings whose working hosts could hold the block if all were free: what the capacity core need not look at."""
+    """Only listings whose hosts could hold the block if all were up and free: what the capacity core need not look at."""
     if wanted.count is None:
         return Q()
-    up = Host.objects.filter(listing=OuterRef("pk"), state=Host.State.ACTIVE)
+    hosts = Host.objects.filter(listing=OuterRef("pk"))
     if wanted.level == "host":
-        return Q(Exists(up.filter(gpu_count__gte=wanted.count)))
-    total = up.order_by().values("listing").annotate(gpus=Sum("gpu_count"))
+        return Q(Exists(hosts.filter(gpu_count__gte=wanted.count)))
+    total = hosts.order_by().values("listing").annotate(gpus=Sum("gpu_count"))
     return Q(Exists(total.filter(gpus__gte=wanted.count)))
 
 

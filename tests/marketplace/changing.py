@@ -114,7 +114,7 @@ class Market:
             listing.partners.add(self.friend)
 
     def hold(self, **fields):
-        host = self.dice.choice(list(Host.objects.exclude(listing=None)))
+        host = self.dice.choice(list(Host.objects.exclude(listing=None).order_by("pk")))
         start = NOW + self.dice.randrange(-3, 6) * HOUR
         made = Reservation.objects.create(
             listing_id=host.listing_id, starts_at=start, claims_at=start - self.dice.choice([0, 1]) * HOUR,
@@ -127,8 +127,8 @@ class Market:
     def change(self, now):
         """One thing that may happen to the market."""
         dice = self.dice
-        listing = dice.choice(list(Listing.objects.all()))
-        one, host = Listing.objects.filter(pk=listing.pk), dice.choice(list(Host.objects.exclude(listing=None)))
+        listing = dice.choice(list(Listing.objects.order_by("pk")))
+        one, host = Listing.objects.filter(pk=listing.pk), dice.choice(list(Host.objects.exclude(listing=None).order_by("pk")))
         kind = dice.choice([
             "offer", "price", "state", "partners", "hours", "gone", "hold", "quoted", "release", "shorten", "renumber", "run", "own",
             "end", "contract", "gpu", "host", "move", "retire", "delete", "site", "mode", "model", "cell", "beat", "undone",

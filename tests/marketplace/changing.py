@@ -128,7 +128,10 @@ class Market:
         """One thing that may happen to the market."""
         dice = self.dice
         listing = dice.choice(list(Listing.objects.order_by("pk")))
-        one, host = Listing.objects.filter(pk=listing.pk), dice.choice(list(Host.objects.exclude(listing=None).order_by("pk")))
+        one, host = (
+            Listing.objects.filter(pk=listing.pk),
+            dice.choice(list(Host.objects.exclude(listing=None).order_by("pk"))),
+        )
         kind = dice.choice([
             "offer", "price", "state", "partners", "hours", "gone", "hold", "quoted", "release", "shorten", "renumber", "run", "own",
             "end", "contract", "gpu", "host", "move", "retire", "delete", "site", "mode", "model", "cell", "beat", "undone",

@@ -107,10 +107,6 @@ def watts_for_some(world: World, dice: random.Random, surgeon: Surgeon) -> Said:
     yard = dice.choice(yards)
     listing = world.listings[world.yards.index(yard)]
     contract = _by_the_hour().filter(listing=listing).order_by("-gpu_count")[0]
-    yield (
-        "sync",
-        plain(lambda: _synced(world, yard)),
-    )  # its meters and hosts have spoken before anybody is asked for watts
     before = {n.pk: n for n in PowerNode.objects.filter(site_id=yard.pk)}
     _carries(yard, dict.fromkeys(before, 0))
     for host in listing.hosts.order_by("pk"):

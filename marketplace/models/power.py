@@ -81,6 +81,7 @@ class ShedBatch(models.Model):
     commanded_at = models.DateTimeField()
     before = models.JSONField(default=dict, help_text="Residual by node id, W")
     silent = ArrayField(models.CharField(max_length=24), default=list, help_text="Devices that gave no reading then")
+    answered = models.JSONField(default=dict, help_text="Of those: what each drew when it first spoke again, W")
     closed_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:

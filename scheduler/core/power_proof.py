@@ -13,7 +13,7 @@ docs/adr/0011-confirmed-by-meter.md for the lags, the noise and what a meter can
 API::
 
     residuals_mw(tree, meters, devices)                 -> {node: mW} for the metered nodes given
-    rise_mw(tree, now, before, returned)                -> {node: mW} since `before`, devices that came back not counted
+    rise_mw(tree, now, before, devices, answered)       -> {node: mW} since `before`, devices that came back not counted
     error_mw(tree, devices)                             -> int64[nodes], what r may move by itself
     agrees(tree, claims, rise, error)                   -> {claim key: True | False}
     calm(tree, devices)                                 -> bool[nodes]: nothing below can hide a rise by its own ramp
@@ -98,19 +98,24 @@ def residuals_mw(tree: PowerTree, meters: Mapping[Node, int], devices: Devices) 
 
 
 def rise_mw(
-    tree: PowerTree, now: Mapping[Node, int], before: Mapping[Node, int], devices: Devices, silent: Sequence[Hashable]
+    tree: PowerTree,
+    now: Mapping[Node, int],
+    before: Mapping[Node, int],
+    devices: Devices,
+    answered: Mapping[Hashable, int],
 ) -> dict[Node, int]:
     """How far the residuals stand above `before`, at the nodes with both.
 
-    A device that was silent before (`silent`) and answers now admits to watts that were part of the residual then: its
-    reading is added back, or it would hide as much. One that fell silent since counts as drawing nothing: nobody says
-    otherwise, and the rise is not believed away.
+    A device that was silent before and answers now admits to watts that were part of the residual then: they are added
+    back, or it would hide as much. How many they were nobody knows; `answered` (device -> W) is its first reading since.
+    What it draws now may be more: its meter and its own reading have risen alike since it speaks. One that fell silent
+    since counts as drawing nothing: nobody says otherwise, and the rise is not believed away.
     """
     added = np.zeros(len(tree.keys), np.int64)
-    if silent:
-        were = set(silent)
-        back = np.fromiter((key in were for key in devices.key), np.bool_, len(devices.key))
-        added = reserved_mw(tree, devices.load(tree, back & devices.known))
+    if answered:
+        first = np.fromiter((answered.get(key, 0) for key in devices.key), np.int64, len(devices.key))
+        back = devices.known & (first > 0)
+        added = reserved_mw(tree, Load.of(tree, devices.node[back], devices.kind[back], first[back]))
     return {n: now[n] - mw + int(added[n]) for n, mw in before.items() if n in now}
 
 

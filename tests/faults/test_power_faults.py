@@ -36,6 +36,22 @@ def test_honest_machines_give_their_watts_within_a_minute_and_take_them_back(yar
     assert Miner.objects.filter(state="ok").count() == 14
 
 
+def test_a_host_heard_only_after_the_command_may_draw_what_it_was_granted():
+    """Its watts were part of what the meter saw and nobody admitted to; what it draws later was not, and is in no margin."""
+    yard = Yard()
+    yard.silent = {"h1", "h2"}
+    yard.turn(3)
+    before = dict(PowerNode.objects.values_list("name", "margin_w"))
+    jobs = [yard.submit(), yard.submit()]
+    yard.turn()
+    yard.silent = set()
+    yard.until(lambda: all(yard.state(job) == "running" for job in jobs), seconds=120)
+    for _ in range(24):
+        yard.turn()
+        assert dict(PowerNode.objects.values_list("name", "margin_w")) == before
+    assert ShedBatch.objects.exclude(answered={}).exists()
+
+
 # --- acks, no drop: once more with a fresh session; mark unresponsive; choose a replacement; never grant on it
 def asked(yard, job_gpus=8):
     """Submit a job; the machines that are asked for its watts, before they have heard of it."""

@@ -59,7 +59,7 @@ class Yard:
         self.actor = f.actor(customer)
         self.now, self.sequence = NOW, 0
         self.link = self.control = True
-        self.silent = set()  # miners that give no reading
+        self.silent = set()  # miners and hosts that give no reading
         self.generation, self.wanted = {}, {}  # of each miner, as applied
         self.host_generation = {}
         self.work = {}  # placement pk -> (generation, state)
@@ -129,6 +129,7 @@ class Yard:
                 "measured_w": round(float(physics.hosts.watts()[h])), "limits_w": physics.hosts.limits(h), "gpu_errors": [],
             }
             for h, name in enumerate(physics.hosts.names)
+            if name not in self.silent
         ]  # fmt: skip
         meters = [(name, w, datetime.fromtimestamp(at, UTC)) for name, w, at in physics.meters() if at]
         rows = {

@@ -75,6 +75,20 @@ class Look:
                     rows,
                 )
 
+    def hear(self) -> None:
+        """Keep what devices draw that speak for the first time since a batch found them silent. The caller holds the site's lock."""
+        now = {
+            k: int(w)
+            for k, w, known in zip(self.devices.key, self.devices.watts, self.devices.known, strict=True)
+            if known
+        }
+        waiting = ShedBatch.objects.filter(site_id=self.ledger.site_id, closed_at=None).exclude(silent=[])
+        for batch in waiting:
+            news = {key: now[key] for key in batch.silent if key in now and key not in batch.answered}
+            if news:
+                batch.answered |= news
+                batch.save(update_fields=["answered"])
+
     def metered_above(self, node_id: int) -> list[int]:
         """Positions of the nodes at and above that have a meter, nearest first, fresh or not."""
         tree = self.ledger.tree
@@ -90,7 +104,7 @@ class Look:
     def rise(self, batch: ShedBatch, residual: dict[int, int]) -> dict[int, int]:
         tree = self.ledger.tree
         before = {tree.index[int(pk)]: 1000 * w for pk, w in batch.before.items() if int(pk) in tree.index}
-        return proof.rise_mw(tree, residual, before, self.devices, batch.silent)
+        return proof.rise_mw(tree, residual, before, self.devices, batch.answered)
 
     def doubted(
         self, since: datetime, silent: Sequence[str], miners: Sequence[Miner], doubts: dict[int, datetime]

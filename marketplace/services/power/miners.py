@@ -121,6 +121,7 @@ def settle_miners(site_id: int, *, now: datetime) -> dict[str, int]:
     miners = list(Miner.objects.filter(site_id=site_id).order_by("pk").select_for_update(no_key=True))
     look = Look.of(ledger, miners, now=now)
     look.remember()
+    look.hear()
     by_id = {m.pk: m for m in miners}
     claims = {
         c.miner_id: c

@@ -69,10 +69,10 @@ def test_lies_of_several_batches_add_up_until_they_are_told_apart():
     before = {PDU: 0}
     now = proof.residuals_mw(t, {PDU: 3_600}, devices(miner("liar", 25), miner("honest", 75)))
     for key in ("liar", "honest"):
-        rise = proof.rise_mw(t, now, before, devices(), [])
+        rise = proof.rise_mw(t, now, before, devices(), {})
         assert proof.agrees(t, [proof.Claim(key, PDU, 3500, True)], rise, error) == {key: False}
     later = {PDU: 3_500_000}  # what is commanded now knows of the lie already, and is not held up by it
-    rise = proof.rise_mw(t, now, later, devices(), [])
+    rise = proof.rise_mw(t, now, later, devices(), {})
     assert proof.agrees(t, [proof.Claim("next", PDU, 3500, True)], rise, error) == {"next": True}
 
 
@@ -82,14 +82,27 @@ def test_a_device_that_comes_back_does_not_hide_its_watts():
     before = {PDU: 3_500_000}  # m1 read 3500; `back` drew 3500 and said nothing
     now = proof.residuals_mw(t, {PDU: 7_025}, here)  # m1 lies: the meter has not moved
     assert now[PDU] == 3_500_000  # as if nothing had happened
-    assert proof.rise_mw(t, now, before, here, ["back"])[PDU] == 3_500_000
+    assert proof.rise_mw(t, now, before, here, {"back": 3500})[PDU] == 3_500_000
+
+
+def test_what_a_device_draws_after_it_came_back_was_not_part_of_what_was_seen_before():
+    """A host that idled unseen at 500 W, spoke, was granted watts and draws 4,300: the meter and its reading rose alike."""
+    t = tree()
+    here = devices(miner("m1", 25), miner("host", 4300))
+    now = proof.residuals_mw(t, {PDU: 4_325}, here)
+    assert proof.rise_mw(t, now, {PDU: 500_000}, here, {"host": 500})[PDU] == 0
+    unheard = devices(
+        miner("m1", 25), miner("host", 4300, known=False)
+    )  # it fell silent once more: nobody says otherwise
+    now = proof.residuals_mw(t, {PDU: 4_325}, unheard)
+    assert proof.rise_mw(t, now, {PDU: 500_000}, unheard, {"host": 500})[PDU] == 3_800_000
 
 
 def test_a_device_that_falls_silent_explains_nothing():
     t = tree()
     gone = devices(miner("m1", 25), miner("gone", 3500, known=False))
     now = proof.residuals_mw(t, {PDU: 3_525}, gone)
-    assert proof.rise_mw(t, now, {PDU: 0}, gone, [])[PDU] == 3_500_000
+    assert proof.rise_mw(t, now, {PDU: 0}, gone, {})[PDU] == 3_500_000
 
 
 def test_calm_is_every_device_answering_and_none_on_its_way():
@@ -241,7 +254,7 @@ class Model:
             for i, c in mine.items():
                 c["low"] = c["low"] + 1 if read[i] <= 0.15 * TOP else 0
             table = [proof.Claim(i, self.home[i], c["base"] - SLEEP, c["low"] > 0) for i, c in mine.items()]
-            rise = proof.rise_mw(self.tree, residual, before, seen, [])
+            rise = proof.rise_mw(self.tree, residual, before, seen, {})
             agreed = proof.agrees(self.tree, table, rise, error)
             proved = []
             for i, yes in agreed.items():
@@ -275,7 +288,7 @@ class Model:
             doubted += [i for i in self.failed if self.doubt[i] >= c["at"]]
             above = [max(0, self.booked[i] - read[i]) for i in doubted]
             held = Load.of(self.tree, [self.home[i] for i in doubted], [MINER] * len(doubted), above)
-            rises.append((proof.rise_mw(self.tree, settled, c["before"], seen, []), held))
+            rises.append((proof.rise_mw(self.tree, settled, c["before"], seen, {}), held))
         self.hidden = proof.unexplained_mw(self.tree, rises)
 
     def free(self):

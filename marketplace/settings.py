@@ -151,6 +151,7 @@ CELERY_BEAT_SCHEDULE = {
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
     "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
+    "spot-record": {"task": "marketplace.tasks.forget_spot", "schedule": 60.0, "options": {"expires": 60}},
     "screening": {"task": "marketplace.tasks.tick_screening", "schedule": 30.0, "options": {"expires": 30}},
     "bids": {"task": "marketplace.tasks.tick_bids", "schedule": 30.0, "options": {"expires": 30}},
     "reliability": {"task": "marketplace.tasks.roll_reliability", "schedule": 900.0, "options": {"expires": 900}},
@@ -248,6 +249,9 @@ CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
 SPOT_LEAD_SECONDS = env.int("SPOT_LEAD_SECONDS", default=120)
 if not 0 < SPOT_LEAD_SECONDS < 300:
     raise ImproperlyConfigured(f"SPOT_LEAD_SECONDS is {SPOT_LEAD_SECONDS}: 1 to 299, less than an interval")
+SPOT_HISTORY_DAYS = max(
+    62, env.int("SPOT_HISTORY_DAYS", default=180)
+)  # a month, and the one in which its bill is looked at
 
 # --- moves that make room for jobs that wait (scheduler.defrag)
 DEFRAG_SECONDS = max(0, env.int("DEFRAG_SECONDS", default=60))

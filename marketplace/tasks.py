@@ -18,6 +18,7 @@ from marketplace.services import (
     saved_notices,
     screening,
     spot,
+    spot_record,
     verifications,
 )
 from marketplace.services.forward import bids, notices, sales, topics
@@ -77,6 +78,12 @@ def tick_bids() -> None:
 def tick_spot() -> None:
     """Every spot market: prices that are due, and who has lost leaves."""
     spot.ask()
+
+
+@shared_task
+def forget_spot() -> int:
+    """Spot intervals that are older than they are kept."""
+    return spot_record.forget(timezone.now())
 
 
 @shared_task

@@ -4,7 +4,7 @@ from django.db import models
 from django.db.models import F, Q
 
 from marketplace.models.accounts import Organization, User
-from marketplace.models.sites import GpuModel, Site
+from marketplace.models.sites import GpuModel, Host, Site
 from marketplace.tenancy import Actor, TenantModel, TenantQuerySet
 
 
@@ -91,6 +91,13 @@ class Listing(TenantModel):
 
     def __str__(self) -> str:
         return self.title
+
+    def offered_hosts(self) -> models.QuerySet[Host]:
+        """Hosts that stand behind the offer, in service or not: its own, or those on which a resale has GPUs set aside."""
+        behind = Q(listing=self)
+        if self.is_resale:
+            behind = Q(reservation_blocks__reservation__resale__listing=self)
+        return Host.objects.filter(behind).exclude(state=Host.State.RETIRED).distinct()
 
     def price_of(self, kind: str) -> int | None:
         """Millionths of the major unit per GPU-hour; None where the kind is not offered."""

@@ -141,9 +141,9 @@ def _set_aside(
     at: dict[tuple[int, int], int] = {}
     for block in blocks.order_by("pk"):
         host, resale = block.host, block.reservation.resale
-        stays = host.leaves_at is not None and host.leaves_at >= resale.ends_at
+        stays = host.back_at is not None or (host.leaves_at is not None and host.leaves_at >= resale.ends_at)
         up = host.site.mode != Site.Mode.OFF and (
-            host.state == Host.State.ACTIVE or (host.state == Host.State.DRAINING and stays)
+            host.state == Host.State.ACTIVE or host.back_at is not None or (host.state == Host.State.DRAINING and stays)
         )
         sick = set(host.gpus.filter(healthy=False).values_list("index", flat=True))
         rows.append(

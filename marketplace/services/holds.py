@@ -133,7 +133,11 @@ def neighbours(reservation: Reservation, level: str) -> Collection[int] | None:
     own_hosts = Host.objects.filter(reservation_blocks__reservation=reservation)
     if level == "host":
         return list(own_hosts.values_list("pk", flat=True))
-    return list(hosts.filter(**{f"{level}__in": own_hosts.values(level)}).values_list("pk", flat=True))
+    # A leaf's name is its own within its spine alone; a host without a name is a place of its own.
+    names = ("spine", "leaf") if level == "leaf" else ("spine",)
+    own = {pk: place for pk, *place in own_hosts.values_list("pk", *names)}
+    there = [place for place in own.values() if all(place)]
+    return [pk for pk, *place in hosts.order_by("pk").values_list("pk", *names) if pk in own or place in there]
 
 
 def cut(contract: Contract, ends_at: datetime) -> None:

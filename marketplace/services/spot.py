@@ -1,4 +1,5 @@
-"""The spot market: closes each interval once, tells who lost, and lets them leave. The only writer of SpotInterval, -Result, -Notice.
+"""The spot market: closes each interval once, tells who lost, and lets them leave. The only writer of SpotInterval, -Result, -Notice
+(`services.spot_record` takes old ones away).
 
 Rules (the auction's own: scheduler.core.auction; why a listing is a market: ADR 16).
   - An interval is five minutes. Its price is made `settings.SPOT_LEAD_SECONDS` before it begins, from the contracts with jobs that

@@ -375,7 +375,7 @@ def bounds_of(host: Host) -> tuple[core.Bound, ...]:
 
 def of_listing(listing: Listing) -> tuple[int, int, list[HostVerification]]:
     """(hosts verified, hosts on offer, their rows by host) of a listing."""
-    hosts = listing.hosts.exclude(state=Host.State.RETIRED)
+    hosts = listing.offered_hosts()
     rows = HostVerification.objects.filter(host__in=hosts).select_related("run").order_by("host_id")
     found = list(rows)
     return sum(row.state == HostVerification.State.VERIFIED for row in found), hosts.count(), found

@@ -25,7 +25,7 @@ PAGE_SIZE = 12
 FILTER_WORDS = {
     "gpu_model": "GPU model", "vram_min_mib": "GPU memory", "price_max": "price", "count": "number of GPUs", "end": "term",
     "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "reliability_min": "reliability", "kind": "contract",
-    "verified": "verified", "availability": "window and number of GPUs",
+    "verified": "verified", "resale": "who sells", "availability": "window and number of GPUs",
 }  # fmt: skip
 PARAMETER = {"vram_min_mib": "vram_min"}
 FACET_WORDS = {
@@ -172,7 +172,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
     free = calendars.shown(row, request.GET, now, stock["site"].total, loaded)
     if getattr(request, "htmx", False) and request.htmx.target == "free":  # type: ignore[attr-defined]
         return varied(render(request, "part/calendar.html", {"row": row, "free": free}))
-    host = row.hosts.exclude(state=Host.State.RETIRED).order_by("id").first()
+    host = row.offered_hosts().order_by("id").first()
     response = render(
         request,
         "listing.html",

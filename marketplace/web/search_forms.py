@@ -42,6 +42,10 @@ class SearchForm(forms.Form):
     kind = forms.ChoiceField(
         label="Contract", required=False, choices=[("", "Any contract"), *((k, kind_words(k)) for k in Kind.values)]
     )
+    resale = forms.ChoiceField(
+        label="Sold by", required=False,
+        choices=[("", "Anybody"), ("no", "Operators"), ("yes", "Customers who sell on")],
+    )  # fmt: skip
     where = forms.CharField(required=False, max_length=2000, widget=forms.HiddenInput)  # comparisons of a saved search
 
     def filters(self) -> search.Filters:
@@ -61,6 +65,7 @@ class SearchForm(forms.Form):
             verified=asked["verified"],
             reliability_min=None if asked["reliability_min"] is None else int(asked["reliability_min"] * 10),
             kind=asked["kind"] or None,
+            resale={"yes": True, "no": False}.get(asked["resale"]),
             where=search.comparisons(asked["where"]),
         )
 
@@ -78,6 +83,7 @@ class SearchForm(forms.Form):
             "vram_min": None if wanted.vram_min_mib is None else -(-wanted.vram_min_mib // 1024),
             "fabric_gbps_min": wanted.fabric_gbps_min, "carbon_max_g": wanted.carbon_max_g,
             "verified": "on" if wanted.verified else None,
+            "resale": None if wanted.resale is None else "yes" if wanted.resale else "no",
             "reliability_min": None if wanted.reliability_min is None else f"{Decimal(wanted.reliability_min) / 10:f}",
             "where": ",".join(str(each) for each in wanted.where), "sort": sort if sort != "price" else None,
         }  # fmt: skip

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 from django.db import IntegrityError, connection, transaction
 
-from marketplace.models import AuditEvent, Contract, ContractDocument, OutboxMessage, TermsAcceptance
-from marketplace.services import availability, contracts, documents, jobs
+from marketplace.models import AuditEvent, Contract, ContractDocument, OutboxMessage, ReservationBlock, TermsAcceptance
+from marketplace.services import availability, contracts, documents, holds, jobs
 from scheduler.core import capacity
 from tests import factories
 from tests.factories import NOW
@@ -323,3 +323,23 @@ def test_every_version_of_the_terms_can_be_read():
     assert all(documents.terms(version).html for version in documents.VERSIONS)
     refused("not_found", documents.terms, "1999-01-01")
     assert list(documents.VERSIONS) == sorted(documents.VERSIONS)
+
+
+def test_more_gpus_come_from_the_same_leaf_and_not_from_one_of_the_same_name_under_another_spine():
+    site = factories.site()
+    near, same, far = (
+        factories.host(site, spine=spine, leaf=leaf)
+        for spine, leaf in (("spine-1", "leaf-1"), ("spine-1", "leaf-1"), ("spine-2", "leaf-1"))
+    )
+    bare = [factories.host(site, spine="", leaf="") for _ in range(2)]  # no name, no neighbour
+    listing = factories.listing(site, hosts=[near, same, far, *bare])
+    customer = factories.organization()
+    contract = accept(customer, ask(customer, listing, gpus=8, level="leaf"))
+    reservation = contract.reservation
+    for host, leaf, spine in (
+        (near, {near.pk, same.pk}, {near.pk, same.pk}), (far, {far.pk}, {far.pk}), (bare[0], {bare[0].pk}, {bare[0].pk})
+    ):  # fmt: skip
+        ReservationBlock.objects.filter(reservation=reservation).update(host=host)
+        assert set(holds.neighbours(reservation, "leaf")) == leaf
+        assert set(holds.neighbours(reservation, "spine")) == spine
+        assert holds.neighbours(reservation, "site") is None

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from datetime import datetime
 
-from django.db.models import Q
+from django.db.models import F, Q
 
 from marketplace.models import Listing, Maintenance, MaintenanceHost, Quote
 
@@ -47,14 +47,21 @@ def joined(windows: Collection[Window]) -> list[Window]:
 def upcoming(
     listing_ids: Collection[int], now: datetime, *, starts_at: datetime | None = None, ends_at: datetime | None = None
 ) -> dict[int, list[Maintenance]]:
-    """{listing: announced and running maintenance of hosts that it offers, soonest first}, of those that touch the window."""
+    """{listing: announced and running maintenance of hosts that it offers, soonest first}, of those that touch the window; of a resale
+    those that touch its own window.
+    """
     rows = MaintenanceHost.objects.filter(
-        host__listing_id__in=list(listing_ids), maintenance__state__in=Maintenance.LIVE,
-        maintenance__ends_at__gt=max(now, starts_at or now), given_back_at=None,
-    )  # fmt: skip
+        maintenance__state__in=Maintenance.LIVE, maintenance__ends_at__gt=max(now, starts_at or now), given_back_at=None
+    )
     if ends_at is not None:
         rows = rows.filter(maintenance__starts_at__lt=ends_at)
-    pairs = set(rows.values_list("host__listing_id", "maintenance_id"))
+    wanted, resale = list(listing_ids), "host__reservation_blocks__reservation__resale"
+    pairs = set(rows.filter(host__listing_id__in=wanted).values_list("host__listing_id", "maintenance_id"))
+    aside = rows.filter(
+        **{f"{resale}__listing_id__in": wanted},
+        maintenance__starts_at__lt=F(f"{resale}__ends_at"), maintenance__ends_at__gt=F(f"{resale}__starts_at"),
+    )  # fmt: skip
+    pairs |= set(aside.values_list(f"{resale}__listing_id", "maintenance_id"))
     known = Maintenance.objects.in_bulk({pk for _, pk in pairs})
     found: dict[int, list[Maintenance]] = defaultdict(list)
     for listing, pk in sorted(pairs, key=lambda pair: (known[pair[1]].starts_at, pair[1])):

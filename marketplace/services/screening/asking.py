@@ -3,10 +3,11 @@
 import logging
 from datetime import datetime, timedelta
 
-from django.db.models import Q
+from django.db.models import Count, Exists, OuterRef, Q, Subquery
+from django.db.models.functions import Coalesce
 
 from marketplace import outbox
-from marketplace.models import Screening
+from marketplace.models import BillingStanding, Contract, Organization, Screening
 from marketplace.services.screening import providers, records
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def tick(now: datetime) -> int:
 
     Bounded batches; each step is guarded, so that any number may run beside each other.
     """
-    done = 0
+    done = _unbegun(now)
     clear = Screening.objects.filter(state=Screening.State.CLEAR)
     for row in clear.filter(valid_until__lte=now).order_by("pk")[:BATCH]:
         done += records.expire(row, now=now)
@@ -65,6 +66,19 @@ def tick(now: datetime) -> int:
         outbox.emit(records.ASK, key=str(pk), payload={"screening": pk})
         done += 1
     return done
+
+
+def _unbegun(now: datetime) -> int:
+    """Who could sign or be paid out before there were checks, or before one of today's kinds was among them: theirs begin."""
+    each = Screening.objects.filter(organization=OuterRef("pk")).order_by().values("organization")
+    have = Coalesce(Subquery(each.annotate(n=Count("pk")).values("n")), 0)
+    could = Q(standing__isnull=False) & ~Q(standing__state=BillingStanding.State.NO_CARD)
+    could |= Exists(Contract.objects.filter(operator=OuterRef("pk")))
+    rows = Organization.objects.annotate(checks=have).filter(could, livemode=True, is_house=False)
+    found = list(rows.filter(checks__lt=len(Screening.Kind.values)).order_by("pk")[:BATCH])
+    for row in found:
+        records.begin(row, now=now)
+    return len(found)
 
 
 def _newer_lists(now: datetime) -> int:

@@ -249,9 +249,7 @@ CYCLE_RECORD_KEEP = max(1, env.int("CYCLE_RECORD_KEEP", default=10_000))
 SPOT_LEAD_SECONDS = env.int("SPOT_LEAD_SECONDS", default=120)
 if not 0 < SPOT_LEAD_SECONDS < 300:
     raise ImproperlyConfigured(f"SPOT_LEAD_SECONDS is {SPOT_LEAD_SECONDS}: 1 to 299, less than an interval")
-SPOT_HISTORY_DAYS = max(
-    62, env.int("SPOT_HISTORY_DAYS", default=180)
-)  # a month, and the one in which its bill is looked at
+SPOT_HISTORY_DAYS = max(62, env.int("SPOT_HISTORY_DAYS", default=180))  # a month, and that of its bill
 
 # --- moves that make room for jobs that wait (scheduler.defrag)
 DEFRAG_SECONDS = max(0, env.int("DEFRAG_SECONDS", default=60))

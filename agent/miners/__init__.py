@@ -37,6 +37,16 @@ class Capabilities:
     modes: tuple[tuple[str, int, int], ...]  # (name, W, GH/s), index 0 is sleep
 
 
+@dataclass(frozen=True)
+class Pool:
+    """A pool that a machine hashes for. `quota`: of its group among the groups."""
+
+    url: str
+    user: str
+    alive: bool
+    quota: int
+
+
 class MinerDriver(Protocol):
     """One miner. Every call has its own timeout and raises MinerError; an acknowledgement is not a watt."""
 

@@ -1,4 +1,9 @@
-"""LuxOS over TCP 4028: one JSON object per connection, privileged commands under a session."""
+"""LuxOS over TCP 4028: JSON, privileged commands under a session.
+
+Commands: version config profiles pools groups stats power for what is, logon curtail profileset logoff for what shall be, session
+to see who holds the only session there is. A session ends after a minute without use; sessions guard against two who configure
+at once, not against enemies (docs.luxor.tech/firmware/api/sessions).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agent.miners import Capabilities, Identity, MinerError, MinerReading
+from agent.miners import Capabilities, Identity, MinerError, MinerReading, Pool
+from agent.miners.line import Line
 
-MAX_ANSWER = 1024 * 1024
+PAUSE_S = 1.0  # before asking again for a session that somebody else holds
 
 
 class LuxosMiner:
     """A miner at (host, port). `modes` is its ladder [(name, W, GH/s)], index 0 is sleep; other names are profiles."""
 
     def __init__(self, host: str, port: int, modes: Sequence[Sequence[Any]], *, timeout_s: float = 4.0) -> None:
-        self.host, self.port, self.timeout_s = host, port, timeout_s
+        self.host, self.timeout_s = host, timeout_s
+        self.line = Line(host, port)
         self.modes = tuple((str(m), int(w), int(g)) for m, w, g in modes)
 
     @property
@@ -31,7 +38,7 @@ class LuxosMiner:
         request = {"command": command, "parameter": parameter} if parameter else {"command": command}
         try:
             async with asyncio.timeout(self.timeout_s):
-                raw = await self._exchange(json.dumps(request).encode())
+                raw = await self.line.ask(json.dumps(request).encode())
         except TimeoutError as error:
             raise MinerError("timeout", f"{self.host}: no answer to {command} in {self.timeout_s:g} s") from error
         except OSError as error:
@@ -44,23 +51,6 @@ class LuxosMiner:
         if not isinstance(answer, dict):
             raise MinerError("garbled", f"{self.host}: not an object, to {command}")
         return answer
-
-    async def _exchange(self, request: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        try:
-            writer.write(request)
-            await writer.drain()
-            data = b""
-            while not data.endswith(b"\0") and len(data) < MAX_ANSWER:
-                more = await reader.read(65_536)
-                if not more:
-                    break
-                data += more
-            return data
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
     async def checked(self, command: str, parameter: str = "") -> dict[str, Any]:
         """As `call`; an E status raises MinerError session (the session is not ours) or refused."""
@@ -90,54 +80,96 @@ class LuxosMiner:
     # --- the protocol
 
     async def identify(self) -> Identity:
-        version = self._row(await self.checked("version"), "VERSION")
-        config = self._row(await self.checked("config"), "CONFIG")
+        with contextlib.closing(self.line):
+            version = self._row(await self.checked("version"), "VERSION")
+            config = self._row(await self.checked("config"), "CONFIG")
         return Identity(
             str(version.get("Type", "")), f"LUXminer {version.get('LUXminer', '')}", str(config.get("SerialNumber", ""))
         )
 
     async def read(self) -> MinerReading:
-        answer = await self.call("config+power+stats")
-        parts = []
-        for name in ("config", "power", "stats"):
-            try:
-                part = answer[name][0]
-            except (KeyError, IndexError, TypeError) as error:
-                # A firmware in trouble answers the whole with one error status.
-                self._check(answer, "config+power+stats")
-                raise MinerError("garbled", f"{self.host}: no {name} in the answer") from error
-            self._check(part, name)
-            parts.append(part)
-        config, power = self._row(parts[0], "CONFIG"), self._row(parts[1], "POWER")
+        with contextlib.closing(self.line):
+            config, power, stats = await self._joined("config", "power", "stats")
         try:
-            watts = int(power["Watts"])
-            gh_s = int(float(self._row(parts[2], "STATS", 1)["GHS 5s"]))
-            asleep = str(config["CurtailMode"]).lower() == "sleep"
-            profile = str(config["Profile"])
+            watts = int(self._row(power, "POWER")["Watts"])
+            gh_s = int(float(self._row(stats, "STATS", 1)["GHS 5s"]))
+            asleep = str(self._row(config, "CONFIG")["CurtailMode"]).lower() == "sleep"
+            profile = str(self._row(config, "CONFIG")["Profile"])
         except (KeyError, TypeError, ValueError) as error:
             raise MinerError("garbled", f"{self.host}: a field is missing: {error}") from error
         return MinerReading(self.sleep_mode if asleep else profile, watts, gh_s)
 
-    async def _privileged(self, *commands: tuple[str, str]) -> None:
-        """Runs commands under one session; once more with a fresh one when somebody took it. Ends the session."""
-        for attempt in (1, 2):
+    async def pools(self) -> tuple[Pool, ...]:
+        """Where its hashes go, with the share of its group's quota."""
+        with contextlib.closing(self.line):
+            pools, groups = await self._joined("pools", "groups")
+        try:
+            quota = {int(g["Group"]): int(g["Quota"]) for g in groups["GROUPS"]}
+            return tuple(
+                Pool(str(p["URL"]), str(p["User"]), str(p["Status"]).lower() == "alive", quota.get(int(p["Group"]), 0))
+                for p in pools["POOLS"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MinerError("garbled", f"{self.host}: pools: a field is missing: {error}") from error
+
+    async def _joined(self, *commands: str) -> list[dict[str, Any]]:
+        """Several questions in one request. A firmware in trouble answers the whole with one error status."""
+        name = "+".join(commands)
+        answer = await self.call(name)
+        parts = []
+        for command in commands:
             try:
-                session = str(self._row(await self.checked("logon"), "SESSION").get("SessionID", ""))
+                part = answer[command][0]
+            except (KeyError, IndexError, TypeError) as error:
+                self._check(answer, name)
+                raise MinerError("garbled", f"{self.host}: no {command} in the answer") from error
+            self._check(part, command)
+            parts.append(part)
+        return parts
+
+    async def _privileged(self, *commands: tuple[str, str], borrow: bool = False) -> None:
+        """Runs commands under one session; once more with a fresh one when somebody took it. Ends the session.
+
+        `borrow`: when somebody else holds the session even then, the commands go under theirs.
+        """
+        with contextlib.closing(self.line):
+            for attempt in (1, 2):
                 try:
-                    for command, argument in commands:
-                        await self.checked(command, f"{session},{argument}")
-                finally:
-                    with contextlib.suppress(MinerError):
-                        await self.call("logoff", session)
-            except MinerError as error:
-                if error.kind != "session" or attempt == 2:
-                    raise
-                await asyncio.sleep(1.0)
-            else:
-                return
+                    session = str(self._row(await self.checked("logon"), "SESSION").get("SessionID", ""))
+                    await self._under(session, commands)
+                except MinerError as error:
+                    if error.kind != "session":
+                        raise
+                    if attempt == 2:
+                        if not borrow:
+                            raise
+                        held = self._row(await self.checked("session"), "SESSION")
+                        await self._under(str(held.get("SessionID", "")), commands, ours=False)
+                        return
+                    self.line.close()
+                    await asyncio.sleep(PAUSE_S)
+                else:
+                    return
+
+    async def _under(self, session: str, commands: Sequence[tuple[str, str]], *, ours: bool = True) -> None:
+        try:
+            for command, argument in commands:
+                await self.checked(command, f"{session},{argument}")
+        except MinerError as error:
+            # Who does not answer is not asked to end a session: it ends by itself.
+            if ours and error.kind == "refused":
+                await self._log_off(session)
+            raise
+        if ours:
+            await self._log_off(session)
+
+    async def _log_off(self, session: str) -> None:
+        with contextlib.suppress(MinerError):
+            await self.call("logoff", session)
 
     async def sleep(self) -> None:
-        await self._privileged(("curtail", "sleep"))
+        """Under whoever's session it may be: watts do not wait until somebody's dashboard has logged off."""
+        await self._privileged(("curtail", "sleep"), borrow=True)
 
     async def wake(self) -> None:
         await self._privileged(("curtail", "wakeup"))
@@ -160,7 +192,8 @@ class LuxosMiner:
         return name
 
     async def capabilities(self) -> Capabilities:
-        rows = (await self.checked("profiles")).get("PROFILES", [])
+        with contextlib.closing(self.line):
+            rows = (await self.checked("profiles")).get("PROFILES", [])
         try:
             profiles = [(str(r["Profile Name"]), int(r["Watts"]), round(float(r["Hashrate"]) * 1000)) for r in rows]
         except (KeyError, TypeError, ValueError) as error:

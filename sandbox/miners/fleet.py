@@ -1,30 +1,14 @@
-"""A fleet of simulated LuxOS miners: JSON over TCP, one listening socket for all of 127.0.0.0/8.
-
-The accepted connection's local address is the miner. `python -m sandbox.miners --count 100 --port 4028` runs a fleet
-by itself; `sandbox.site` embeds one. The wire: a client sends one JSON object without a newline and need not close;
-the answer is JSON, a NUL, and the end of the connection. Commands: version config profiles pools groups stats power
-logon curtail profileset (and session, logoff, reboot). Privileged parameters are "SESSION,argument".
-
-Physics: the draw moves towards the mode's watts, down in a few seconds and up within a minute (divided by `speed`);
-`true_w` is what the machine draws, `reported_w` what its firmware says.
-"""
+"""The machines: their draw, their faults, and what they answer."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import contextlib
-import json
 import secrets
-import socket
 import struct
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from sandbox.site.connections import Connections
 
 FAULTS = (
     "ack_ignore",
@@ -47,12 +31,23 @@ SLOW = 15.0
 
 
 class Fleet:
-    """State of all miners as columns. Index i is the i-th row of the specification."""
+    """State of all miners as columns. Index i is the i-th row of the specification. `down_s`, `up_s`: from nothing to the top
+    and back.
+    """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], *, seed: int = 1, speed: float = 1.0) -> None:
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        *,
+        seed: int = 1,
+        speed: float = 1.0,
+        down_s: float = DOWN_S,
+        up_s: float = UP_S,
+    ) -> None:
         rng = np.random.default_rng(seed)
         n = len(rows)
         self.rows, self.speed = list(rows), speed
+        self.down_s, self.up_s = down_s, up_s
         self.rng = rng
         self.names = [str(row["name"]) for row in rows]
         self.index = {name: i for i, name in enumerate(self.names)}
@@ -94,7 +89,11 @@ class Fleet:
         booting = power & (self.boot_left > 0)
         self.boot_left = np.where(booting, self.boot_left - dt * self.speed, self.boot_left)
         goal = np.where(booting, 25.0, self.target_w)
-        per_s = np.where(goal < self.true_w, self.top_w / DOWN_S, self.top_w / UP_S) * self.speed * self.rate_scale
+        per_s = (
+            np.where(goal < self.true_w, self.top_w / self.down_s, self.top_w / self.up_s)
+            * self.speed
+            * self.rate_scale
+        )
         self.true_w = np.where(power, self.true_w + np.clip(goal - self.true_w, -per_s * dt, per_s * dt), 0.0)
         share = np.divide(self.true_w, self.target_w, out=np.zeros_like(self.true_w), where=self.target_w > 0)
         self.true_gh = np.where(power & ~booting & ~self.asleep, self.target_gh * np.minimum(share, 1.0), 0.0)
@@ -191,7 +190,7 @@ class Fleet:
         return self._status("S", 319, f"{len(rows)} Profiles", PROFILES=rows)
 
     def _do_pools(self, _i: int, _p: str) -> dict[str, Any]:
-        pool = {"POOL": 0, "URL": "stratum+tcp://pool.invalid:3333", "Status": "Alive", "User": "sim"}
+        pool = {"POOL": 0, "Group": 0, "URL": "stratum+tcp://pool.invalid:3333", "Status": "Alive", "User": "sim"}
         return self._status("S", 7, "1 Pool(s)", POOLS=[pool])
 
     def _do_groups(self, _i: int, _p: str) -> dict[str, Any]:
@@ -208,7 +207,9 @@ class Fleet:
 
     def _do_session(self, i: int, _p: str) -> dict[str, Any]:
         sid, until = self.sessions.get(i, ("", 0.0))
-        return self._status("S", 316, "Session", SESSION=[{"SessionID": sid if until > time.monotonic() else ""}])
+        return self._status(
+            "S", 319, "Session information", SESSION=[{"SessionID": sid if until > time.monotonic() else ""}]
+        )
 
     def _do_logon(self, i: int, _p: str) -> dict[str, Any]:
         sid, until = self.sessions.get(i, ("", 0.0))
@@ -220,7 +221,7 @@ class Fleet:
             # Another controller takes the session between our logon and our command, once.
             self.sessions[i] = (secrets.token_hex(4), time.monotonic() + 0.5)
             self.fault[i] = ""
-        return self._status("S", 315, "Session created", SESSION=[{"SessionID": sid}])
+        return self._status("S", 316, "Session created", SESSION=[{"SessionID": sid}])
 
     def _do_logoff(self, i: int, parameter: str) -> dict[str, Any]:
         if not self._session_ok(i, parameter):
@@ -241,7 +242,8 @@ class Fleet:
         if self.fault[i] != "ack_ignore":
             self.asleep[i] = argument == "sleep"
             self._retarget(i)
-        return self._status("S", 341, f"Curtail {argument}")
+        action = "sleep mode" if argument == "sleep" else "wake up"
+        return self._status("S", 335, "Curtailment command sent", CURTAIL=[{"Action": action}])
 
     def _do_profileset(self, i: int, parameter: str) -> dict[str, Any]:
         sid, _, profile = parameter.partition(",")
@@ -261,104 +263,3 @@ class Fleet:
         # LuxOS keeps a sleep across a reboot; the two reboot faults are the exceptions.
         self.reboot(i, asleep=bool(self.asleep[i]))
         return self._status("S", 42, "Rebooting")
-
-
-class FleetServer:
-    """Serves a fleet on `port`: one socket bound to the loopback device, or one per address where that is refused."""
-
-    def __init__(self, fleet: Fleet, port: int) -> None:
-        self.fleet, self.port = fleet, port
-        self.servers: list[asyncio.Server] = []
-        self.energised: np.ndarray | None = None
-        self.connections = Connections()
-
-    async def start(self) -> None:
-        """Raises OSError when the port is taken."""
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
-        except (OSError, AttributeError):
-            # Without the device binding 0.0.0.0 would be reachable from outside: bind each loopback address instead.
-            sock.close()
-            for address in self.fleet.by_address:
-                self.servers.append(await asyncio.start_server(self._serve, address, self.port))
-            return
-        try:
-            sock.bind(("0.0.0.0", self.port))
-        except OSError:
-            sock.close()
-            raise
-        self.servers.append(await asyncio.start_server(self._serve, sock=sock, backlog=2048))
-        self.port = sock.getsockname()[1]
-
-    async def stop(self) -> None:
-        await self.connections.end(self.servers)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with self.connections.held(writer):
-            await self._answer(reader, writer)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        fleet = self.fleet
-        i = fleet.by_address.get(writer.get_extra_info("sockname")[0])
-        dead = i is not None and (not fleet.powered[i] or (self.energised is not None and not self.energised[i]))
-        if i is None or dead or fleet.fault[i] == "refuse" or fleet.boot_left[i] > 0:
-            # Abort: the client sees a reset, as close to a refusal as an accepted connection comes.
-            writer.transport.abort()
-            return
-        request = await self._request(reader)
-        if request is None:
-            return
-        fault = fleet.fault[i]
-        if fault == "hang":
-            await reader.read()  # until the client gives up
-            return
-        body = json.dumps(fleet.answer(i, str(request.get("command", "")), str(request.get("parameter", "")))).encode()
-        if fault == "truncated":
-            body = body[: len(body) // 2]
-        writer.write(body + b"\0")
-        await writer.drain()
-
-    @staticmethod
-    async def _request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-        data = b""
-        while len(data) < 65_536:
-            chunk = await asyncio.wait_for(reader.read(4096), 10)
-            if not chunk:
-                return None
-            data += chunk
-            with contextlib.suppress(ValueError):
-                request = json.loads(data)
-                return request if isinstance(request, dict) else None
-        return None
-
-
-async def serve(count: int, port: int, seed: int, speed: float) -> None:
-    from sandbox.site.spec import miner
-
-    fleet = Fleet([miner(i, "S21", "pdu-1", port, 10) for i in range(count)], seed=seed, speed=speed)
-    server = FleetServer(fleet, port)
-    await server.start()
-    print(f"{count} miners on 127.10.0.1:{server.port} and following", flush=True)
-    last = time.monotonic()
-    while True:
-        await asyncio.sleep(0.25)
-        now = time.monotonic()
-        fleet.step(now - last)
-        last = now
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sandbox.miners", description="simulated LuxOS miners on loopback")
-    parser.add_argument("--port", type=int, default=4028)
-    parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--speed", type=float, default=1.0)
-    args = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(args.count, args.port, args.seed, args.speed))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ class ConfigError(Exception):
 
 HOST_DRIVERS = ("sandbox", "local")
 METER_DRIVERS = ("sandbox", "none")
-MINER_DRIVERS = ("luxos", "none")
+MINER_DRIVERS = ("luxos", "asic-rs", "none")
 RUNTIMES = ("process", "virtual")
 
 MINER_KEYS = {"name": str, "model": str, "power_node": str, "address": str, "modes": list}
@@ -126,6 +126,11 @@ def parse(raw: dict[str, Any], path: str = "configuration") -> Config:
             raise ConfigError(f"{path}: field 'miners.list' must be a list, or \"inventory\"")
         for i, row in enumerate(rows):
             _keys(row, MINER_KEYS, f"{path}: field 'miners.list[{i}]")
+            if row.get("driver", miners["driver"]) not in MINER_DRIVERS[:-1]:
+                known_drivers = ", ".join(MINER_DRIVERS[:-1])
+                raise ConfigError(
+                    f"{path}: field 'miners.list[{i}].driver' is {row['driver']!r}; known: {known_drivers}"
+                )
     numbers: dict[str, Any] = {}
     for key in (*NUMBERS, *INTEGERS):
         if key in raw:

@@ -49,6 +49,7 @@ class MinerFacts:
     watts: int  # last reading, or the top of its ladder when there is none
     sleep_w: int
     shed: bool  # asleep, or already told to sleep by this loop
+    answers: bool = True  # who does not is told nothing, and frees nothing
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,13 @@ def _choose(
         if excess <= 0:
             break
         facts = miners.get(name)
-        if facts is None or facts.shed or name in shed or node.name not in tree.above(facts.power_node):
+        if (
+            facts is None
+            or facts.shed
+            or not facts.answers
+            or name in shed
+            or node.name not in tree.above(facts.power_node)
+        ):
             continue
         gain = max(0, facts.watts - facts.sleep_w) * node.miner_permille / 1000
         if gain > 0:

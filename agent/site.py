@@ -102,6 +102,7 @@ class Site:
             timeout_s=self.config.miner_timeout_s,
             retry_s=self.config.miner_retry_s,
             concurrency=self.config.miner_concurrency,
+            driver_name=self.config.miner_driver,
             may_wake=self.may_wake,
         )
         self.placements = Placements(

@@ -1,9 +1,12 @@
-"""All miners of a site: one asyncio fan-out that commands, reads, re-asserts and reports them.
+"""All miners of a site: commanded, read, re-asserted and reported, a thousand to a fan-out.
 
 A command carries control's generation; an older one than the last applied is ignored. Lowering (sleep, a lower mode) is
 done at once and repeated until the firmware says so; raising needs a generation newer than anything the safety loop
 latched, and is held while `may_wake` says no. A machine found hashing although it was sent to sleep is sent again; one found
 asleep although it was woken is left to control, which sees the reading.
+
+A machine that fails three turns in a row is given up (`Miner.broken`): it is only read, ever less often, until it answers; then
+what it missed is commanded at once. Meanwhile it counts at its nameplate, and nothing is expected to come of it.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from agent.events import Events
-from agent.miners import MinerDriver, MinerError, MinerReading
-from agent.miners.luxos import LuxosMiner
+from agent.miners import MinerError
+from agent.miners.adapters import LUXOS, driver_of
+from agent.miners.fanout import FanOut, by_pdu, lanes, shards
+from agent.miners.miner import BREAK_AFTER, Miner
+from agent.miners.segments import Segment
 from agent.reports import Reports
 from agent.safety import MinerFacts
 from agent.store import Store
@@ -27,43 +32,7 @@ log = logging.getLogger("agent.miners")
 FAST_S = 1.0
 SETTLE_LIMIT_S = 120.0
 PATIENCE = 2  # commands without effect before an event tells of it
-
-
-@dataclass
-class Miner:
-    row: dict[str, Any]
-    driver: MinerDriver
-    want: str = ""  # mode; "" = control never commanded this machine
-    generation: int = 0  # of `want`
-    applied: int = 0  # last generation whose command was acknowledged
-    latched: int = -1  # the safety loop slept it: only a generation above this wakes it
-    reading: MinerReading | None = None
-    read_at: float = 0.0
-    due: float = 0.0
-    settle_until: float = 0.0
-    commanded_at: float = 0.0
-    tries: int = 0
-    failures: int = 0
-    busy: bool = False
-    obeyed: bool = False  # it slept when it was told to
-    watts_of: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return str(self.row["name"])
-
-    @property
-    def sleep_mode(self) -> str:
-        return str(self.row["modes"][0][0])
-
-    @property
-    def target(self) -> str:
-        """The mode that shall be: what control wants, or sleep while latched."""
-        return self.sleep_mode if self.latched >= self.generation else self.want
-
-    def watts_in(self, mode: str) -> int:
-        """Nameplate W of a mode; an unknown mode counts as the top."""
-        return self.watts_of.get(mode, max(self.watts_of.values()))
+LONGEST_S = 60.0  # between two probes of a machine that does not answer
 
 
 class Fleet:
@@ -78,19 +47,17 @@ class Fleet:
         timeout_s: float,
         retry_s: float,
         concurrency: int,
+        driver_name: str = LUXOS,
         may_wake: Callable[[str], bool],
     ) -> None:
         self.store, self.reports, self.events, self.may_wake = store, reports, events, may_wake
         self.poll_s, self.retry_s = poll_s, retry_s
-        self.gate = asyncio.Semaphore(concurrency)
-        self.wake_up = asyncio.Event()
         self.miners: dict[str, Miner] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.unkept: set[Miner] = set()
         known = store.all("miner")
         now = time.monotonic()
         for i, row in enumerate(rows):
-            host, _, port = str(row["address"]).rpartition(":")
-            driver = LuxosMiner(host, int(port), row["modes"], timeout_s=timeout_s)
+            driver = driver_of(row, default=driver_name, timeout_s=timeout_s)
             miner = Miner(row, driver, watts_of={str(m): int(w) for m, w, _ in row["modes"]})
             # Spread the first readings over a poll interval of at most a few seconds.
             miner.due = now + min(poll_s, 5.0) * i / max(1, len(rows))
@@ -98,6 +65,14 @@ class Fleet:
                 miner.want, miner.generation = kept["want"], kept["generation"]
                 miner.applied, miner.latched = kept["applied"], kept["latched"]
             self.miners[miner.name] = miner
+        parts = shards(self.miners.values())
+        lines = lanes(concurrency, len(parts))
+        self.fanouts = [FanOut(part, lines, self._turn) for part in parts]
+        self.home = {miner: fanout for fanout in self.fanouts for miner in fanout.miners}
+        self.segments = {
+            pdu: Segment(pdu, below, events, ask=self._ask, wait_s=timeout_s + FAST_S)
+            for pdu, below in by_pdu(self.miners.values()).items()
+        }
 
     # --- what shall be
 
@@ -112,9 +87,8 @@ class Fleet:
                     self.events.add("miner_command_refused", name, mode=mode, generation=generation)
                     continue
                 miner.want, miner.generation, miner.tries, miner.obeyed = mode, int(generation), 0, False
-                miner.due, miner.settle_until = 0.0, time.monotonic() + SETTLE_LIMIT_S
+                self._hurry(miner)
                 self._keep(miner)
-        self.wake_up.set()
 
     def shed(self, names: Iterable[str], *, reason: str, node: str = "") -> None:
         """The agent's own lowering: sleeps machines and latches them until control sends a newer generation."""
@@ -124,10 +98,16 @@ class Fleet:
                 if miner is None or miner.latched >= miner.generation:
                     continue
                 miner.latched, miner.tries = miner.generation, 0
-                miner.due, miner.settle_until = 0.0, time.monotonic() + SETTLE_LIMIT_S
+                self._hurry(miner)
                 self._keep(miner)
                 self.events.add("miner_shed", name, reason=reason, node=node)
-        self.wake_up.set()
+
+    def _ask(self, miner: Miner) -> None:
+        self.home[miner].ask(miner)
+
+    def _hurry(self, miner: Miner) -> None:
+        miner.settle_until = time.monotonic() + SETTLE_LIMIT_S
+        self._ask(miner)
 
     def _keep(self, miner: Miner) -> None:
         kept = {"want": miner.want, "generation": miner.generation, "applied": miner.applied, "latched": miner.latched}
@@ -136,10 +116,10 @@ class Fleet:
     def facts(self) -> dict[str, MinerFacts]:
         found = {}
         for name, miner in self.miners.items():
-            watts = miner.reading.watts if miner.reading else miner.watts_in("")
+            watts = miner.reading.watts if miner.reading and not miner.broken else miner.watts_in("")
             sleep_w = miner.watts_of[miner.sleep_mode]
             shed = miner.latched >= miner.generation or (miner.target == miner.sleep_mode and miner.want != "")
-            found[name] = MinerFacts(name, str(miner.row["power_node"]), watts, sleep_w, shed)
+            found[name] = MinerFacts(name, miner.pdu, watts, sleep_w, shed, answers=not miner.broken)
         return found
 
     def busy(self) -> bool:
@@ -147,51 +127,50 @@ class Fleet:
         now = time.monotonic()
         return any(m.settle_until > now for m in self.miners.values())
 
-    # --- the fan-out
+    # --- turns
 
     async def run(self) -> None:
         try:
-            while True:
-                self.wake_up.clear()
-                now = time.monotonic()
-                nearest = now + 5.0
-                for miner in self.miners.values():
-                    if miner.busy:
-                        continue
-                    if miner.due <= now:
-                        miner.busy = True
-                        task = asyncio.create_task(self._turn(miner))
-                        self.tasks.add(task)
-                        task.add_done_callback(self.tasks.discard)
-                    else:
-                        nearest = min(nearest, miner.due)
-                try:
-                    async with asyncio.timeout(max(0.1, nearest - time.monotonic())):
-                        await self.wake_up.wait()
-                except TimeoutError:
-                    pass
+            async with asyncio.TaskGroup() as group:
+                for fanout in self.fanouts:
+                    group.create_task(fanout.run())
+                while True:
+                    await asyncio.sleep(FAST_S)
+                    try:
+                        self._housekeep()
+                    except Exception:
+                        log.exception("miners")
         finally:
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
+            self._housekeep()
+
+    def _housekeep(self) -> None:
+        """Judges who is silent, and writes what was applied: a command that is forgotten is only given once more."""
+        for segment in self.segments.values():
+            segment.judge(time.monotonic())
+        if self.unkept:
+            with self.store.batch():
+                for miner in self.unkept:
+                    self._keep(miner)
+            self.unkept.clear()
 
     async def _turn(self, miner: Miner) -> None:
-        async with self.gate:
-            started = time.monotonic()
-            miner.due = started + self.poll_s
-            try:
-                if self._must_command(miner, started):
-                    await self._command(miner)
+        """A command or a reading: what a command has done shows some time after it."""
+        started = time.monotonic()
+        regular = miner.due = started + self.poll_s
+        try:
+            if not miner.broken and self._must_command(miner, started):
+                await self._command(miner)
+                miner.due = min(miner.due, time.monotonic() + FAST_S)
+                self._answered(miner)
+            else:
                 miner.reading = await miner.driver.read()
                 miner.read_at = time.time()
-                miner.failures = 0
+                self._answered(miner)
                 self._after_reading(miner)
-            except MinerError as error:
-                self._failed(miner, error)
-            except Exception:
-                log.exception("miner %s", miner.name)
-            finally:
-                miner.busy = False
+        except MinerError as error:
+            self._failed(miner, error, asked=miner.due < regular)
+        except Exception:
+            log.exception("miner %s", miner.name)
 
     def _must_command(self, miner: Miner, now: float) -> bool:
         target = miner.target
@@ -208,7 +187,7 @@ class Fleet:
             return False
         if not rested:
             return False
-        if not self.may_wake(str(miner.row["power_node"])):
+        if not self.may_wake(miner.pdu):
             miner.due = now + FAST_S
             return False
         return True
@@ -224,7 +203,7 @@ class Fleet:
         await miner.driver.set_mode(target)
         if not latched and generation > miner.applied and generation == miner.generation:
             miner.applied = generation
-            self._keep(miner)
+            self.unkept.add(miner)
 
     def _after_reading(self, miner: Miner) -> None:
         assert miner.reading is not None
@@ -241,22 +220,32 @@ class Fleet:
         elif target == miner.sleep_mode and miner.obeyed:
             # It came back by itself (a reboot, another controller): down again.
             miner.obeyed, miner.tries = False, 0
-            miner.settle_until, miner.due = now + SETTLE_LIMIT_S, 0.0
-            self.wake_up.set()
+            self._hurry(miner)
             self.events.add("miner_found_hashing", miner.name, mode=reading.mode, watts=reading.watts)
         if miner.tries == PATIENCE and target and reading.mode != target and now - miner.commanded_at > 1.0:
             miner.tries += 1
             self.events.add("miner_unresponsive", miner.name, mode=reading.mode, wanted=target, watts=reading.watts)
         self.report(miner, urgent=miner.settle_until > now)
 
-    def _failed(self, miner: Miner, error: MinerError) -> None:
-        miner.failures += 1
+    def _answered(self, miner: Miner) -> None:
+        given_up, miner.failures, miner.problem = miner.broken, 0, ""
+        if given_up:
+            miner.due = 0.0  # what it missed
+            self.segments[miner.pdu].answered(miner, time.monotonic())
+
+    def _failed(self, miner: Miner, error: MinerError, *, asked: bool) -> None:
+        """Soon once more where something is waited for; twice as late each time when it has been given up."""
         log.debug("%s", error)
-        if miner.failures == 3:
-            self.events.add("miner_not_answering", miner.name, problem=error.kind, text=str(error))
-        # A machine that must go down is asked again soon; another one waits its turn, longer while it keeps failing.
-        urgent = miner.settle_until > time.monotonic() and miner.failures < 10
-        miner.due = time.monotonic() + (2 * FAST_S if urgent else self.poll_s * min(4, miner.failures))
+        now = time.monotonic()
+        miner.failures += 1
+        miner.problem = error.kind
+        if miner.failures == BREAK_AFTER:
+            self.segments[miner.pdu].broke(miner, str(error), now)
+        pause = 2 * FAST_S if miner.settle_until > now else self.poll_s
+        if miner.broken:
+            pause = max(pause, min(LONGEST_S, pause * 2.0 ** (miner.failures - BREAK_AFTER)))
+        if not asked:  # meanwhile, by somebody: that turn is still to come
+            miner.due = now + pause
 
     def report(self, miner: Miner, *, urgent: bool = False) -> None:
         if miner.reading is None:

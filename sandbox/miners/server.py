@@ -22,6 +22,7 @@ class Line(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.server.lines.add(self)
+        self.server.accepted += 1
         self.i = self.fleet.by_address.get(transport.get_extra_info("sockname")[0], -1)
         if self._nobody():
             # Abort: the client sees a reset, as close to a refusal as an accepted connection comes.
@@ -74,6 +75,7 @@ class FleetServer:
         self.servers: list[asyncio.Server] = []
         self.energised: np.ndarray | None = None
         self.lines: set[Line] = set()
+        self.accepted = 0
 
     async def start(self) -> None:
         """Raises OSError when the port is taken."""

@@ -1,28 +1,67 @@
-"""One suite for every miner driver, against the simulated fleet over real sockets, with all of its faults."""
+"""One suite for every miner driver, against the simulated fleet over real sockets, with all of its faults.
+
+What an adapter cannot tell or do stands in its row of ADAPTERS; all else is asked of each.
+"""
 
 import asyncio
 import contextlib
+import errno
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from agent.miners import MinerError
-from agent.miners.luxos import LuxosMiner
+from agent.miners.adapters import ADAPTERS as DRIVERS
+from agent.miners.adapters import ASIC_RS, LUXOS, driver_of
 from sandbox.miners import FAULTS, Fleet, FleetServer
 from sandbox.site.spec import miner
+from tests.agent.peer import until
 
 pytestmark = pytest.mark.serverless
+# `asic-rs` asks at the port that the firmware has, so its machines need addresses that no other test run has.
+BLOCK = 128 + os.getpid() % 100
+
+
+@dataclass(frozen=True)
+class Adapter:
+    driver: str
+    port: int = 0
+    keeps_open: bool = False
+    names_modes: bool = True  # reads the mode; else it is told from the watts
+    profiles: bool = True  # sets any mode of a LuxOS machine
+    kinds: tuple[str, str, str, str] = ("timeout", "unreachable", "garbled", "refused")
+
+
+ADAPTERS = {
+    "luxos": Adapter(LUXOS),
+    "luxos-kept-open": Adapter(LUXOS, keeps_open=True),
+    "asic-rs": Adapter(ASIC_RS, 4028, names_modes=False, profiles=False, kinds=("timeout", *["unreachable"] * 3)),
+}
+
+
+@pytest.fixture(params=ADAPTERS)
+def adapter(request):
+    return ADAPTERS[request.param]
 
 
 @contextlib.asynccontextmanager
-async def served(count=2, speed=20.0):
-    rows = [miner(i, "S21", "pdu-1", 0, 31) for i in range(count)]
+async def served(adapter, count=2, speed=20.0):
+    rows = [miner(i, "S21", "pdu-1", adapter.port, BLOCK) for i in range(count)]
     fleet = Fleet(rows, seed=7, speed=speed)
-    server = FleetServer(fleet, 0)
-    await server.start()
-    drivers = [LuxosMiner(r["address"].split(":")[0], server.port, r["modes"], timeout_s=0.6) for r in rows]
+    server = FleetServer(fleet, adapter.port, keeps_open=adapter.keeps_open, shared=not adapter.port)
     try:
-        yield fleet, drivers
+        await server.start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            pytest.skip(f"port {adapter.port} is in use on this machine, and the firmware has no other")
+        raise
+    for row in rows:
+        row["address"] = f"{row['address'].split(':')[0]}:{server.port}"
+        row["driver"] = adapter.driver
+    try:
+        yield server, [driver_of(row, timeout_s=0.6) for row in rows]
     finally:
         await server.stop()
 
@@ -32,96 +71,119 @@ def settle(fleet, seconds=10.0):
         fleet.step(0.1)
 
 
-def drive(check, **options):
+def drive(adapter, check):
     async def go():
-        async with served(**options) as (fleet, drivers):
-            await check(fleet, *drivers)
+        async with served(adapter) as (server, drivers):
+            await check(server.fleet, *drivers)
 
     asyncio.run(go())
 
 
-def test_identify_and_capabilities():
+def test_identify_and_capabilities(adapter):
     async def check(_fleet, one, two):
         assert (await one.identify()).model == "Antminer S21"
         assert (await one.identify()).serial != (await two.identify()).serial
         found = await one.capabilities()
         assert found.sleep
-        assert found.modes == (("sleep", 25, 0), ("eco", 2400, 155_000), ("normal", 3500, 200_000))
+        assert found.set_watts is adapter.profiles
+        ladder = [("sleep", 25, 0), ("eco", 2400, 155_000), ("normal", 3500, 200_000)]
+        assert list(found.modes) == (ladder if adapter.profiles else [ladder[0], ladder[2]])
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_sleep_is_confirmed_by_watts_and_wake_comes_back():
+def test_sleep_is_confirmed_by_watts_and_wake_comes_back(adapter):
     async def check(fleet, one, two):
         before = await one.read()
         assert before.mode == "normal"
         assert before.watts > 3000
         await one.sleep()
         acknowledged = await one.read()
-        assert acknowledged.mode == "sleep"
+        assert acknowledged.mode == ("sleep" if adapter.names_modes else "normal")
         assert acknowledged.watts > 3000, "an acknowledgement is not a watt"
         settle(fleet)
         asleep = await one.read()
+        assert (asleep.mode, asleep.gh_s) == ("sleep", 0)
         assert asleep.watts < 60
-        assert asleep.gh_s == 0
         assert (await two.read()).watts > 3000, "the neighbour is another machine"
         await one.wake()
         settle(fleet)
         awake = await one.read()
         assert awake.mode == "normal"
         assert awake.watts > 3000
-        assert awake.gh_s > 180_000
+        assert 180_000 < awake.gh_s <= 200_000
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_set_mode_and_set_watts():
+def test_every_mode_it_says_it_has_can_be_set_and_no_other(adapter):
     async def check(fleet, one, _two):
-        await one.set_mode("eco")
-        settle(fleet)
-        reading = await one.read()
-        assert reading.mode == "eco"
-        assert 2200 < reading.watts < 2450
-        assert await one.set_watts(9_000) == "normal"
-        assert await one.set_watts(3_000) == "eco"
-        with pytest.raises(MinerError, match="below its lowest") as refused:
+        able = await one.capabilities()
+        for mode, watts, _ in (*reversed(able.modes), *able.modes):
+            await one.set_mode(mode)
+            settle(fleet)
+            reading = await one.read()
+            assert reading.mode == mode
+            assert 0.9 * watts < reading.watts < 1.05 * watts
+        refused = {"turbo", "sleep", "eco", "normal"} - {mode for mode, _, _ in able.modes}
+        for mode in refused:
+            with pytest.raises(MinerError) as error:
+                await one.set_mode(mode)
+            assert error.value.kind == "refused"
+        assert (await one.read()).mode == able.modes[-1][0], "a refusal changes nothing"
+
+    drive(adapter, check)
+
+
+def test_set_watts(adapter):
+    async def check(_fleet, one, _two):
+        if (await one.capabilities()).set_watts:
+            assert await one.set_watts(9_000) == "normal"
+            assert await one.set_watts(3_000) == "eco"
+        else:
+            with pytest.raises(MinerError, match="has no set_power_limit") as error:
+                await one.set_watts(3_000)
+            assert error.value.kind == "refused"
+        with pytest.raises(MinerError, match="below its lowest") as error:
             await one.set_watts(100)
-        assert refused.value.kind == "refused"
-        with pytest.raises(MinerError, match="no mode"):
-            await one.set_mode("turbo")
+        assert error.value.kind == "refused"
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_commands_repeat_without_harm():
+def test_commands_repeat_without_harm(adapter):
     async def check(fleet, one, _two):
         for _ in range(3):
             await one.sleep()
         settle(fleet)
         assert (await one.read()).watts < 60
 
-    drive(check)
+    drive(adapter, check)
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [("hang", "timeout"), ("refuse", "unreachable"), ("truncated", "garbled"), ("error_status", "refused")],
-)
-def test_faults_of_the_line_are_named_and_pass(fault, kind):
+@pytest.mark.parametrize("fault", ["hang", "refuse", "truncated", "error_status"])
+@pytest.mark.parametrize("met", [False, True])
+def test_faults_of_the_line_are_named_and_pass(adapter, fault, met):
+    """Also on a machine that has never been met: then the firmware is still to be found out."""
+    kind = adapter.kinds[("hang", "refuse", "truncated", "error_status").index(fault)]
+
     async def check(fleet, one, two):
+        if met:
+            await one.read()
         fleet.set_fault("m0000", fault)
         for call in (one.read, one.sleep, one.wake):
             with pytest.raises(MinerError) as error:
                 await call()
             assert error.value.kind == kind
+        assert not fleet.asleep[0]
         assert (await two.read()).watts > 3000
         fleet.set_fault("m0000", "")
         assert (await one.read()).watts > 3000
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_acknowledged_and_ignored_is_seen_by_reading():
+def test_acknowledged_and_ignored_is_seen_by_reading(adapter):
     async def check(fleet, one, _two):
         fleet.set_fault("m0000", "ack_ignore")
         await one.sleep()
@@ -129,21 +191,25 @@ def test_acknowledged_and_ignored_is_seen_by_reading():
         reading = await one.read()
         assert reading.mode == "normal"
         assert reading.watts > 3000
+        fleet.set_fault("m0000", "")
+        await one.sleep()
+        settle(fleet)
+        assert (await one.read()).mode == "sleep", "asked once more, by a session of its own"
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_a_stolen_session_is_taken_back_once():
+def test_a_stolen_session_is_taken_back_once(adapter):
     async def check(fleet, one, _two):
         fleet.set_fault("m0000", "session_stolen")
         await one.sleep()
         settle(fleet)
         assert (await one.read()).watts < 60
 
-    drive(check)
+    drive(adapter, check)
 
 
-def test_slow_ramp_frozen_and_wrong_readings():
+def test_slow_ramp_frozen_and_wrong_readings(adapter):
     async def check(fleet, one, two):
         fleet.set_fault("m0000", "slow_ramp")
         fleet.set_fault("m0001", "frozen_reading")
@@ -160,11 +226,11 @@ def test_slow_ramp_frozen_and_wrong_readings():
         settle(fleet)
         assert (await two.read()).watts == pytest.approx(1.2 * fleet.true_w[1], rel=0.03)
 
-    drive(check)
+    drive(adapter, check)
 
 
 @pytest.mark.parametrize(("fault", "mode"), [("reboot_running", "normal"), ("asleep_after_reboot", "sleep")])
-def test_reboots(fault, mode):
+def test_reboots(adapter, fault, mode):
     async def check(fleet, one, _two):
         await (one.sleep if fault == "reboot_running" else one.wake)()
         settle(fleet)
@@ -174,7 +240,54 @@ def test_reboots(fault, mode):
         settle(fleet, 40)
         assert (await one.read()).mode == mode
 
-    drive(check)
+    drive(adapter, check)
+
+
+def test_who_refuses_to_share_its_session_cannot_keep_a_machine_awake():
+    """LuxOS has one session, and a dashboard may hold it. Watts are not to wait for that; a wake can."""
+    adapter = ADAPTERS["luxos"]
+
+    async def check(fleet, one, _two):
+        fleet.sessions[0] = ("theirs", float("inf"))
+        with pytest.raises(MinerError) as error:
+            await one.wake()
+        assert error.value.kind == "session"
+        await one.sleep()
+        settle(fleet)
+        assert (await one.read()).watts < 60
+        assert fleet.sessions[0][0] == "theirs", "and it is still theirs"
+
+    drive(adapter, check)
+
+
+@pytest.mark.parametrize(("keeps_open", "connections"), [(True, 1), (False, 3)])
+def test_connections_are_reused_where_the_firmware_allows(keeps_open, connections):
+    async def go():
+        async with served(Adapter(LUXOS, keeps_open=keeps_open), count=1) as (server, (one,)):
+            await one.sleep()  # it learns what this firmware does
+            before = server.accepted
+            await one.sleep()  # logon, curtail, logoff
+            assert server.accepted - before == connections
+            await until(lambda: not server.lines, "nothing is left open between two turns", 5)
+
+    asyncio.run(go())
+
+
+def test_pools_say_where_the_hashes_go():
+    async def check(_fleet, one, _two):
+        (pool,) = await one.pools()
+        assert (pool.url, pool.user, pool.alive, pool.quota) == ("stratum+tcp://pool.invalid:3333", "sim", True, 1)
+
+    drive(ADAPTERS["luxos"], check)
+
+
+def test_a_driver_that_nobody_knows_is_named():
+    with pytest.raises(ValueError, match="miner m0000: driver 'antique' is not known; known: luxos, asic-rs"):
+        driver_of(miner(0, "S21", "pdu-1", 4028, 31) | {"driver": "antique"})
+
+
+def test_every_driver_passes_this_suite():
+    assert {adapter.driver for adapter in ADAPTERS.values()} == set(DRIVERS)
 
 
 def test_every_fault_has_a_test_here():

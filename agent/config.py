@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.miners.adapters import ADAPTERS, missing
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; the text says where and why."""
@@ -19,7 +21,7 @@ class ConfigError(Exception):
 
 HOST_DRIVERS = ("sandbox", "local")
 METER_DRIVERS = ("sandbox", "none")
-MINER_DRIVERS = ("luxos", "asic-rs", "none")
+MINER_DRIVERS = (*ADAPTERS, "none")
 RUNTIMES = ("process", "virtual")
 
 MINER_KEYS = {"name": str, "model": str, "power_node": str, "address": str, "modes": list}
@@ -126,11 +128,12 @@ def parse(raw: dict[str, Any], path: str = "configuration") -> Config:
             raise ConfigError(f"{path}: field 'miners.list' must be a list, or \"inventory\"")
         for i, row in enumerate(rows):
             _keys(row, MINER_KEYS, f"{path}: field 'miners.list[{i}]")
-            if row.get("driver", miners["driver"]) not in MINER_DRIVERS[:-1]:
-                known_drivers = ", ".join(MINER_DRIVERS[:-1])
-                raise ConfigError(
-                    f"{path}: field 'miners.list[{i}].driver' is {row['driver']!r}; known: {known_drivers}"
-                )
+            if row.get("driver", ADAPTERS[0]) not in ADAPTERS:
+                where = f"{path}: field 'miners.list[{i}].driver'"
+                raise ConfigError(f"{where} is {row['driver']!r}; known: {', '.join(ADAPTERS)}")
+    for driver in {miners["driver"], *(str(row.get("driver", "")) for row in rows or [])}:
+        if package := missing(driver):
+            raise ConfigError(f"{path}: miner driver {driver!r} needs a package: pip install '{package}'")
     numbers: dict[str, Any] = {}
     for key in (*NUMBERS, *INTEGERS):
         if key in raw:

@@ -90,6 +90,12 @@ SHOWN: dict[str, tuple[Line, ...]] = {
         Line("ms_200k", "for 200,000 miners", "{:.0f} ms"),
         Line("gap_pct", "what it earns less than the LP optimum", "{:.4f} %"),
     ),
+    "fleet": (
+        Line("sleep_2000_s", "2,000 miners told to sleep and proved asleep by readings and meters", "{:.1f} s",
+             "bare socket writes {bare_2000_s:.1f} s; the ramp alone 3 s"),
+        Line("sleep_20000_s", "20,000 miners, the same", "{:.0f} s", "bare socket writes {bare_20000_s:.0f} s"),
+        Line("false_confirms", "machines believed asleep that draw, with every fault played"),
+    ),
     "usage": (
         Line("records_per_s", "usage records stored a second, constraints on", "{:,.0f}", "raw `COPY` {copy_per_s:,.0f}"),
     ),

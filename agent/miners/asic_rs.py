@@ -12,24 +12,13 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
+from pyasic_rs import MinerFactory
+from pyasic_rs.data import HashRateUnit
+
 from agent.miners import Capabilities, Identity, MinerError, MinerReading
 
 T = TypeVar("T")
-PACKAGE = "pyasic-rs==0.8.6"
 PAUSE_S = 1.0
-
-
-class MissingError(Exception):
-    """The package that a machine's driver stands on is not installed."""
-
-
-def factory() -> Any:
-    try:
-        from pyasic_rs import MinerFactory
-    except ImportError as error:
-        raise MissingError(f"miner driver 'asic-rs' needs a package: pip install '{PACKAGE}'") from error
-    # Without the look at open ports: a machine that we are told of is there, or says nothing.
-    return MinerFactory().with_port_check(False)
 
 
 class AsicRsMiner:
@@ -38,7 +27,8 @@ class AsicRsMiner:
     def __init__(self, host: str, modes: Sequence[Sequence[Any]], *, timeout_s: float = 4.0) -> None:
         self.host, self.timeout_s = host, timeout_s
         self.modes = tuple((str(m), int(w), int(g)) for m, w, g in modes)
-        self.factory = factory()
+        # Without a look at open ports first: a machine that we are told of is there, or says nothing.
+        self.factory = MinerFactory().with_port_check(False)
         self.found: Any = None  # the firmware's handle
 
     @property
@@ -73,7 +63,7 @@ class AsicRsMiner:
         hashes = await self._ask("hash rate", miner.get_hashrate())
         if watts is None or hashes is None:
             raise MinerError("unreachable", f"{self.host}: no {'wattage' if watts is None else 'hash rate'}")
-        gh_s = round(gigahashes(hashes))
+        gh_s = round(hashes.as_unit(HashRateUnit.GigaHash).value)
         if gh_s == 0 and watts <= (self.modes[0][1] + self.modes[1][1]) / 2:
             return MinerReading(self.sleep_mode, round(watts), 0)
         return MinerReading(await self._mode(miner), round(watts), gh_s)
@@ -143,9 +133,3 @@ def _kind(text: str) -> str:
     if "error status" not in text:
         return "unreachable"
     return "session" if "session" in text.lower() else "refused"
-
-
-def gigahashes(rate: Any) -> float:
-    from pyasic_rs.data import HashRateUnit
-
-    return float(rate.as_unit(HashRateUnit.GigaHash).value)

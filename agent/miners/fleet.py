@@ -30,6 +30,7 @@ from agent.times import to_wire
 
 log = logging.getLogger("agent.miners")
 FAST_S = 1.0
+RAMP_S = 2.0  # a machine that goes down is not there sooner: a look before that is a look wasted
 SETTLE_LIMIT_S = 120.0
 PATIENCE = 2  # commands without effect before an event tells of it
 LONGEST_S = 60.0  # between two probes of a machine that does not answer
@@ -160,7 +161,8 @@ class Fleet:
         try:
             if not miner.broken and self._must_command(miner, started):
                 await self._command(miner)
-                miner.due = min(miner.due, time.monotonic() + FAST_S)
+                down = miner.target == miner.sleep_mode
+                miner.due = min(miner.due, time.monotonic() + (RAMP_S if down else FAST_S))
                 self._answered(miner)
             else:
                 miner.reading = await miner.driver.read()
@@ -213,7 +215,8 @@ class Fleet:
             goal = miner.watts_in(target) if target else reading.watts
             settled = reading.mode == target and abs(reading.watts - goal) <= 0.15 * miner.watts_in("")
             if settled:
-                miner.settle_until = min(miner.settle_until, now + 3 * FAST_S)
+                # Once more and perhaps twice: two readings prove a sleep, and two in one report count as one.
+                miner.settle_until = min(miner.settle_until, now + 1.5 * FAST_S)
             miner.due = min(miner.due, now + FAST_S)
         if target == miner.sleep_mode and reading.mode == target:
             miner.obeyed = True

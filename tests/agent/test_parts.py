@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import sys
 
 import pytest
 
 from agent.config import ConfigError, load, parse
 from agent.events import Events
+from agent.miners.adapters import PACKAGE
 from agent.miners.fleet import Fleet
 from agent.reports import Reports
 from agent.store import StateBusyError, Store, write_private
 from agent.sync import lease_end
 from agent.times import from_wire, to_wire
 from sandbox.site.spec import miner
+from tests.agent.peer import ROOT
 
 pytestmark = pytest.mark.serverless
 
@@ -40,6 +43,10 @@ def test_a_good_configuration():
         ({"runtime": "docker"}, "field 'runtime' is 'docker'"),
         ({"miners": {"driver": "luxos", "list": [{"name": "m"}]}}, "field 'miners.list[0].model'"),
         ({"miners": []}, "field 'miners' must be an object"),
+        (
+            {"miners": {"driver": "luxos", "list": [miner(0, "S21", "pdu", 4028, 10) | {"driver": "vnish"}]}},
+            "field 'miners.list[0].driver' is 'vnish'; known: luxos, asic-rs",
+        ),
         ({"poll_s": "fast"}, "field 'poll_s' must be a number above 0"),
         ({"colour": 1}, "field 'colour' is not known"),
     ],
@@ -48,6 +55,21 @@ def test_a_wrong_field_is_named(change, says):
     with pytest.raises(ConfigError) as error:
         parse(GOOD | change)
     assert says in str(error.value)
+
+
+def test_a_driver_that_is_not_installed_says_what_to_install(monkeypatch):
+    assert parse(GOOD | {"miners": {"driver": "asic-rs"}}).miner_driver == "asic-rs"
+    monkeypatch.setitem(sys.modules, "pyasic_rs", None)
+    with pytest.raises(ConfigError, match=r"needs a package: pip install 'pyasic-rs==0\.8\.6'"):
+        parse(GOOD | {"miners": {"driver": "asic-rs"}})
+    row = miner(0, "S21", "pdu", 4028, 10) | {"driver": "asic-rs"}
+    with pytest.raises(ConfigError, match="driver 'asic-rs' needs"):
+        parse(GOOD | {"miners": {"driver": "luxos", "list": [row]}})
+
+
+def test_the_pin_stands_once():
+    for name in ("requirements.txt", "constraints.txt", "pyproject.toml"):
+        assert PACKAGE in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_a_wrong_line_is_named(tmp_path):

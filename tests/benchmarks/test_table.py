@@ -24,6 +24,7 @@ FIGURES = {
     "philly": {"queueing_delay_vs_easy", "worst_fair_share", "utilisation_vs_easy", "promise_misses"},
     "safety": {"runs", "violations"},
     "dispatch": {"ms_20k", "ms_200k", "gap_pct"},
+    "fleet": {"sleep_2000_s", "sleep_20000_s", "false_confirms"},
     "usage": {"records_per_s", "share_of_copy"},
     "ledger": {"transactions_per_s", "postings_20k_s"},
     "close": {"seconds_10k_accounts", "rss_mib", "doubled_or_lost"},

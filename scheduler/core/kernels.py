@@ -24,8 +24,8 @@ from scheduler.core.types import I32, I64
 NEVER: Final = -(2**31)
 BLOCK: Final = 64
 LAG: Final = 256  # changes for which a host stays put before the sweep looks at it
-SWEEP: Final = 32  # hosts that the sweep re-scores a decision, at most
-SLOTS: Final = 16  # slots that it looks at a decision, at most
+SWEEP: Final = 96  # hosts that the sweep re-scores a decision, at most
+SLOTS: Final = 32  # slots that it looks at a decision, at most
 META_LOG, META_EPOCH, META_HAND, META_STAMP, META_RESCORED, META_FILLED, META_SWEEP = range(7)
 META_WIDTH: Final = 8
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from benchmarks.harness import Options, Report, require
 RUNS = 1000
 QUICK_S = 36.0  # of wall time from the start; how many runs that was is in the figures
 SHOWN = 10
+TOLD_EVERY = 50  # runs
 
 
 @dataclass
@@ -52,8 +54,6 @@ def run(options: Options) -> Report:
     require(totals.runs == len(seeds) or (options.quick and totals.runs > 0), "not every run came to its end")
     for kind in ("killed", "cut", "beside", "twice", "claims", "placements"):
         require(totals.counts[kind] > 0 or totals.runs < 20, f"no run had any of: {kind}")
-    for words in totals.words[:SHOWN]:
-        print(words)
     must = {"violations": ("<=", 0.0)}
     return Report(
         "safety",
@@ -98,6 +98,10 @@ def _gathered(results: Any, workers: int) -> Totals:
         if outcome.violations:
             step, words = outcome.violations[0]
             totals.words.append(f"seed {outcome.seed}, step {step}: {words}\n    " + "\n    ".join(outcome.story[-5:]))
+            if len(totals.words) <= SHOWN:  # at once: the whole takes half an hour, and may be stopped
+                print(totals.words[-1], flush=True)
+        if totals.runs % TOLD_EVERY == 0:
+            print(f"{totals.runs} runs, {totals.violations} violations", file=sys.stderr, flush=True)
     return totals
 
 

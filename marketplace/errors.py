@@ -40,6 +40,7 @@ CATALOGUE: Final[dict[str, Kind]] = {
     "import_invalid": Kind(422, "The file has errors; nothing was imported"),
     "illegal_transition": Kind(409, "This is not possible in the present state"),
     "verification_not_now": Kind(409, "The host cannot be verified now", "after"),
+    "gpu_sick": Kind(409, "A GPU of the host is sick"),
     "listing_incomplete": Kind(422, "The listing cannot be published yet"),
     "over_power_cap": Kind(409, "The watts are not there"),
     # --- market

@@ -10,6 +10,7 @@ from marketplace.services import (
     contracts,
     drains,
     feeds,
+    gpu_health,
     jobs,
     maintenance,
     reliability,
@@ -130,6 +131,11 @@ def forward_notice(payload: dict[str, Any]) -> None:
 @outbox.handler(contracts.NOTICE)
 def contract_notice(payload: dict[str, Any]) -> None:
     contracts.send_notice(payload["contract"], payload["what"], payload["detail"])
+
+
+@outbox.handler(gpu_health.TOLD)
+def tell_gpu_sick(payload: dict[str, Any]) -> None:
+    gpu_health.tell_operator(payload["host"])
 
 
 @outbox.handler(verifications.FAILED_TWICE)

@@ -108,7 +108,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     begun, ahead = reservations(cell.pk, now, max((job.lasts_s or 0 for job in jobs), default=0))
     reserved = Parts(hosts, begun)
     model_of = hosts.models[0]
-    fleet = _fleet(hosts, reserved, ahead, nodes, _site_flags(sites, now)[site_of])
+    fleet = _fleet(hosts, reserved, ahead, nodes, _site_flags(sites, now)[site_of], _sick(cell.pk))
     requests = _requests(jobs, begun, model_of, may_preempt=not standing.leaving(cell.pk))
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
@@ -162,9 +162,28 @@ _SAME = (
 )  # fmt: skip
 
 
-def _fleet(hosts: cells.Hosts, reserved: Parts, ahead: dict[int, Ahead], nodes: NodeTable, site_flags: I32) -> Fleet:
+def _sick(cell_id: int) -> list[tuple[int, int]]:
+    """(host, index) of GPUs that must not be used."""
+    return prepared.rows(
+        "SELECT g.host_id, g.index FROM marketplace_gpu g JOIN marketplace_host h ON h.id = g.host_id"
+        " WHERE NOT g.healthy AND h.cell_id = %s AND h.state <> 'retired'",
+        [cell_id],
+    )
+
+
+def _fleet(
+    hosts: cells.Hosts,
+    reserved: Parts,
+    ahead: dict[int, Ahead],
+    nodes: NodeTable,
+    site_flags: I32,
+    sick: list[tuple[int, int]],
+) -> Fleet:
     columns: dict[str, Any] = {name: hosts[name] for name in _SAME}
     columns |= {name: hosts[name] for name in ("cpu_free", "ram_free", "nvme_free", "gpu_free", "vram_free", "pool")}
+    if sick:
+        columns["gpu_free"] = columns["gpu_free"].copy()
+        columns["gpu_free"][hosts.position([host for host, _ in sick]), [index for _, index in sick]] = 0
     columns["gpu_model"] = hosts.models[1]
     columns["power_node"] = hosts.nodes(nodes.ids)
     columns["flags"] = hosts["flags"] | site_flags

@@ -15,7 +15,7 @@ from marketplace.admin.base import RowsInline, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
 from marketplace.models import Gpu, Host, Verification
-from marketplace.services import drains, job_rules, reliability, sites, verifications
+from marketplace.services import drains, gpu_health, gpu_rule, job_rules, reliability, sites, verifications
 
 
 class DrainForm(forms.Form):
@@ -115,7 +115,7 @@ class VerificationRows(RowsInline):
 
 class GpuRows(RowsInline):
     model = Gpu
-    fields = ("index", "serial", "healthy", "last_error")
+    fields = ("index", "serial", "healthy", "last_error", "sick_at", "well_at")
     ordering = ("index",)
 
 
@@ -159,8 +159,9 @@ class HostAdmin(look.Shown, TenantAdmin):
         ),
         Move(
             name="verify", label="Verify", action="sites:write", run=_verify, icon="speed", bulk=True,
-            possible=lambda row: row.state == Host.State.ACTIVE,
-            question="It runs our benchmark now, on all of its GPUs, for some minutes. Refused where jobs run or customers wait.",
+            possible=lambda row: row.state in {Host.State.ACTIVE, Host.State.DRAINING, Host.State.MAINTENANCE},
+            question="It runs our benchmark now, on all of its GPUs, for some minutes. Refused where jobs run or customers wait. Out of "
+            "work for a sick GPU it is back when the benchmark passes.",
         ),
         Move(
             name="taints", label="Set taints", action="sites:write", run=_taint, form=TaintsForm, icon="block", bulk=True,
@@ -178,6 +179,8 @@ class HostAdmin(look.Shown, TenantAdmin):
     def more(self, request: HttpRequest, row: Host) -> dict[str, Any]:  # noqa: ARG002
         found = getattr(row, "reliability", None)
         return {
+            "sick": gpu_rule.sick_on([row.pk]).get(row.pk, []),
+            "repair": gpu_health.REPAIR,
             "verification": getattr(row, "verification", None),
             "score": look.permille(found.score_permille) if found else None,
             "parts": [(what, look.permille(share), told) for what, share, told in reliability.said(found)]

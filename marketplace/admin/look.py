@@ -194,6 +194,7 @@ def staff_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: ARG
             "separator": True,
             "items": [
                 m("Sites", "factory", "marketplace_site"),
+                m("Hosts", "dns", "marketplace_host"),
                 m("Listings", "storefront", "marketplace_listing"),
                 m("Spot prices", "gavel", "marketplace_spotinterval"),
                 m("Contracts", "contract", "marketplace_contract"),

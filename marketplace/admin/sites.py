@@ -14,6 +14,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     power,
     screening,
     spot,
+    staff_hosts,
     staff_market,
     staff_money,
     staff_queues,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from django.db.models import Prefetch
 from django.urls import path
 from django.utils import timezone
 from drf_spectacular.utils import OpenApiParameter, extend_schema
@@ -12,14 +13,16 @@ from marketplace.api import reliability, shapes
 from marketplace.api.base import Resource
 from marketplace.api.keys import PAGE
 from marketplace.api.site_shapes import DrainShape, HostShape, TaintsShape
-from marketplace.models import Host
+from marketplace.models import Gpu, Host
 from marketplace.services import sites
 
 ACTIONS = {"active": ["drain"], "draining": ["drain", "undrain"], "maintenance": ["undrain"], "lost": ["undrain"]}
 
 
 class HostResource(Resource):
-    model_queryset = Host.objects.select_related("site", "power_node", "gpu_model", "listing", "reliability")
+    model_queryset = Host.objects.select_related(
+        "site", "power_node", "gpu_model", "listing", "reliability"
+    ).prefetch_related(Prefetch("gpus", Gpu.objects.filter(healthy=False).order_by("index"), to_attr="sick_gpus"))
     prefix = "hst"
     order = "id"
     filters = {"site": "site", "state": "state", "gpu_model": "gpu_model__name", "listing": "listing", "leaf": "leaf"}
@@ -49,6 +52,7 @@ class HostResource(Resource):
             "vcpu_free_milli": row.vcpu_free,
             "ram_free_mib": row.ram_free,
             "nvme_free_gib": row.nvme_free,
+            "sick_gpus": [{"index": g.index, "since": g.sick_at, "error": g.last_error} for g in row.sick_gpus],
             "cap_control": row.cap_control,
             "power_state": row.power_state,
             "reserved_w": row.reserved_w,

@@ -159,6 +159,12 @@ class AgentShape(serializers.Serializer):
     revoked_at = serializers.DateTimeField(allow_null=True)
 
 
+class SickGpuShape(serializers.Serializer):
+    index = serializers.IntegerField()
+    since = serializers.DateTimeField(allow_null=True)
+    error = serializers.CharField(help_text="what it reported")
+
+
 class HostShape(serializers.Serializer):
     id = serializers.CharField()
     object = serializers.ChoiceField(["host"])
@@ -185,6 +191,7 @@ class HostShape(serializers.Serializer):
     vcpu_free_milli = serializers.IntegerField()
     ram_free_mib = serializers.IntegerField()
     nvme_free_gib = serializers.IntegerField()
+    sick_gpus = SickGpuShape(many=True, help_text="nothing uses them; the host drains until a benchmark passes")
     cap_control = serializers.BooleanField()
     power_state = serializers.ChoiceField(Host.PowerState.choices)
     reserved_w = serializers.IntegerField()

@@ -254,9 +254,14 @@ class Gpu(models.Model):
     serial = models.CharField(max_length=64, blank=True)
     healthy = models.BooleanField(default=True)
     last_error = models.CharField(max_length=120, blank=True)
+    sick_at = models.DateTimeField(null=True, blank=True, help_text="since when it is not healthy")
+    well_at = models.DateTimeField(
+        null=True, blank=True, help_text="errors up to then count no more: it was found well"
+    )
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["host", "index"], name="gpu_index_once")]
+        indexes = [models.Index(fields=["host"], condition=models.Q(healthy=False), name="gpu_sick")]
 
     def __str__(self) -> str:
         return f"{self.host}/{self.index}"

@@ -24,7 +24,7 @@ from marketplace.models import (
     PowerNode,
     Site,
 )
-from marketplace.services import placements, reliability, tokens
+from marketplace.services import gpu_health, placements, reliability, tokens
 from marketplace.services.secrets import unseal
 from marketplace.tenancy import Actor
 
@@ -74,7 +74,9 @@ def observe(agent: Agent, report: dict[str, Any], *, now: datetime) -> bool:
         _take_inventory(agent, report["inventory"], now)
     with transaction.atomic():
         _events(agent, report.get("events") or [])
-        reliability.take_errors(agent.site_id, report.get("events") or [], now=now)
+        if reliability.take_errors(agent.site_id, report.get("events") or [], now=now):
+            placements.lock_sites([agent.site_id])
+            gpu_health.judge(agent.site_id, now=now)
         if agent.boot == report["boot"][:40] and report["sequence"] < agent.sequence:
             return False  # overtaken by a later sync of the same agent: its rows are older than ours
         placements.lock_sites([agent.site_id])

@@ -22,7 +22,7 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Host, Job, MaintenanceHost, Placement, Site
 from marketplace.outbox import emit
-from marketplace.services import audit, conditions, jobs, placements, replicas
+from marketplace.services import audit, conditions, gpu_rule, jobs, placements, replicas
 from marketplace.tenancy import Actor
 
 PUT_BACK = "marketplace.hosts_put_back"  # by hand, in the midst of maintenance
@@ -110,11 +110,28 @@ def _drain(hosts: Collection[Host], wanted: Leave, *, actor: Actor, now: datetim
     changed(hosts)
 
 
+def keep_out(host: Host, reason: str, *, actor: Actor, now: datetime) -> None:
+    """A host that is not well takes nothing new, whatever was planned for it; what runs stays. The caller holds the site's lock, and
+    the row's.
+    """
+    _taken({host.pk}).update(comes_back=False)
+    if host.state not in {Host.State.MAINTENANCE, Host.State.RETIRED}:
+        before = host.state
+        host.state, host.leaves_at, host.back_at = Host.State.DRAINING, None, None
+        _audit(
+            host, actor, "host.drained", now, before={"state": before}, after={"state": host.state, "reason": reason}
+        )
+    host.state_reason = reason[:200]
+    host.save(update_fields=["state", "state_reason", "leaves_at", "back_at"])
+    conditions.record(hosts=[host.pk], now=now)
+    changed([host])
+
+
 def _announce(hosts: Collection[Host], by: datetime, why: str, *, now: datetime, actor: str) -> None:
     """Those who run there read it in their job's story."""
     name = {host.pk: host.name for host in hosts}
     on: dict[int, set[str]] = defaultdict(set)
-    for job_id, host_id in _live(name).values_list("job_id", "host_id"):
+    for job_id, host_id in live(name).values_list("job_id", "host_id"):
         on[job_id].add(name[host_id])
     for job in Job.objects.filter(pk__in=on).order_by("pk"):
         which = ", ".join(sorted(on[job.pk]))
@@ -126,20 +143,33 @@ def _announce(hosts: Collection[Host], by: datetime, why: str, *, now: datetime,
 def undrain_host(host: Host, *, actor: Actor, now: datetime) -> Host:
     """Back to work: from draining, maintenance or lost."""
     host = _host(host, expected=(Host.State.DRAINING, Host.State.MAINTENANCE, Host.State.LOST))
+    if sick := gpu_rule.sick_on([host.pk]):
+        raise _sick(host.name, gpu_rule.words(sick[host.pk]))
     _undrain([host], actor=actor, now=now)
     return host
 
 
 @transaction.atomic
 def undrain_site(site: Site, *, actor: Actor, now: datetime) -> list[Host]:
-    """Back to work: every host of the site that drains or is in maintenance; returns them."""
+    """Back to work: every host of the site that drains or is in maintenance, but for those with a sick GPU; returns them."""
     acquire((Lock.SITE, site.pk))
     rows = Host.objects.filter(site=site, state__in=(Host.State.DRAINING, Host.State.MAINTENANCE)).order_by("pk")
     hosts = list(rows.select_for_update(no_key=True, of=("self",)).select_related("site"))
     if not hosts:
         raise MarketError("illegal_transition", f"{site.name} has no host that drains or is in maintenance.")
+    sick = gpu_rule.sick_on([host.pk for host in hosts])
+    hosts = [host for host in hosts if host.pk not in sick]
+    if not hosts:
+        raise _sick(site.name, f"{len(sick)} hosts with sick GPUs")
     _undrain(hosts, actor=actor, now=now)
     return hosts
+
+
+def _sick(name: str, why: str) -> MarketError:
+    return MarketError(
+        "gpu_sick",
+        f"{name}: {why}. Repair it, then run the benchmark (Verify): when it passes, the host is back at work.",
+    )
 
 
 def _undrain(hosts: Collection[Host], *, actor: Actor, now: datetime) -> None:
@@ -182,7 +212,7 @@ def due(site: Site, *, now: datetime) -> int:
     if not ids:
         return 0
     leave(ids, now=now, actor="maintenance", reason="drained: the host leaves for maintenance")
-    full = set(_live(ids).values_list("host_id", flat=True))
+    full = set(live(ids).values_list("host_id", flat=True))
     gone = Host.objects.filter(pk__in=ids - full, state=Host.State.DRAINING).update(state=Host.State.MAINTENANCE)
     conditions.record(hosts=ids, now=now)
     return gone
@@ -192,7 +222,7 @@ def leave(host_ids: Collection[int], *, now: datetime, actor: str, reason: str) 
     """Ask what stands on these hosts to go: as few replicas as a gang's policy allows, else the whole job, which queues again.
     The caller holds the sites' locks.
     """
-    going = _live(host_ids).filter(release_requested_at=None).order_by("pk")
+    going = live(host_ids).filter(release_requested_at=None).order_by("pk")
     take_off(list(going), now=now, actor=actor, reason=reason)
 
 
@@ -220,7 +250,8 @@ def take_off(going: Iterable[Placement], *, now: datetime, actor: str, reason: s
     return sorted({*moved, *(here.keys() - whole)})
 
 
-def _live(host_ids: Iterable[int]) -> Any:
+def live(host_ids: Iterable[int]) -> QuerySet[Placement]:
+    """What stands on these hosts."""
     return Placement.objects.filter(host_id__in=list(host_ids)).exclude(state__in=Placement.FINAL)
 
 

@@ -34,7 +34,7 @@ from marketplace.models import (
     Site,
     Verification,
 )
-from marketplace.services import audit, availability, jobs, maintenance, placements, power
+from marketplace.services import audit, availability, gpu_health, gpu_rule, jobs, maintenance, placements, power
 from marketplace.services import hosts as host_rows
 from marketplace.services.transitions import record_created
 from marketplace.tenancy import SYSTEM, Actor
@@ -82,9 +82,10 @@ def _check_free(host: Host, now: datetime) -> None:
     """Nobody uses it, nobody will soon, nobody waits for it; MarketError otherwise."""
     listing = host.listing
     refused = ""
+    repaired = _repaired(host)
     if listing is None or listing.state == Listing.State.RETIRED:
         refused = "put the host into a listing first (a draft will do)"
-    elif host.state != Host.State.ACTIVE or host.site.mode != Site.Mode.AUTO:
+    elif not (host.state == Host.State.ACTIVE or repaired) or host.site.mode != Site.Mode.AUTO:
         refused = f"the host is {host.state} and its site in mode {host.site.mode}; both must be at work"
     elif not host.gpu_count:
         refused = "the host has no GPU"
@@ -92,12 +93,19 @@ def _check_free(host: Host, now: datetime) -> None:
         refused = "another verification runs at this site; it takes some minutes"
     elif Placement.objects.filter(host=host).exclude(state__in=Placement.FINAL).exists() or min(host.gpu_free) < 1000:
         refused = "jobs run on the host; it is verified when all of its GPUs are idle"
+    elif repaired:
+        return  # what is promised there waits for it
     elif _claimed(host, now):
         refused = "a reservation or announced maintenance claims the host within ten minutes"
     elif _awaited(listing.pk).exists():
         refused = "customers wait for capacity of its listing; they come first"
     if refused:
         raise MarketError("verification_not_now", f"{host.name}: {refused}.")
+
+
+def _repaired(host: Host) -> bool:
+    """It is out of work for a sick GPU: a run is how it comes back."""
+    return host.state in {Host.State.DRAINING, Host.State.MAINTENANCE} and bool(gpu_rule.sick_on([host.pk]))
 
 
 def _claimed(host: Host, now: datetime) -> bool:
@@ -247,13 +255,14 @@ def attend(pk: int, *, now: datetime) -> bool:
     run = Verification.objects.select_related("host__site", "host__gpu_model", "job__contract").get(pk=pk)
     job = run.job
     if job.state not in Job.FINAL:
-        if job.state in Job.WAITING or job.attempt > 1 or _awaited(job.contract.listing_id).exists():
+        if job.state in Job.WAITING or job.attempt > 1 or _wanted(run.host, job):
             _take_back(job, now)
         return False
     figures, trouble = _printed(job)
     if not figures and job.state == Job.State.SUCCEEDED and now - (job.finished_at or now) < LOG_PATIENCE:
         return False  # its log is on the way
     with transaction.atomic():
+        acquire((Lock.SITE, run.host.site_id))
         standing, _ = HostVerification.objects.select_for_update(no_key=True).get_or_create(
             host=run.host, defaults={"next_at": now}
         )
@@ -262,6 +271,11 @@ def attend(pk: int, *, now: datetime) -> bool:
             return False  # somebody else was faster
         _conclude(run, standing, figures, trouble, job, now)
     return True
+
+
+def _wanted(host: Host, job: Job) -> bool:
+    """Does a customer wait who could have the host?"""
+    return _awaited(job.contract.listing_id).exists() and not _repaired(host)
 
 
 def _take_back(job: Job, now: datetime) -> None:
@@ -340,6 +354,8 @@ def _judge(run: Verification, standing: HostVerification, now: datetime) -> None
     if run.state == Verification.State.PASSED:
         standing.state, standing.score, standing.verified_at, standing.run = "verified", run.score, now, run
         standing.failures, standing.fingerprint = 0, run.fingerprint
+        if gpu_rule.sick_on([run.host_id]):
+            gpu_health.well(run.host, actor=SYSTEM, now=now, why=f"{run.public_id} has passed")
         standing.next_at = now + EVERY + timedelta(seconds=run.host_id * 40_503 % SPREAD_S)
         return
     standing.failures += 1

@@ -1,5 +1,6 @@
 """How far an offer can be relied on, in words and figures, and the page with the rules of it."""
 
+from datetime import timedelta
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
@@ -7,7 +8,7 @@ from django.shortcuts import render
 from django.urls import path
 
 from marketplace.models import HostVerification, Listing, Verification
-from marketplace.services import reliability, verifications
+from marketplace.services import gpu_rule, reliability, verifications
 from marketplace.web.base import page
 from scheduler.core import reliability as core
 from scheduler.core import verification as benchmark
@@ -68,6 +69,10 @@ def rules(request: HttpRequest) -> HttpResponse:
         "days": core.WINDOW_DAYS,
         "slack_s": core.DRAIN_SLACK_S,
         "new_permille": core.permille(core.Counts()),
+        "at_once": gpu_rule.AT_ONCE.items(),
+        "again": gpu_rule.AGAIN.items(),
+        "reports": gpu_rule.REPORTS,
+        "within_hours": gpu_rule.WITHIN // timedelta(hours=1),
         "wanted": _wanted(),
         "floors": benchmark.FLOORS,
         "ceiling": benchmark.CEILING,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from django.db.models import Prefetch
 from django.urls import path
 from django.utils import timezone
 from drf_spectacular.utils import OpenApiParameter, extend_schema
@@ -13,7 +12,7 @@ from marketplace.api import reliability, shapes
 from marketplace.api.base import Resource
 from marketplace.api.keys import PAGE
 from marketplace.api.site_shapes import DrainShape, HostShape, TaintsShape
-from marketplace.models import Gpu, Host
+from marketplace.models import Host
 from marketplace.services import sites
 
 ACTIONS = {"active": ["drain"], "draining": ["drain", "undrain"], "maintenance": ["undrain"], "lost": ["undrain"]}
@@ -22,7 +21,7 @@ ACTIONS = {"active": ["drain"], "draining": ["drain", "undrain"], "maintenance":
 class HostResource(Resource):
     model_queryset = Host.objects.select_related(
         "site", "power_node", "gpu_model", "listing", "reliability"
-    ).prefetch_related(Prefetch("gpus", Gpu.objects.filter(healthy=False).order_by("index"), to_attr="sick_gpus"))
+    ).prefetch_related("gpus")
     prefix = "hst"
     order = "id"
     filters = {"site": "site", "state": "state", "gpu_model": "gpu_model__name", "listing": "listing", "leaf": "leaf"}
@@ -52,7 +51,11 @@ class HostResource(Resource):
             "vcpu_free_milli": row.vcpu_free,
             "ram_free_mib": row.ram_free,
             "nvme_free_gib": row.nvme_free,
-            "sick_gpus": [{"index": g.index, "since": g.sick_at, "error": g.last_error} for g in row.sick_gpus],
+            "sick_gpus": [
+                {"index": gpu.index, "since": gpu.sick_at, "error": gpu.last_error}
+                for gpu in sorted(row.gpus.all(), key=lambda gpu: gpu.index)
+                if not gpu.healthy
+            ],
             "cap_control": row.cap_control,
             "power_state": row.power_state,
             "reserved_w": row.reserved_w,

@@ -12,7 +12,7 @@ from django.conf import settings
 from django.db import connection, transaction
 
 from marketplace.models import SpotInterval, SpotNotice, SpotResult
-from marketplace.models.spot import INTERVAL
+from scheduler.core.auction import INTERVAL_S
 
 FORGOTTEN = 5_000  # intervals at most each time: 5,000 listings make 1,000 a minute
 
@@ -28,7 +28,7 @@ WITH owed AS (
   FROM marketplace_listing l LEFT JOIN owed ON owed.listing_id = l.id
   WHERE EXISTS (SELECT FROM marketplace_spotinterval i WHERE i.listing_id = l.id AND i.start < %(cut)s)
 )
-SELECT i.id FROM upto JOIN marketplace_spotinterval i ON i.listing_id = upto.id AND i.start <= upto.at - %(long)s
+SELECT i.id FROM upto JOIN marketplace_spotinterval i ON i.listing_id = upto.id AND i.start <= upto.at - %(long)s * interval '1 s'
 ORDER BY i.listing_id, i.start LIMIT %(most)s
 """
 
@@ -38,7 +38,7 @@ def forget(now: datetime) -> int:
     cut = now - timedelta(days=settings.SPOT_HISTORY_DAYS)
     with transaction.atomic():
         with connection.cursor() as cursor:
-            cursor.execute(_OLD, {"cut": cut, "long": INTERVAL, "most": FORGOTTEN})
+            cursor.execute(_OLD, {"cut": cut, "long": INTERVAL_S, "most": FORGOTTEN})
             old = [pk for (pk,) in cursor.fetchall()]
         for model in (SpotNotice, SpotResult):
             model.objects.filter(interval_id__in=old).delete()

@@ -72,8 +72,8 @@ def _unbegun(now: datetime) -> int:
     """Who could sign or be paid out before there were checks, or before one of today's kinds was among them: theirs begin."""
     each = Screening.objects.filter(organization=OuterRef("pk")).order_by().values("organization")
     have = Coalesce(Subquery(each.annotate(n=Count("pk")).values("n")), 0)
-    could = Q(standing__isnull=False) & ~Q(standing__state=BillingStanding.State.NO_CARD)
-    could |= Exists(Contract.objects.filter(operator=OuterRef("pk")))
+    signs = Q(standing__isnull=False) & ~Q(standing__state=BillingStanding.State.NO_CARD)
+    could = signs | Q(Exists(Contract.objects.filter(operator=OuterRef("pk"))))
     rows = Organization.objects.annotate(checks=have).filter(could, livemode=True, is_house=False)
     found = list(rows.filter(checks__lt=len(Screening.Kind.values)).order_by("pk")[:BATCH])
     for row in found:

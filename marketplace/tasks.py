@@ -18,6 +18,7 @@ from marketplace.services import (
     saved_matches,
     saved_notices,
     screening,
+    site_alerts,
     spot,
     spot_record,
     verifications,
@@ -136,6 +137,11 @@ def contract_notice(payload: dict[str, Any]) -> None:
 @outbox.handler(gpu_health.TOLD)
 def tell_gpu_sick(payload: dict[str, Any]) -> None:
     gpu_health.tell_operator(payload["host"])
+
+
+@outbox.handler(site_alerts.ALERT)
+def site_alert(payload: dict[str, Any]) -> None:
+    site_alerts.tell_operator(payload["agent"], payload["event"])
 
 
 @outbox.handler(verifications.FAILED_TWICE)

@@ -24,7 +24,7 @@ from marketplace.models import (
     PowerNode,
     Site,
 )
-from marketplace.services import gpu_health, placements, reliability, tokens
+from marketplace.services import gpu_health, placements, reliability, site_alerts, tokens
 from marketplace.services.secrets import unseal
 from marketplace.tenancy import Actor
 
@@ -73,6 +73,7 @@ def observe(agent: Agent, report: dict[str, Any], *, now: datetime) -> bool:
     if report.get("inventory"):
         _take_inventory(agent, report["inventory"], now)
     with transaction.atomic():
+        site_alerts.raise_new(agent, report.get("events") or [])
         _events(agent, report.get("events") or [])
         if reliability.take_errors(agent.site_id, report.get("events") or [], now=now):
             placements.lock_sites([agent.site_id])

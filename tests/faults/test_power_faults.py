@@ -279,6 +279,42 @@ def test_power_returns(yard):
     assert all(yard.fleet.asleep[yard.fleet.index[name]] for name in sleepers)
 
 
+def test_power_returns_nothing_is_woken_until_it_is_metered_and_then_group_by_group(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.turn(3)
+    sleepers = set(Miner.objects.filter(desired_mode=0).values_list("name", flat=True))
+    where = yard.miner(min(sleepers)).power_node.name
+    n = yard.physics.node_index[where]
+    before = yard.physics.energised()
+    yard.physics.meter_stale[n] = True
+    yard.physics.closed[n] = False
+    lost = before & ~yard.physics.energised()
+    yard.fleet.power_cut(lost[yard.physics.miner_node])
+    yard.physics.hosts.dark(lost[yard.physics.host_node])
+    yard.turn(34)
+    below = Miner.objects.filter(power_node__name=where)
+    assert all(m.reserved_w == m.mode_watts[-1] for m in below), "nobody knows what they will do when it returns"
+    yard.end(job)
+    yard.physics.reset_breaker(where)
+    yard.turn(14)
+    assert sleepers <= set(Miner.objects.filter(desired_mode=0).values_list("name", flat=True)), (
+        "there is room, and no meter"
+    )
+    assert all(yard.fleet.asleep[yard.fleet.index[name]] for name in sleepers), "those that booted hashing were slept"
+    yard.physics.meter_stale[n] = False
+    asleep, steps = set(sleepers), []
+    for _ in range(80):
+        yard.turn()
+        now = set(Miner.objects.filter(desired_mode=0).values_list("name", flat=True))
+        woken = [yard.miner(name) for name in asleep - now]
+        steps.append(sum(m.commanded_w for m in woken if m.power_node.name == where))
+        asleep = now
+    assert not asleep, "all hash again"
+    assert max(steps) == 3500, "one by one: a machine is more than a tenth of this PDU's cap"
+    assert sum(1 for watts in steps if watts) >= len(sleepers & set(yard.under(where)))
+
+
 # --- a grid call: hashing -> spot -> flexible after its notice -> firm not at all
 def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
     firm = yard.submit(gpus=3)

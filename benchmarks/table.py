@@ -96,6 +96,13 @@ SHOWN: dict[str, tuple[Line, ...]] = {
         Line("sleep_20000_s", "20,000 miners, the same", "{:.0f} s", "bare socket writes {bare_20000_s:.0f} s"),
         Line("false_confirms", "machines believed asleep that draw, with every fault played"),
     ),
+    "year": (
+        Line("share_of_perfect_foresight", "a year of a mixed site: margin, of what perfect foresight would earn", "{:.3f}",
+             "margin in USD: ours {ours_usd:,.0f}, AI only {ai_only_usd:,.0f}, all hashing {all_hashing_usd:,.0f}"),
+        Line("economic_power_used", "watts used, of those that pay and the caps leave", "{:.3f}"),
+        Line("hashing_share_of_bound", "margin of hashing alone, knowing each hour's prices: share", "{:.3f}"),
+        Line("over_cap_instants", "turns at which a node stood over its cap or call"),
+    ),
     "usage": (
         Line("records_per_s", "usage records stored a second, constraints on", "{:,.0f}", "raw `COPY` {copy_per_s:,.0f}"),
     ),

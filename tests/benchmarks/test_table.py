@@ -25,6 +25,10 @@ FIGURES = {
     "safety": {"runs", "violations"},
     "dispatch": {"ms_20k", "ms_200k", "gap_pct"},
     "fleet": {"sleep_2000_s", "sleep_20000_s", "false_confirms"},
+    "year": {
+        "share_of_perfect_foresight", "economic_power_used", "over_cap_instants", "hashing_share_of_bound", "over_ai_only",
+        "over_all_hashing",
+    },
     "usage": {"records_per_s", "share_of_copy"},
     "ledger": {"transactions_per_s", "postings_20k_s"},
     "close": {"seconds_10k_accounts", "rss_mib", "doubled_or_lost"},

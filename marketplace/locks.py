@@ -21,6 +21,7 @@ class Lock(IntEnum):
     HOST = 5
     WALLET = 6
     COUNTER = 7
+    PROFIT = 8  # a site's P&L and receipts
 
 
 # One statement for all: they are taken one after another as they stand in the array, each with the whole patience.

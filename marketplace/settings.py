@@ -148,6 +148,7 @@ CELERY_BEAT_SCHEDULE = {
     "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
     "maintenance": {"task": "marketplace.tasks.tick_maintenance", "schedule": 5.0, "options": {"expires": 5}},
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
+    "profit": {"task": "marketplace.tasks.roll_profit", "schedule": 300.0, "options": {"expires": 300}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
     "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
@@ -163,10 +164,7 @@ CELERY_BEAT_SCHEDULE = {
 # --- people
 AUTH_USER_MODEL = "marketplace.User"
 AUTHENTICATION_BACKENDS = ["allauth.account.auth_backends.AuthenticationBackend"]
-PASSWORD_HASHERS = [
-    "django.contrib.auth.hashers.ScryptPasswordHasher",
-    "django.contrib.auth.hashers.PBKDF2PasswordHasher",
-]
+PASSWORD_HASHERS = [f"django.contrib.auth.hashers.{name}PasswordHasher" for name in ("Scrypt", "PBKDF2")]
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 10}},
     {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
@@ -232,6 +230,9 @@ LEGAL_ENTITY = env.str("LEGAL_ENTITY", default="Tailrace Inc.")
 # --- sites and power
 MEMPOOL_URL = env.str("MEMPOOL_URL", default="http://127.0.0.1:8005" if DEVELOPMENT else "https://mempool.space")
 ENERGY_PRICE_URL = env.str("ENERGY_PRICE_URL", default="http://127.0.0.1:8005/energy" if DEVELOPMENT else "")
+ENERGY_PRICE_FILE = env.str("ENERGY_PRICE_FILE", default="")
+GRIDSTATUS_PRICES = env.str("GRIDSTATUS_PRICES", default="")
+TARIFF_PLUGINS = env.list("TARIFF_PLUGINS", default=[])
 POOL_FEE_PERMILLE = env.int("POOL_FEE_PERMILLE", default=10)
 SITE_LEASE_SECONDS = env.int("SITE_LEASE_SECONDS", default=900)
 POWER_FREEZE = env.bool("POWER_FREEZE", default=False)

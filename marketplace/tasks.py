@@ -1,11 +1,13 @@
 """The market's own workers: the outbox, the clock, the feeds."""
 
+from datetime import datetime
 from typing import Any
 
 from celery import shared_task
 from django.utils import timezone
 
 from marketplace import outbox
+from marketplace.models import Site
 from marketplace.services import (
     contracts,
     drains,
@@ -13,6 +15,7 @@ from marketplace.services import (
     gpu_health,
     jobs,
     maintenance,
+    profit,
     reliability,
     saved,
     saved_matches,
@@ -68,6 +71,18 @@ def hosts_put_back(payload: dict[str, Any]) -> None:
 @shared_task
 def fetch_feeds() -> None:
     feeds.fetch_all(now=timezone.now())
+
+
+@shared_task
+def roll_profit() -> int:
+    """The last hours' P&L of every site, made anew."""
+    return profit.clock(now=timezone.now())
+
+
+@outbox.handler(profit.TOPIC, one_at_a_time=True)
+def profit_of(payload: dict[str, Any]) -> None:
+    start, end = (datetime.fromisoformat(payload[name]) for name in ("start", "end"))
+    profit.rebuild(Site.objects.get(pk=payload["site"]), start, end)
 
 
 @shared_task

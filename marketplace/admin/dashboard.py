@@ -15,7 +15,6 @@ from marketplace.admin.charts import LAYERS, Slice
 from marketplace.admin.tenancy import own
 from marketplace.models import (
     Agent,
-    Amendment,
     Contract,
     Curtailment,
     Host,
@@ -28,6 +27,7 @@ from marketplace.models import (
     Site,
     SiteMinute,
 )
+from marketplace.services import ai_revenue as revenue
 from marketplace.services.conditions import SILENT
 from marketplace.tenancy import Actor
 
@@ -142,50 +142,11 @@ def money(actor: Actor, sites: Sequence[Site], start: datetime, end: datetime) -
 
 
 def ai_revenue(actor: Actor, sites: Sequence[Site], start: datetime, end: datetime) -> dict[str, int]:
-    """{currency: millionths}: running GPU time at the contracts' rates, and commitments by time, less the platform's fee.
-
-    By the clock of now, before rating: an estimate of what the next invoices and payouts will say.
-    """
-    found: dict[str, int] = defaultdict(int)  # milli-GPU-seconds x millionths an hour x permille kept
-    ran = (
-        own(Placement, actor)
-        .filter(site__in=sites, running_at__lt=end, contract__kind__in=("on_demand", "spot"))
-        .filter(Q(release_requested_at=None) | Q(release_requested_at__gt=start))
-        .filter(Q(finished_at=None) | Q(finished_at__gt=start))
-        .values_list(
-            "running_at", "release_requested_at", "finished_at", "gpu_indices", "gpu_milli",
-            "contract__price", "contract__fee_permille", "contract__currency",
-        )
-    )  # fmt: skip
-    for running, released, finished, gpus, milli, price, fee, currency in ran:
-        seconds = _overlap(running, released or finished or end, start, end)
-        found[currency] += seconds * len(gpus) * milli * price * (1000 - fee)
-    holding = (
-        own(Contract, actor)
-        .filter(site__in=sites, kind__in=("reserved", "flexible"), starts_at__lt=end)
-        .exclude(state__in=("pending_payment", "cancelled"))
-        .filter(Q(ended_at=None) | Q(ended_at__gt=start), Q(ends_at=None) | Q(ends_at__gt=start))
+    """{currency: millionths} of the operator's own share, by the clock of now."""
+    flows = revenue.flows(
+        own(Placement, actor).filter(site__in=sites), own(Contract, actor).filter(site__in=sites), start, end
     )
-    held = holding.values_list("starts_at", "ends_at", "ended_at", "gpu_count", "price", "fee_permille", "currency")
-    for begins, ends, ended, count, price, fee, currency in held:
-        seconds = _overlap(begins, min(at for at in (ends, ended, end) if at is not None), start, end)
-        found[currency] += seconds * count * 1000 * price * (1000 - fee)
-    joined = Amendment.objects.visible_to(actor).filter(contract__in=holding, kind="resize", state="accepted")
-    for row in joined.select_related(
-        "contract"
-    ):  # counted above as if they had been there all along, at the first price
-        of = row.contract
-        over = min(at for at in (of.ends_at, of.ended_at, end) if at is not None)
-        change = (
-            _overlap(row.effective_at, over, start, end) * row.price
-            - _overlap(of.starts_at, over, start, end) * of.price
-        )
-        found[of.currency] += change * row.added_gpus * 1000 * (1000 - of.fee_permille)
-    return {currency: value // (3600 * 1000 * 1000) for currency, value in found.items()}
-
-
-def _overlap(begins: datetime, ends: datetime, start: datetime, end: datetime) -> int:
-    return max(0, int((min(ends, end) - max(begins, start)).total_seconds()))
+    return revenue.earned(flows, start, end)
 
 
 # --- machines

@@ -34,7 +34,8 @@ class SitePower(Resource):
         row = self.row(site)
         nodes = row.power_nodes.select_related("parent").order_by("depth", "id")
         miners = row.miners.all()
-        prices = feeds.prices(row, now=timezone.now())
+        now = timezone.now()
+        prices, energy = feeds.prices(row, now=now), feeds.energy_price(row, now=now)
         return Response(
             {
                 "object": "site_power",
@@ -47,7 +48,9 @@ class SitePower(Resource):
                 },
                 "pending_w": pending_w([row.pk]).get(row.pk, 0),
                 "hashprice_microusd_per_ph_day": prices.hashprice_uusd if prices else None,
-                "energy_microusd_per_mwh": prices.energy_uusd_mwh if prices else None,
+                "energy_microusd_per_mwh": energy.uusd_mwh,
+                "tariff_microusd_per_mwh": energy.added_uusd_mwh,
+                "feeds": feeds.shown(row, now=now),
             }
         )
 

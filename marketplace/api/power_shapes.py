@@ -3,7 +3,7 @@
 from rest_framework import serializers
 
 from marketplace.api.shapes import page_of
-from marketplace.models import Curtailment, PowerNode, Site
+from marketplace.models import Curtailment, FeedValue, PowerNode, Site
 
 
 class PowerStateShape(serializers.Serializer):
@@ -28,6 +28,17 @@ class MinersAwakeShape(serializers.Serializer):
     asleep = serializers.IntegerField()
 
 
+class FeedShape(serializers.Serializer):
+    """The newest value of a feed; a stale one is shown and not used."""
+
+    kind = serializers.ChoiceField(FeedValue.Kind.choices)
+    value = serializers.IntegerField()
+    zone = serializers.CharField()
+    source = serializers.CharField()  # type: ignore[assignment]  # a column's name; DRF's own attribute is the instance's
+    observed_at = serializers.DateTimeField()
+    stale = serializers.BooleanField()
+
+
 class PowerNowShape(serializers.Serializer):
     object = serializers.CharField()
     site = serializers.CharField()
@@ -36,7 +47,11 @@ class PowerNowShape(serializers.Serializer):
     miners = MinersAwakeShape()
     pending_w = serializers.IntegerField(help_text="granted, and still being shed")
     hashprice_microusd_per_ph_day = serializers.IntegerField(allow_null=True)
-    energy_microusd_per_mwh = serializers.IntegerField(allow_null=True)
+    energy_microusd_per_mwh = serializers.IntegerField(
+        help_text="the market's or the site's, with what the tariff adds"
+    )
+    tariff_microusd_per_mwh = serializers.IntegerField(help_text="of that, what the tariff adds now")
+    feeds = FeedShape(many=True)
 
 
 class MinuteShape(serializers.Serializer):

@@ -34,6 +34,14 @@ class UpdateSiteShape(Shape):
     energy_price_microusd_per_kwh = serializers.IntegerField(min_value=0, max_value=10**9, required=False)
     carbon_g_per_kwh = serializers.IntegerField(min_value=0, max_value=5000, required=False, allow_null=True)
     renewable_permille = serializers.IntegerField(min_value=0, max_value=1000, required=False, allow_null=True)
+    tariff = serializers.ListField(
+        child=serializers.DictField(),
+        required=False,
+        max_length=20,
+        help_text="parts by time of use and coincident peak: docs/power.md",
+    )
+    pool_scheme = serializers.ChoiceField(Site.PoolScheme.choices, required=False)
+    pool_fee_ppm = serializers.IntegerField(min_value=0, max_value=200_000, required=False, allow_null=True)
 
 
 class CreateSiteShape(UpdateSiteShape):
@@ -62,6 +70,9 @@ class SiteShape(serializers.Serializer):
     energy_price_microusd_per_kwh = serializers.IntegerField()
     carbon_g_per_kwh = serializers.IntegerField(allow_null=True)
     renewable_permille = serializers.IntegerField(allow_null=True)
+    tariff = serializers.ListField(child=serializers.DictField())
+    pool_scheme = serializers.ChoiceField(Site.PoolScheme.choices)
+    pool_fee_ppm = serializers.IntegerField(allow_null=True, help_text="empty: the house's default")
     mode = serializers.ChoiceField(Site.Mode.choices)
     power = SitePowerShape()
     actions = serializers.ListField(child=serializers.CharField(), help_text="modes that can follow")

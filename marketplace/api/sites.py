@@ -78,6 +78,9 @@ class SiteResource(Resource):
             "energy_price_microusd_per_kwh": row.energy_price_microusd_per_kwh,
             "carbon_g_per_kwh": row.carbon_g_per_kwh,
             "renewable_permille": row.renewable_permille,
+            "tariff": row.tariff,
+            "pool_scheme": row.pool_scheme,
+            "pool_fee_ppm": row.pool_fee_ppm,
             "mode": row.mode,
             "power": {
                 "cap_w": cap,

@@ -24,6 +24,7 @@ from marketplace.api import (
     payouts,
     power,
     probe,
+    profit,
     quotes,
     reliability,
     saved,
@@ -38,7 +39,7 @@ from marketplace.api import (
 )
 
 RESOURCES = (  # asked from the first to the last: what is called most stands first
-    jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power,
+    jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power, profit,
     curtailments, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward, usage, invoices,
     payment_methods, payouts, agent, staff,
     webhooks, schema,

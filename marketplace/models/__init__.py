@@ -12,6 +12,7 @@ from marketplace.models.accounts import (
 from marketplace.models.agreements import Amendment, ContractDocument, DocumentFile, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.conversions import ConversionPlan
+from marketplace.models.energy import DeviceHour, ProfitHour, Receipt
 from marketplace.models.forward import Fill, Resale, StandingBid
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
@@ -69,6 +70,7 @@ __all__ = [
     "ControlPulse",
     "ConversionPlan",
     "Curtailment",
+    "DeviceHour",
     "DocumentFile",
     "EnrolmentToken",
     "FeedValue",
@@ -103,7 +105,9 @@ __all__ = [
     "PlacementEvent",
     "PowerGrant",
     "PowerNode",
+    "ProfitHour",
     "Quote",
+    "Receipt",
     "Reliability",
     "Resale",
     "Reservation",

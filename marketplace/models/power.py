@@ -182,6 +182,7 @@ class FeedValue(models.Model):
         FEES_SAT = "fees_sat_per_block"
         HASHPRICE = "hashprice_microusd_per_ph_day"
         ENERGY = "energy_microusd_per_mwh"
+        CARBON = "carbon_g_per_mwh"
 
     kind = models.CharField(max_length=32, choices=Kind)
     scope = models.CharField(max_length=40, blank=True, help_text="site or price zone; empty: the world")
@@ -216,6 +217,20 @@ class SiteMinute(models.Model):
     ai_mwh = models.BigIntegerField(default=0, help_text="milliwatt-hours of GPU hosts")
     hashing_microusd = models.BigIntegerField(default=0)
     energy_microusd = models.BigIntegerField(default=0)
+    # exact (billing.core.energy): millijoules by use, hash work in GH/s x ms; prices are those in force when the minute began
+    seen_ms = models.PositiveIntegerField(default=0)
+    placements_mj = models.BigIntegerField(default=0)
+    idle_mj = models.BigIntegerField(default=0)
+    miners_mj = models.BigIntegerField(default=0)
+    cooling_hosts_mj = models.BigIntegerField(default=0)
+    cooling_miners_mj = models.BigIntegerField(default=0)
+    fixed_mj = models.BigIntegerField(default=0)
+    site_mj = models.BigIntegerField(default=0)
+    hash_work = models.BigIntegerField(default=0)
+    energy_uusd_mwh = models.BigIntegerField(default=0)
+    hashprice_uusd = models.BigIntegerField(null=True)
+    pool_fee_ppm = models.PositiveIntegerField(default=0)
+    carbon_g_mwh = models.PositiveIntegerField(null=True)
 
     objects = SiteOwnedQuerySet.as_manager()
 

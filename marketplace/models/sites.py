@@ -46,6 +46,13 @@ class Site(TenantModel):
         SHED = "shed"
         OFF = "off"
 
+    class PoolScheme(models.TextChoices):
+        """How the pool pays: subsidy and fees as expected, the subsidy alone, or by blocks found (the same on average as FPPS)."""
+
+        FPPS = "fpps"
+        PPS = "pps"
+        PPLNS = "pplns"
+
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="sites")
     cell = models.ForeignKey(Cell, on_delete=models.PROTECT, related_name="sites")
     name = models.CharField(max_length=80)
@@ -58,6 +65,13 @@ class Site(TenantModel):
     miner_pue_permille = models.PositiveIntegerField(default=1050)
     energy_price_microusd_per_kwh = models.BigIntegerField(
         default=45_000, help_text="Tariff where no price feed is attached"
+    )
+    tariff = models.JSONField(
+        default=list, blank=True, help_text="what is added to the price of energy, by time (scheduler.core.tariffs)"
+    )
+    pool_scheme = models.CharField(max_length=8, choices=PoolScheme, default=PoolScheme.FPPS)
+    pool_fee_ppm = models.PositiveIntegerField(
+        null=True, blank=True, help_text="the pool's fee in millionths; empty: POOL_FEE_PERMILLE"
     )
     carbon_g_per_kwh = models.PositiveIntegerField(null=True, blank=True)
     renewable_permille = models.PositiveIntegerField(null=True, blank=True)

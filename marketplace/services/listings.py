@@ -290,15 +290,15 @@ def _chunk_problem(listing: Listing, hosts: Sequence[Host]) -> dict[str, str]:
 def floor_of(listing: Listing, *, now: datetime) -> int:
     """The least a spot GPU-hour may cost, millionths of the major unit: what its watts cost, or would earn hashing, plus our fee.
 
-    Without fresh feeds the tariff stands for the energy price, and hashing counts nothing. 0 for listings that are not in USD
-    (nobody exchanges currencies here) or have no hosts.
+    Without a fresh price the site's own stands for it, and without a fresh hashprice hashing counts nothing. 0 for listings that are
+    not in USD (nobody exchanges currencies here) or have no hosts.
     """
     host = listing.hosts.exclude(state=Host.State.RETIRED).order_by("-gpu_max_w", "id").first()
     if host is None or listing.currency != "USD":
         return 0
     site = listing.site
     found = feeds.prices(site, now=now)
-    energy = site.energy_price_microusd_per_kwh * 1000 if found is None else found.energy_uusd_mwh
+    energy = feeds.energy_price(site, now=now).uusd_mwh
     efficiency = None if found is None else _best_efficiency(site)
     hashing = 0
     if found is not None and efficiency is not None:

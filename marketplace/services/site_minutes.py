@@ -1,71 +1,169 @@
-"""What a site does, minute by minute: watts by use, energy, hashing revenue and energy cost. Source of the chart and the P&L."""
+"""What a site does, minute by minute and device by device: watts by use, and energy in exact millijoules (`billing.core.energy`).
+
+Source of the chart, of the Wh of every placement, host and miner, and of the P&L. Each turn of the power loop accounts for the time
+since the last one at the watts of now. Prices are those in force when a minute begins, kept with it: money is a function of what
+stands here, and can be worked out again.
+"""
 
 from collections import defaultdict
-from datetime import datetime, timedelta
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
+from datetime import UTC, datetime, timedelta
 
-from django.db import connection
+from django.db import connection, transaction
+from django.db.models import Q
 
-from marketplace.models import Host, Miner, Placement, PowerNode, Site
+from billing.core import energy
+from billing.core.energy import Use
+from marketplace.models import DeviceHour, Host, Miner, Placement, PowerNode, Site
 from marketplace.services import feeds
+from marketplace.services.power import FRESH_S
 
 MAX_STEP = timedelta(seconds=60)  # a longer silence is not accounted as if we had seen it
 _USE = {"reserved": "firm_w", "flexible": "flexible_w", "on_demand": "firm_w", "spot": "spot_w"}
+_HOUR_MS, _MINUTE_MS = 3_600_000, 60_000
+Of = DeviceHour.Of
 
 
-def watts_by_use(site: Site) -> dict[str, int]:
-    """Measured watts (booked ones where a host has no reading) by use: firm_w, flexible_w, spot_w, idle_gpu_w, hashing_w."""
-    found: dict[str, int] = defaultdict(int)
-    use: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+@dataclass
+class Drawn:
+    """Watts now: measured ones (booked ones where a host has no reading), by use and by device; and GH/s."""
+
+    by_use: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    devices: dict[str, dict[int, int]] = field(default_factory=lambda: {of: {} for of in Of.values})
+    ghs: int = 0
+
+    def of(self, kind: str) -> int:
+        return sum(self.devices[kind].values())
+
+
+def watts(site: Site, *, now: datetime) -> Drawn:
+    """A host's watts are those of its placements, by their part of the GPUs in use. A miner counts while its reading is fresh."""
+    found = Drawn()
+    placed: dict[int, dict[int, int]] = defaultdict(dict)
+    use: dict[int, str] = {}
     live = Placement.objects.filter(site=site, state__in=Placement.AT_SITE).values_list(
-        "host_id", "contract__kind", "gpu_indices", "gpu_milli"
+        "id", "host_id", "contract__kind", "gpu_indices", "gpu_milli"
     )
-    for host_id, kind, gpus, milli in live:
-        use[host_id][_USE[kind]] += max(1, len(gpus) * milli)
+    for pk, host_id, kind, gpus, milli in live:
+        placed[host_id][pk] = max(1, len(gpus) * milli)
+        use[pk] = _USE[kind]
     for pk, measured, reserved in Host.objects.filter(site=site).values_list("id", "measured_w", "reserved_w"):
-        watts = reserved if measured is None else measured
-        total = sum(use[pk].values())
-        if not total:
-            found["idle_gpu_w"] += watts
-        for column, share in use[pk].items():
-            found[column] += watts * share // total
-    for watts in Miner.objects.filter(site=site).exclude(measured_w=None).values_list("measured_w", flat=True):
-        found["hashing_w"] += watts or 0
-    return dict(found)
+        drawn = reserved if measured is None else measured
+        if pk not in placed:
+            found.devices[Of.HOST][pk] = drawn
+            found.by_use["idle_gpu_w"] += drawn
+        for placement, share in energy.shares(drawn, placed[pk]).items():
+            found.devices[Of.PLACEMENT][placement] = share
+            found.by_use[use[placement]] += share
+    fresh = Q(measured_at=None) | Q(measured_at__gte=now - timedelta(seconds=FRESH_S))
+    miners = Miner.objects.filter(fresh, site=site).exclude(measured_w=None)
+    for pk, drawn, ghs in miners.values_list("id", "measured_w", "measured_ghs"):
+        found.devices[Of.MINER][pk] = drawn or 0
+        found.by_use["hashing_w"] += drawn or 0
+        found.ghs += ghs or 0
+    return found
 
 
 def record(site: Site, *, now: datetime) -> None:
-    """Add the time since the last sample to the running minute, at the watts of now."""
-    seconds = min(MAX_STEP, now - site.sampled_at).total_seconds() if site.sampled_at and site.sampled_at < now else 0
-    if not Site.objects.filter(pk=site.pk, sampled_at=site.sampled_at).update(sampled_at=now):
-        return  # another turn of the loop has accounted for this time
-    watts = watts_by_use(site)
-    ai = sum(watts.get(c, 0) for c in ("firm_w", "flexible_w", "spot_w", "idle_gpu_w"))
-    hashing = watts.get("hashing_w", 0)
-    overhead = (ai * (site.pue_permille - 1000) + hashing * (site.miner_pue_permille - 1000)) // 1000
-    ghs = sum(Miner.objects.filter(site=site).exclude(measured_ghs=None).values_list("measured_ghs", flat=True))
-    prices = feeds.prices(site, now=now)
-    earned = feeds.worth_uusd_h(prices, ghs, 0) if prices else 0
-    price = prices.energy_uusd_mwh if prices else site.energy_price_microusd_per_kwh * 1000
-    root = PowerNode.objects.filter(site=site, parent=None).first()
-    metered = root.measured_w if root else None
-    total = metered if metered is not None else ai + hashing + overhead
+    """Add the time since the last sample to its minutes and hours, at the watts of now. All of it or nothing; never twice."""
+    if site.sampled_at is not None and now <= site.sampled_at:
+        return
+    begins = max(site.sampled_at or now, now - MAX_STEP)
+    with transaction.atomic():
+        if not Site.objects.filter(pk=site.pk, sampled_at=site.sampled_at).update(sampled_at=now):
+            return  # another turn of the loop has accounted for this time
+        seen = watts(site, now=now)
+        root = PowerNode.objects.filter(site=site, parent=None).first()
+        fresh = (
+            root is not None and root.measured_at is not None and now - root.measured_at <= timedelta(seconds=FRESH_S)
+        )
+        metered = root.measured_w if root is not None and fresh else None
+        sums = [seen.of(of) for of in (Of.PLACEMENT, Of.HOST, Of.MINER)]
+        pues = {"pue_permille": site.pue_permille, "miner_pue_permille": site.miner_pue_permille}
+        fixed = root.fixed_w if root else 0
+        start, end, prices = _ms(begins), _ms(now), _prices(site, now)
+        for minute, ms in energy.spans(start, end, _MINUTE_MS) or [(end // _MINUTE_MS * _MINUTE_MS, 0)]:
+            used = energy.drawn(*sums, ms, **pues, fixed_w=fixed, metered_w=metered)
+            cap = root.cap_w if root else site.contract_power_w
+            _add_minute(site, _at(minute), ms, seen, used, {"metered_w": metered, "cap_w": cap, **prices})
+        for hour, ms in energy.spans(start, end, _HOUR_MS):
+            for of, drawn in seen.devices.items():
+                _add_hour(site, _at(hour), of, {pk: w * ms for pk, w in drawn.items()})
+
+
+_PARTS = ("placements", "idle", "miners", "cooling_hosts", "cooling_miners", "fixed", "site")  # of Use, in its order
+_GROWS = ("seen_ms", *(f"{part}_mj" for part in _PARTS), "hash_work")
+_LAST = (
+    "firm_w", "flexible_w", "spot_w", "idle_gpu_w", "hashing_w", "overhead_w", "metered_w", "cap_w", "hashing_ghs",
+)  # fmt: skip
+_ONCE = ("energy_uusd_mwh", "pool_fee_ppm", "hashprice_uusd", "carbon_g_mwh")
+_COLUMNS = ("site_id", "start", *_GROWS, *_LAST, *_ONCE)
+# Prices stay as the minute began with them; what was not known then is filled in by whoever knows it first.
+_ON_CONFLICT = ", ".join(
+    [
+        *(f"{c} = m.{c} + EXCLUDED.{c}" for c in _GROWS),
+        *(f"{c} = EXCLUDED.{c}" for c in _LAST),
+        *(f"{c} = coalesce(m.{c}, EXCLUDED.{c})" for c in _ONCE),
+    ]
+)
+_ADD = (  # columns of ours alone
+    f"INSERT INTO marketplace_siteminute AS m ({', '.join(_COLUMNS)}, hashing_mwh, ai_mwh, hashing_microusd, energy_microusd)"  # noqa: S608
+    f" VALUES ({', '.join(['%s'] * len(_COLUMNS))}, 0, 0, 0, 0) ON CONFLICT (site_id, start) DO UPDATE SET {_ON_CONFLICT}"
+)
+# What is told of a minute: whole milliwatt-hours and micro-USD of all that the minute holds, rounded down once.
+_TELL = f"""
+UPDATE marketplace_siteminute SET
+  hashing_mwh = miners_mj / {energy.MJ_PER_MILLIWH}, ai_mwh = (placements_mj + idle_mj) / {energy.MJ_PER_MILLIWH},
+  hashing_microusd = div(hash_work::numeric * coalesce(hashprice_uusd, 0) * (1000000 - pool_fee_ppm),
+                         {energy.WORK_PER_PH_DAY * energy.MILLION}),
+  energy_microusd = floor(site_mj::numeric * energy_uusd_mwh / {energy.MJ_PER_MWH})
+WHERE site_id = %s AND start = %s
+"""  # noqa: S608 - numbers of ours
+
+
+def _prices(site: Site, now: datetime) -> dict[str, int | None]:
+    found = feeds.prices(site, now=now)
+    return {
+        "energy_uusd_mwh": feeds.energy_price(site, now=now).uusd_mwh,
+        "hashprice_uusd": found.hashprice_uusd if found else None,
+        "pool_fee_ppm": feeds.pool_fee_ppm(site),
+        "carbon_g_mwh": feeds.carbon_g_mwh(site, now=now),
+    }
+
+
+def _add_minute(site: Site, start: datetime, ms: int, seen: Drawn, used: Use, kept: Mapping[str, int | None]) -> None:
+    values = {
+        "site_id": site.pk, "start": start, "seen_ms": ms, "hash_work": seen.ghs * ms, "hashing_ghs": seen.ghs,
+        **{f"{part}_mj": mj for part, mj in zip(_PARTS, astuple(used), strict=True)},
+        **{use: seen.by_use.get(use, 0) for use in ("firm_w", "flexible_w", "spot_w", "idle_gpu_w", "hashing_w")},
+        "overhead_w": _overhead_w(site, seen), **kept,
+    }  # fmt: skip
     with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO marketplace_siteminute (site_id, start, firm_w, flexible_w, spot_w, idle_gpu_w, hashing_w, overhead_w, metered_w,"
-            " cap_w, hashing_ghs, hashing_mwh, ai_mwh, hashing_microusd, energy_microusd)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
-            " ON CONFLICT (site_id, start) DO UPDATE SET firm_w = EXCLUDED.firm_w, flexible_w = EXCLUDED.flexible_w,"
-            " spot_w = EXCLUDED.spot_w, idle_gpu_w = EXCLUDED.idle_gpu_w, hashing_w = EXCLUDED.hashing_w,"
-            " overhead_w = EXCLUDED.overhead_w,"
-            " metered_w = EXCLUDED.metered_w, cap_w = EXCLUDED.cap_w, hashing_ghs = EXCLUDED.hashing_ghs,"
-            " hashing_mwh = marketplace_siteminute.hashing_mwh + EXCLUDED.hashing_mwh,"
-            " ai_mwh = marketplace_siteminute.ai_mwh + EXCLUDED.ai_mwh,"
-            " hashing_microusd = marketplace_siteminute.hashing_microusd + EXCLUDED.hashing_microusd,"
-            " energy_microusd = marketplace_siteminute.energy_microusd + EXCLUDED.energy_microusd",
-            [
-                site.pk, now.replace(second=0, microsecond=0), watts.get("firm_w", 0), watts.get("flexible_w", 0), watts.get("spot_w", 0),
-                watts.get("idle_gpu_w", 0), hashing, overhead, metered, root.cap_w if root else site.contract_power_w, ghs,
-                int(hashing * seconds * 1000 / 3600), int(ai * seconds * 1000 / 3600), int(earned * seconds / 3600),
-                int(total * seconds * price / 3_600_000_000),
-            ],
-        )  # fmt: skip
+        cursor.execute(_ADD, [values[c] for c in _COLUMNS])
+        cursor.execute(_TELL, [site.pk, start])
+
+
+def _overhead_w(site: Site, seen: Drawn) -> int:
+    one = energy.drawn(
+        seen.of(Of.PLACEMENT), seen.of(Of.HOST), seen.of(Of.MINER), 1,
+        pue_permille=site.pue_permille, miner_pue_permille=site.miner_pue_permille,
+    )  # fmt: skip
+    return one.cooling_hosts + one.cooling_miners
+
+
+def _add_hour(site: Site, start: datetime, of: str, more: Mapping[int, int]) -> None:
+    """The caller holds the site's row, so nobody else adds to this one."""
+    if not any(more.values()):
+        return
+    row, _ = DeviceHour.objects.get_or_create(site=site, start=start, of=of)
+    row.ids, row.mj = energy.merged(row.ids, row.mj, more)
+    row.save(update_fields=["ids", "mj"])
+
+
+def _ms(at: datetime) -> int:
+    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+def _at(ms: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ms)

@@ -8,6 +8,7 @@ site's power loop.
 from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import available_timezones
 
 from django.db import transaction
 from django.db.models import F
@@ -21,6 +22,7 @@ from marketplace.services.drains import drain_host, drain_site, set_taints, undr
 from marketplace.services.inventory import Changes, over_cap, upsert_hosts, upsert_miners
 from marketplace.tenancy import Actor
 from scheduler.core import power as core
+from scheduler.core import tariffs
 
 __all__ = [
     "Changes",
@@ -50,7 +52,7 @@ TOKEN_HOURS = 24
 EDITABLE = frozenset(
     {
         *("name", "country", "timezone", "grid_operator", "energy_price_microusd_per_kwh"),
-        *("carbon_g_per_kwh", "renewable_permille"),
+        *("carbon_g_per_kwh", "renewable_permille", "tariff", "pool_scheme", "pool_fee_ppm"),
     }
 )
 
@@ -88,6 +90,7 @@ def create_site(
 ) -> Site:
     """A site with its root node `site`: cap = contract power, overheads = the PUEs. `fields`: some of EDITABLE."""
     assert set(fields) <= EDITABLE, fields
+    _check(fields)
     if not organization.is_operator:
         raise MarketError("forbidden", f"{organization.name} is no operator; switch that on in its settings first.")
     if Site.objects.filter(organization=organization, name=name).exists():
@@ -135,6 +138,7 @@ def create_site(
 def update_site(site: Site, *, actor: Actor, now: datetime, **changes: Any) -> Site:
     """Change some of EDITABLE. Caps and PUEs are the root node's: `update_power_node`."""
     assert set(changes) <= EDITABLE, changes
+    _check(changes)
     acquire((Lock.SITE, site.pk))
     name = changes.get("name", site.name)
     if Site.objects.filter(organization_id=site.organization_id, name=name).exclude(pk=site.pk).exists():
@@ -145,6 +149,20 @@ def update_site(site: Site, *, actor: Actor, now: datetime, **changes: Any) -> S
     site.save(update_fields=list(changes))
     _audit(site, actor, "site.updated", site.public_id, now, before=before, after=changes)
     return site
+
+
+def _check(values: dict[str, Any]) -> None:
+    """What prices are worked out from must be readable: a clock that there is, a tariff of known parts."""
+    if values.get("timezone", "UTC") not in available_timezones():
+        raise MarketError(
+            "invalid_request", f"{values['timezone']} is no time zone.", {"/timezone": "e.g. America/Chicago"}
+        )
+    try:
+        tariffs.parse(values.get("tariff", []))
+    except tariffs.TariffError as error:
+        raise MarketError(
+            "invalid_request", f"The tariff cannot be read: {error}.", {f"/{error.field}": "?"}
+        ) from error
 
 
 @transaction.atomic

@@ -12,6 +12,7 @@ API::
 
     subsidy_sat(height) -> sat
     mean_reward_sat(total_reward_sat, blocks) -> sat per block       (feeds give strings; subsidy and fees together)
+    expected_reward_sat(height, fees_sat, scheme) -> sat             what the pool's scheme pays for
     btc_per_ph_day_sat(difficulty, reward_sat) -> Fraction           satoshi per PH/s per day
     hashprice_uusd(difficulty, reward_sat, btc_price_uusd) -> int    uUSD per PH/s per day
     asic_uusd_per_mwh(hashprice, efficiency_mj_per_th) -> int        gross, at the machine
@@ -96,6 +97,15 @@ def mean_reward_sat(total_reward_sat: int | str, blocks: int) -> int:
     total = int(total_reward_sat)
     _positive(total_reward=total, blocks=blocks)
     return total // blocks
+
+
+def expected_reward_sat(height: int, fees_sat: int, scheme: str) -> int:
+    """What a pool pays for a block's worth of work: with `fpps` the subsidy and the fees of a mean block, with `pps` the subsidy
+    alone; `pplns` pays by the blocks found, on average as `fpps`. Raises ValueError for another scheme.
+    """
+    if scheme not in {"fpps", "pps", "pplns"}:
+        raise ValueError(f"pool scheme {scheme!r} is none of fpps, pps, pplns")
+    return subsidy_sat(height) + (0 if scheme == "pps" else fees_sat)
 
 
 def btc_per_ph_day_sat(difficulty: int, reward_sat: int) -> Fraction:

@@ -67,6 +67,13 @@ def test_reward_statistics_come_as_strings():
         eco.mean_reward_sat("0", 144)
 
 
+def test_what_a_pools_scheme_pays_for():
+    paid = {scheme: eco.expected_reward_sat(922_000, 1_937_500, scheme) for scheme in ("fpps", "pps", "pplns")}
+    assert paid == {"fpps": 314_437_500, "pps": 312_500_000, "pplns": 314_437_500}
+    with pytest.raises(ValueError, match="solo"):
+        eco.expected_reward_sat(922_000, 1, "solo")
+
+
 @BOUNDED
 @given(
     st.integers(1, 500 * UUSD), st.integers(0, 600_000), st.integers(0, 12_000), st.integers(-500 * UUSD, 9_000 * UUSD),

@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0028_document_files'),
+        ('marketplace', '0029_shed_answered'),
     ]
 
     operations = [

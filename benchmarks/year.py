@@ -283,5 +283,5 @@ def room(site: Site, calls: list[Call], ticks: int) -> F64:
 def asked(work: Workload, ticks: int) -> F64:
     """GPU-hours that became due by the hour, as far as they could run before the end."""
     most = np.minimum(work.duration, ticks * TICK - work.submit) * work.width / HOUR
-    out: F64 = np.bincount(work.submit // HOUR, most, minlength=ticks * TICK // HOUR)
+    out: F64 = np.bincount(work.submit // HOUR, most, minlength=ticks * TICK // HOUR).astype(np.float64)
     return out

@@ -18,6 +18,7 @@ from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.hosts import DrainForm
 from marketplace.admin.moves import Call, Move, dress, show_refusal
+from marketplace.admin.profit import ProfitPages
 from marketplace.admin.tenancy import own
 from marketplace.errors import MarketError
 from marketplace.models import Agent, Organization, PowerNode, Site, SiteMinute
@@ -74,7 +75,7 @@ class SiteForm(DeskForm):
         model = Site
         fields = (
             "name", "region", "country", "timezone", "grid_operator", "contract_power_w", "pue_permille", "miner_pue_permille",
-            "energy_price_microusd_per_kwh", "carbon_g_per_kwh", "renewable_permille",
+            "energy_price_microusd_per_kwh", "carbon_g_per_kwh", "renewable_permille", "tariff", "pool_scheme", "pool_fee_ppm",
         )  # fmt: skip
 
         labels = {
@@ -84,11 +85,14 @@ class SiteForm(DeskForm):
             "energy_price_microusd_per_kwh": "Energy tariff, micro-USD per kWh",
             "carbon_g_per_kwh": "Carbon, g per kWh",
             "renewable_permille": "Renewable share, per mille",
+            "tariff": "Tariff, added by time",
+            "pool_scheme": "Pool pays",
+            "pool_fee_ppm": "Pool's fee, millionths",
         }
 
 
 @admin.register(Site, site=operator_site)
-class SiteAdmin(look.Shown, TenantAdmin):
+class SiteAdmin(ProfitPages, look.Shown, TenantAdmin):
     reads, writes, adds = "sites:read", "sites:write", True
     above = "desk/site.html"
     form = SiteForm
@@ -100,7 +104,8 @@ class SiteAdmin(look.Shown, TenantAdmin):
                 "fields": (
                     ("pue_permille", "miner_pue_permille"),
                     ("energy_price_microusd_per_kwh", "carbon_g_per_kwh"),
-                    "renewable_permille",
+                    ("renewable_permille", "tariff"),
+                    ("pool_scheme", "pool_fee_ppm"),
                 )
             },
         ),
@@ -188,12 +193,14 @@ class SiteAdmin(look.Shown, TenantAdmin):
             "window": window,
             "windows": [("1h", "60 minutes"), ("24h", "24 hours")],
             "import_url": self.url_of("import", row) if actor.may("sites:write") else None,
+            "profit_url": self.url_of("profit", row) if actor.may("payouts:read") else None,
         }
 
     # --- CSV import
     def get_urls(self) -> list[URLPattern]:
         view = self.admin_site.admin_view(self.import_view)
-        return [path("<path:object_id>/import/", view, name=self._name("import")), *super().get_urls()]
+        own_pages = [path("<path:object_id>/import/", view, name=self._name("import")), *self.profit_urls()]
+        return [*own_pages, *super().get_urls()]
 
     def import_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Check a file line by line (dry run), then import it: all or nothing."""

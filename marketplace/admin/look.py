@@ -154,6 +154,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
                 m("Agents", "sensors", "marketplace_agent"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
                 m("Conversion plans", "event_upcoming", "marketplace_conversionplan"),
+                m("Receipts of pools and grids", "receipt_long", "marketplace_receipt"),
                 m("Maintenance", "engineering", "marketplace_maintenance"),
             ],
         },

@@ -46,18 +46,13 @@ def hours(site: Site, start: datetime, end: datetime) -> dict[datetime, Hour]:
     with connection.cursor() as cursor:
         cursor.execute(_SUMS, [site.pk, start, end])
         rows = cursor.fetchall()
-    found = {}
-    for at, *values in rows:
-        mj = [int(v) for v in values[:7]]
-        carbon = tuple(int(v) for v in values[11:14]) if values[14] else None
-        found[at.replace(tzinfo=UTC)] = Hour(
-            Use(*mj),
-            int(values[7]),
-            tuple(int(v) for v in values[8:11]),
-            carbon,
-            int(values[15]),  # type: ignore[arg-type]
-        )
-    return found
+    return {at.replace(tzinfo=UTC): _hour([int(v or 0) for v in values], bool(values[14])) for at, *values in rows}
+
+
+def _hour(v: Sequence[int], carbon_known: bool) -> Hour:
+    """A row of `_SUMS` after its time."""
+    carbon = (v[11], v[12], v[13]) if carbon_known else None
+    return Hour(Use(*v[:7]), seen_ms=v[7], cost=(v[8], v[9], v[10]), carbon=carbon, hashing=v[15])
 
 
 @transaction.atomic

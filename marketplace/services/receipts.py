@@ -34,7 +34,9 @@ def receive(site: Site, *, actor: Actor, now: datetime, **fields: Any) -> Receip
         )
     if end > now:
         raise MarketError("invalid_request", "What was paid is for a time that is over.", {"/end": "in the future"})
-    known = Receipt.objects.filter(site=site, source=fields["source"], reference=fields["reference"]).first()
+    known: Receipt | None = Receipt.objects.filter(
+        site=site, source=fields["source"], reference=fields["reference"]
+    ).first()
     if known is not None:
         if all(getattr(known, name) == value for name, value in fields.items()):
             return known

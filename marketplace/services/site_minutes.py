@@ -79,12 +79,10 @@ def record(site: Site, *, now: datetime) -> None:
             root is not None and root.measured_at is not None and now - root.measured_at <= timedelta(seconds=FRESH_S)
         )
         metered = root.measured_w if root is not None and fresh else None
-        sums = [seen.of(of) for of in (Of.PLACEMENT, Of.HOST, Of.MINER)]
-        pues = {"pue_permille": site.pue_permille, "miner_pue_permille": site.miner_pue_permille}
         fixed = root.fixed_w if root else 0
         start, end, prices = _ms(begins), _ms(now), _prices(site, now)
         for minute, ms in energy.spans(start, end, _MINUTE_MS) or [(end // _MINUTE_MS * _MINUTE_MS, 0)]:
-            used = energy.drawn(*sums, ms, **pues, fixed_w=fixed, metered_w=metered)
+            used = _use(site, seen, ms, fixed_w=fixed, metered_w=metered)
             cap = root.cap_w if root else site.contract_power_w
             _add_minute(site, _at(minute), ms, seen, used, {"metered_w": metered, "cap_w": cap, **prices})
         for hour, ms in energy.spans(start, end, _HOUR_MS):
@@ -133,23 +131,23 @@ def _prices(site: Site, now: datetime) -> dict[str, int | None]:
 
 
 def _add_minute(site: Site, start: datetime, ms: int, seen: Drawn, used: Use, kept: Mapping[str, int | None]) -> None:
+    cooling = _use(site, seen, 1)  # as watts
     values = {
         "site_id": site.pk, "start": start, "seen_ms": ms, "hash_work": seen.ghs * ms, "hashing_ghs": seen.ghs,
         **{f"{part}_mj": mj for part, mj in zip(_PARTS, astuple(used), strict=True)},
         **{use: seen.by_use.get(use, 0) for use in ("firm_w", "flexible_w", "spot_w", "idle_gpu_w", "hashing_w")},
-        "overhead_w": _overhead_w(site, seen), **kept,
+        "overhead_w": cooling.cooling_hosts + cooling.cooling_miners, **kept,
     }  # fmt: skip
     with connection.cursor() as cursor:
         cursor.execute(_ADD, [values[c] for c in _COLUMNS])
         cursor.execute(_TELL, [site.pk, start])
 
 
-def _overhead_w(site: Site, seen: Drawn) -> int:
-    one = energy.drawn(
-        seen.of(Of.PLACEMENT), seen.of(Of.HOST), seen.of(Of.MINER), 1,
-        pue_permille=site.pue_permille, miner_pue_permille=site.miner_pue_permille,
+def _use(site: Site, seen: Drawn, ms: int, *, fixed_w: int = 0, metered_w: int | None = None) -> Use:
+    return energy.drawn(
+        seen.of(Of.PLACEMENT), seen.of(Of.HOST), seen.of(Of.MINER), ms,
+        pue_permille=site.pue_permille, miner_pue_permille=site.miner_pue_permille, fixed_w=fixed_w, metered_w=metered_w,
     )  # fmt: skip
-    return one.cooling_hosts + one.cooling_miners
 
 
 def _add_hour(site: Site, start: datetime, of: str, more: Mapping[int, int]) -> None:

@@ -174,15 +174,13 @@ ACCOUNT_USER_MODEL_USERNAME_FIELD = None
 ACCOUNT_LOGIN_METHODS = {"email"}
 ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
 ACCOUNT_EMAIL_VERIFICATION = env.str("ACCOUNT_EMAIL_VERIFICATION", default="none" if DEVELOPMENT else "mandatory")
-ACCOUNT_SESSION_REMEMBER = True
-ACCOUNT_LOGOUT_ON_GET = False
+ACCOUNT_SESSION_REMEMBER, ACCOUNT_LOGOUT_ON_GET = True, False
 ACCOUNT_RATE_LIMITS = (
     {"signup": "600/m/ip", "login": "600/m/ip"}
     if DEVELOPMENT
     else {"login_failed": "10/m/ip,5/5m/key", "signup": "20/m/ip"}
 )
-LOGIN_REDIRECT_URL = "/"
-LOGIN_URL = "account_login"
+LOGIN_URL, LOGIN_REDIRECT_URL = "account_login", "/"
 EMAIL_CONFIG = env.email("EMAIL_URL", default="consolemail://")
 vars().update(EMAIL_CONFIG)
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", default="Tailrace <no-reply@tailrace.invalid>")

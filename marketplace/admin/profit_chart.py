@@ -84,8 +84,8 @@ def bars(parts: Sequence[Slice], step_hours: int) -> SafeString:
         "", '<span style="bottom:{}%">{}</span>', [(25 * i, dollars(low + (high - low) * i // 4)) for i in range(5)]
     )
     shape = "%H:%M" if step_hours < 6 else "%m-%d"
-    every = max(1, len(parts) // 6)
-    ticks = format_html_join("", "<span>{}</span>", [(f"{s.start:{shape}}",) for s in parts[::every]])
+    length = timedelta(hours=step_hours) * len(parts)
+    ticks = format_html_join("", "<span>{}</span>", [(f"{parts[0].start + length * i / 6:{shape}}",) for i in range(7)])
     said = f"Revenue above and energy below the line from {parts[0].start:%F %H:%M} UTC, {step_hours} h a bar"
     keys = [(css, name) for css, name, _ in (*EARNED, *SPENT)]
     legend = format_html_join("", '<li><i class="tr-key tr-{}"></i>{}</li>', keys)

@@ -54,7 +54,16 @@ def held():
 
 
 def test_the_order_is_that_of_the_architecture():
-    assert [lock.name for lock in sorted(Lock)] == ["CELL", "ORG", "SITE", "NODE", "HOST", "WALLET", "COUNTER"]
+    assert [lock.name for lock in sorted(Lock)] == [
+        "CELL",
+        "ORG",
+        "SITE",
+        "NODE",
+        "HOST",
+        "WALLET",
+        "COUNTER",
+        "PROFIT",
+    ]
     assert _number(Lock.CELL, 999_999) < _number(Lock.ORG, 1) < _number(Lock.SITE, 1) < _number(Lock.COUNTER, 0)
 
 

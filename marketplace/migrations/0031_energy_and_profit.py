@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0029_shed_answered'),
+        ('marketplace', '0030_sick_gpus'),
     ]
 
     operations = [

@@ -167,7 +167,7 @@ def _cards(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 def _kinds(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Name, revenue, paid, energy, its cost, margin."""
-    out = []
+    out: list[tuple[str, ...]] = []
     for kind in KINDS:
         s = profit.summed(kind, [line for line in lines if line["kind"] == kind])
         paid = "–" if s["paid_microusd"] is None else look.micro(s["paid_microusd"])

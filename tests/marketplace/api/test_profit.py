@@ -50,16 +50,11 @@ def test_hours_by_kind_with_their_sums_and_as_csv(url, api, begun):
     shown = api.get(f"{url}/profit", asked).json()
     assert [row["kind"] for row in shown["data"]] == ["ai", "hashing", "demand_response", "energy"]
     ai, hashing, _, rest = shown["data"]
-    assert (ai["energy_mwh"], hashing["energy_mwh"], rest["energy_mwh"]) == (
-        12_500,
-        36_750,
-        0,
-    )  # 36 s with PUEs of 1.25 and 1.05
-    assert (ai["energy_microusd"], ai["margin_microusd"], ai["seen_s"]) == (
-        563,
-        -563,
-        36,
-    )  # of 2216.25 for both: hashing has the larger rest
+    kept = [row["energy_mwh"] for row in (ai, hashing, rest)]
+    assert kept == [12_500, 36_750, 0]  # 36 s with PUEs of 1.25 and 1.05
+    # 562.5 and 1,653.75 at 4.5 cents, 2,216.25 together: hashing has the larger rest
+    assert [row["energy_microusd"] for row in (ai, hashing, rest)] == [562, 1_654, 0]
+    assert (ai["margin_microusd"], ai["seen_s"]) == (-562, 36)
     assert shown["sums"][0]["energy_mwh"] == 12_500
     table = list(csv.DictReader(io.StringIO(api.get(f"{url}/profit.csv", asked).content.decode())))
     assert [(row["kind"], int(row["energy_mwh"])) for row in table] == [

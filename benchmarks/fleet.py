@@ -37,7 +37,7 @@ from scheduler.core import power, power_proof
 SLEEP_W, TOP_W = MINER_MODELS[MODEL][0][1], MINER_MODELS[MODEL][-1][1]
 LOOK_S = 0.5
 LINES = 50  # of each fan-out
-LIMIT_S = 240.0
+LIMIT_S = 600.0
 
 
 class Judge:
@@ -238,13 +238,13 @@ def broken(count: int, seed: int) -> dict[str, str]:
 
 
 def run(options: Options) -> Report:
-    many = 4_000 if options.quick else 20_000
+    few, many, ill = (600, 1_200, 450) if options.quick else (2_000, 20_000, 2_000)
     seed = options.seeds[0] if options.seeds else 42
-    some = asyncio.run(sleep_all(2_000, seed, {}))
+    sick = broken(ill, seed)
+    some = asyncio.run(sleep_all(few, seed, {}))
     all_ = asyncio.run(sleep_all(many, seed, {}))
-    sick = broken(600 if options.quick else 2_000, seed)
-    bad = asyncio.run(sleep_all(600 if options.quick else 2_000, seed, sick))
-    runs = {"2,000": some, f"{many:,}": all_, "broken": bad}
+    bad = asyncio.run(sleep_all(ill, seed, sick))
+    runs = {f"{few:,}": some, f"{many:,}": all_, f"{ill:,}, {len(sick)} broken": bad}
     return Report(
         "fleet",
         {
@@ -255,7 +255,7 @@ def run(options: Options) -> Report:
         {"bare_2000_s": round(some.bare_s, 2), "bare_20000_s": round(all_.bare_s, 2)},
         {
             "ramp_s": RAMP_S,
-            "machines_of_20000": many,
+            "machines": [few, many, ill],
             "lines": LINES,
             "commanded_2000_s": round(some.commanded_s, 2),
             "commanded_20000_s": round(all_.commanded_s, 2),

@@ -42,9 +42,18 @@ class Line:
         except BaseException:
             self.close()
             raise
-        if single or not answer.endswith(b"\0"):
+        if single or not answer.endswith(b"\0") or self._ended():
             self.close()
         return answer
+
+    def _ended(self) -> bool:
+        """The firmware has closed behind its answer. It may still do so: then the next request finds out."""
+        assert self.socket is not None
+        try:
+            self.single = not self.socket.recv(1)
+        except BlockingIOError:
+            return False
+        return True
 
     async def _exchange(self, request: bytes) -> bytes:
         loop = asyncio.get_running_loop()

@@ -163,9 +163,9 @@ def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
     """
     calls = Curtailment.objects.filter(
         pk__in=sheds.calls_of(contract),
-        state__in=("active", "restoring", "completed"),
+        state__in=("active", "restoring", "completed", "failed"),
         starts_at__lt=metering.instant(window.end),
         ends_at__gt=metering.instant(window.start),
     )
-    spans = [metering.interval(call.starts_at, min(call.ends_at, call.settled_at or call.ends_at)) for call in calls]
+    spans = [metering.interval(call.starts_at, call.over_at) for call in calls]
     return metering.clip(spans, window)

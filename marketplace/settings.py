@@ -147,6 +147,7 @@ CELERY_BEAT_SCHEDULE = {
     "cycle-records": {"task": "scheduler.tasks.forget_records", "schedule": 60.0, "options": {"expires": 60}},
     "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
     "maintenance": {"task": "marketplace.tasks.tick_maintenance", "schedule": 5.0, "options": {"expires": 5}},
+    "grid": {"task": "marketplace.tasks.tick_grid", "schedule": 5.0, "options": {"expires": 5}},
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
     "profit": {"task": "marketplace.tasks.roll_profit", "schedule": 300.0, "options": {"expires": 300}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
@@ -234,6 +235,7 @@ TARIFF_PLUGINS = env.list("TARIFF_PLUGINS", default=[])
 POOL_FEE_PERMILLE = env.int("POOL_FEE_PERMILLE", default=10)
 SITE_LEASE_SECONDS = env.int("SITE_LEASE_SECONDS", default=900)
 POWER_FREEZE = env.bool("POWER_FREEZE", default=False)
+GRID_PRIVATE_HOSTS = env.bool("GRID_PRIVATE_HOSTS", default=DEVELOPMENT)
 SHED_RECORD_DAYS = max(1, env.int("SHED_RECORD_DAYS", default=30))
 
 # --- recorded cycles (scheduler.record)

@@ -10,9 +10,11 @@ from marketplace import outbox
 from marketplace.models import Site
 from marketplace.services import (
     contracts,
+    curtailment_notices,
     drains,
     feeds,
     gpu_health,
+    grid,
     jobs,
     maintenance,
     profit,
@@ -83,6 +85,22 @@ def roll_profit() -> int:
 def profit_of(payload: dict[str, Any]) -> None:
     start, end = (datetime.fromisoformat(payload[name]) for name in ("start", "end"))
     profit.rebuild(Site.objects.get(pk=payload["site"]), start, end)
+
+
+@shared_task
+def tick_grid() -> None:
+    """Every signal that may call a site down: asked, judged, and what it says announced or taken back."""
+    grid.tick()
+
+
+@outbox.handler(grid.REPORT)
+def grid_report(payload: dict[str, Any]) -> None:
+    grid.send_report(payload["curtailment"])
+
+
+@outbox.handler(curtailment_notices.NOTICE)
+def curtailment_notice(payload: dict[str, Any]) -> None:
+    curtailment_notices.send(payload)
 
 
 @shared_task

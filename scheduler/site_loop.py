@@ -12,8 +12,8 @@ import numpy as np
 from django.db import transaction
 
 from marketplace.locks import Lock, acquire
-from marketplace.models import Miner, Placement, ShedClaim, Site
-from marketplace.services import curtailments, drains, feeds, leases, placements, power, sheds, site_minutes
+from marketplace.models import Curtailment, Miner, Placement, PowerGrant, ShedClaim, Site
+from marketplace.services import curtailments, drains, feeds, grid, leases, placements, power, sheds, site_minutes
 from marketplace.services.availability import WATTS_S
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
@@ -44,6 +44,8 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         changed = curtailments.apply(site, now=now)
         done |= power.settle_miners(site_id, now=now)
         done["lowered_w"] = power.lower_hosts(site_id)
+        if power.may_grant(power.Ledger.of(site_id), now=now):  # before anybody else may have the watts
+            power.uncap_gpus(site_id, held=curtailments.limits_of(site))
         give_up(site, now=now)  # first: what would be granted later than that would also end later than was promised
         granted = power.grant_pending(site_id, now=now) if power.may_grant(power.Ledger.of(site_id), now=now) else []
         placements.grant(granted, now=now)
@@ -85,15 +87,25 @@ def think(site: Site, *, now: datetime) -> Thought:
         return Thought([_sleep(m) for m in (*miners, *doubted) if m.desired_mode], reason="mode")
     ledger = power.Ledger.of(site.pk)
     need = _shortage(site, ledger, now)
-    wakes = power.may_wake(ledger, now=now)
+    wakes = power.may_wake(ledger, now=now) and not grid.holds(site.pk, now=now)
     # Whatever is missing, the doubted are tested: theirs may be the very watts that grants wait for.
     tests = power.tests_due(site.pk, ledger, now=now) if wakes else []
     if need.any():
-        return Thought([*_shed(site, ledger, miners, need, now), *tests], reason="shortage")
+        able = [m for m in miners if not _dwell_left(m, now)] if _only_for_money(site, ledger, now) else miners
+        return Thought([*_shed(site, ledger, able, need, now), *tests], reason="shortage")
     if not wakes:
         return Thought([], reason="hold")
     thought = _dispatch(site, ledger, miners, now)
     return replace(thought, commands=[*thought.commands, *tests])
+
+
+def _only_for_money(site: Site, ledger: power.Ledger, now: datetime) -> bool:
+    """Nothing but an economic call asks for watts: machines that have just changed keep their mode."""
+    calls = Curtailment.objects.filter(site=site, state="active")
+    if not calls.filter(mandatory=False).exists() or calls.filter(mandatory=True).exists():
+        return False
+    waits = PowerGrant.objects.filter(site=site, state=PowerGrant.State.SHEDDING).exists()
+    return not waits and not ledger.reactions(now)
 
 
 def _sleep(miner: Miner) -> power.Command:

@@ -14,6 +14,7 @@ from marketplace.models.contracts import Contract, ContractEvent, Reservation, R
 from marketplace.models.conversions import ConversionPlan
 from marketplace.models.energy import DeviceHour, ProfitHour, Receipt
 from marketplace.models.forward import Fill, Resale, StandingBid
+from marketplace.models.grid import CurtailmentNotice, CurtailmentReport, GridSource
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.maintenance import (
@@ -71,6 +72,8 @@ __all__ = [
     "ConversionPlan",
     "Curtailment",
     "DeviceHour",
+    "CurtailmentNotice",
+    "CurtailmentReport",
     "DocumentFile",
     "EnrolmentToken",
     "FeedValue",
@@ -78,6 +81,7 @@ __all__ = [
     "Gpu",
     "GpuError",
     "GpuModel",
+    "GridSource",
     "Host",
     "HostCondition",
     "HostDay",

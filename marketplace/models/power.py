@@ -3,6 +3,8 @@
 Written by services.power (grants, reservations), services.agents (raw readings) and services.feeds alone.
 """
 
+from datetime import datetime
+
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models import F, Q
@@ -146,15 +148,20 @@ class Curtailment(TenantModel):
     site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="curtailments")
     node = models.ForeignKey(PowerNode, on_delete=models.CASCADE, related_name="curtailments")
     source = models.CharField(max_length=24, default="operator")
-    reference = models.CharField(max_length=80)
+    reference = models.CharField(max_length=200)
+    origin = models.ForeignKey(
+        "marketplace.GridSource", null=True, blank=True, on_delete=models.SET_NULL, related_name="curtailments"
+    )
     cap_w = models.BigIntegerField()
     starts_at = models.DateTimeField()
     ends_at = models.DateTimeField()
-    mandatory = models.BooleanField(default=True)
+    mandatory = models.BooleanField(default=True, help_text="Economic otherwise: machines sleep, no job is touched")
+    emergency = models.BooleanField(default=False, help_text="The grid's own: contracts may name what then gives way")
     state = models.CharField(max_length=12, choices=State, default=State.ANNOUNCED)
     created_by = models.CharField(max_length=120)
     created_at = models.DateTimeField(auto_now_add=True)
-    settled_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True, help_text="since then its limit does not stand any more")
+    settled_at = models.DateTimeField(null=True, blank=True, help_text="restored, or cancelled")
 
     objects = SiteOwnedQuerySet.as_manager()
 
@@ -167,6 +174,11 @@ class Curtailment(TenantModel):
             ),
             models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="curtailment_window"),
         ]
+
+    @property
+    def over_at(self) -> datetime:
+        """When it ends, or ended: sooner than agreed where somebody took it back."""
+        return self.ends_at if self.ended_at is None else min(self.ends_at, self.ended_at)
 
     def __str__(self) -> str:
         return f"{self.site} to {self.cap_w} W"

@@ -234,6 +234,9 @@ class Host(TenantModel):
     reserved_w = models.PositiveIntegerField(help_text="Counted in the power ledger now")
     desired_power_state = models.CharField(max_length=8, choices=PowerState, default=PowerState.PARKED)
     desired_limits_w = ArrayField(models.PositiveIntegerField(), help_text="per GPU index")
+    call_gpu_w = models.PositiveIntegerField(
+        null=True, blank=True, help_text="while a call of the grid holds its GPUs lower: the most each of them may draw"
+    )
     desired_generation = models.BigIntegerField(default=0)
     applied_generation = models.BigIntegerField(default=0)
     measured_w = models.PositiveIntegerField(null=True, blank=True)
@@ -255,6 +258,11 @@ class Host(TenantModel):
             models.CheckConstraint(condition=Q(gpu_count__lte=MAX_GPUS_PER_HOST), name="host_gpu_count"),
         ]
         indexes = [models.Index(fields=["cell", "changed_in"], name="host_changed")]
+
+    @property
+    def gpu_most_w(self) -> int:
+        """What one of its GPUs may draw now."""
+        return self.gpu_max_w if self.call_gpu_w is None else min(self.gpu_max_w, self.call_gpu_w)
 
     def __str__(self) -> str:
         return self.name

@@ -1,15 +1,29 @@
-"""Curtailments: a call to hold a node under a cap for a window. The limit stands on the node; the site loop sheds to it."""
+"""Curtailments: a call to hold a node under a cap for a window. The limit stands on the node; the site loop sheds to it.
 
-from datetime import datetime
+    announced -> active -> restoring -> completed | failed          (announced -> cancelled)
+
+A mandatory call takes hashing, then jobs in the order of `sheds`. An economic one takes machines alone: its limit gives way to what
+jobs need, so that none waits for it. A call restores until the machines that were awake before it are again, `RESTORED` at the most;
+`failed`: the meter never came under its cap. What it delivered: `curtailment_reports`.
+"""
+
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import F
 
 from marketplace import outbox
 from marketplace.errors import MarketError
-from marketplace.models import Curtailment, PowerNode, Site
-from marketplace.services import audit
+from marketplace.locks import Lock, acquire
+from marketplace.models import Curtailment, CurtailmentReport, GridSource, Miner, PowerNode, Site
+from marketplace.services import audit, curtailment_notices, curtailment_reports
+from marketplace.services.budgets import node_budgets
 from marketplace.tenancy import SYSTEM, Actor
+
+RESTORED = timedelta(minutes=30)
+OPEN = ("announced", "active")
 
 
 def announce(
@@ -23,34 +37,75 @@ def announce(
     now: datetime,
     source: str = "operator",
     mandatory: bool = True,
+    emergency: bool = False,
+    origin: GridSource | None = None,
 ) -> Curtailment:
     """Record the call, once by (site, source, reference): announcing the same again answers the same row."""
+    if emergency and not mandatory:
+        raise MarketError("invalid_request", "An emergency is mandatory.", {"/mandatory": "an emergency is"})
     if ends_at <= max(starts_at, now):
         raise MarketError(
             "invalid_request", f"The window ends at {ends_at:%F %R}; it must end after it begins and after now."
         )
-    if not 0 <= cap_w <= node.cap_w:
-        raise MarketError(
-            "invalid_request", f"cap_w is {cap_w}; the node carries 0 to {node.cap_w} W.", {"/cap_w": "out of range"}
-        )
+    _check_cap(node, cap_w)
+    terms: dict[str, Any] = {
+        "node": node, "cap_w": cap_w, "starts_at": starts_at, "ends_at": ends_at, "mandatory": mandatory, "emergency": emergency,
+    }  # fmt: skip
     with transaction.atomic():
         row, created = Curtailment.objects.get_or_create(
-            site_id=node.site_id,
-            source=source,
-            reference=reference,
-            defaults={
-                "node": node, "cap_w": cap_w, "starts_at": starts_at, "ends_at": ends_at,
-                "mandatory": mandatory, "created_by": actor.label[:120],
-            },
+            site_id=node.site_id, source=source, reference=reference,
+            defaults={**terms, "created_by": actor.label[:120], "origin": origin},
         )  # fmt: skip
-        if not created and (row.node_id, row.cap_w, row.starts_at, row.ends_at) != (node.pk, cap_w, starts_at, ends_at):
+        if not created and any(getattr(row, name) != value for name, value in terms.items()):
             raise MarketError(
                 "conflict", f"{source} {reference} was announced before with other terms: {row.public_id}."
             )
         if created:
-            audit.record(actor, "curtailment.announced", row.public_id, now=now, after={"cap_w": cap_w})
-            outbox.emit("scheduler.site_loop", key=str(node.site_id), payload={"site": node.site_id})
+            after = {
+                "cap_w": cap_w,
+                "node": node.name,
+                "starts_at": starts_at.isoformat(),
+                "ends_at": ends_at.isoformat(),
+            }
+            audit.record(
+                actor,
+                "curtailment.announced",
+                row.public_id,
+                now=now,
+                organization_id=row.site.organization_id,
+                after=after,
+            )
+            curtailment_notices.announced(row, now=now)
+            _nudge(row)
     return row
+
+
+def amend(
+    actor: Actor, row: Curtailment, *, now: datetime, cap_w: int | None = None, ends_at: datetime | None = None
+) -> bool:
+    """Give an announced or active call another cap or end, as its source does. False: nothing changed."""
+    with transaction.atomic():
+        acquire((Lock.SITE, row.site_id))
+        row.refresh_from_db()
+        wanted = {"cap_w": row.cap_w if cap_w is None else cap_w, "ends_at": ends_at or row.ends_at}
+        before = {name: getattr(row, name) for name in wanted}
+        if wanted == before:
+            return False
+        if row.state not in OPEN:
+            raise MarketError("illegal_transition", f"The curtailment is {row.state}; only an open one can be changed.")
+        if wanted["ends_at"] <= max(row.starts_at, now):
+            raise MarketError("invalid_request", "It must end after it begins and after now; cancel it to end it now.")
+        _check_cap(row.node, wanted["cap_w"])
+        Curtailment.objects.filter(pk=row.pk, state__in=OPEN).update(**wanted)
+        row.cap_w, row.ends_at = wanted["cap_w"], wanted["ends_at"]
+        told = {name: str(value) for name, value in wanted.items()}
+        audit.record(
+            actor, "curtailment.changed", row.public_id, now=now, organization_id=row.site.organization_id,
+            before={name: str(value) for name, value in before.items()}, after=told,
+        )  # fmt: skip
+        curtailment_notices.changed(row, now=now)
+        _nudge(row)
+    return True
 
 
 def cancel(actor: Actor, row: Curtailment, *, now: datetime) -> None:
@@ -58,39 +113,100 @@ def cancel(actor: Actor, row: Curtailment, *, now: datetime) -> None:
     with transaction.atomic():
         to = "cancelled" if row.state == "announced" else "restoring"
         _move(row, to, now)
-        audit.record(actor, f"curtailment.{to}", row.public_id, now=now)
-        outbox.emit("scheduler.site_loop", key=str(row.site_id), payload={"site": row.site_id})
+        audit.record(actor, f"curtailment.{to}", row.public_id, now=now, organization_id=row.site.organization_id)
+        if to == "cancelled":
+            curtailment_notices.over(row, now=now)
+        _nudge(row)
 
 
 def apply(site: Site, *, now: datetime) -> bool:
     """Bring states and limits in line with the clock. The caller holds the site's lock. True when a limit changed."""
     for row in Curtailment.objects.filter(site=site, state="announced", starts_at__lte=now).order_by("id"):
-        _move(row, "active" if row.ends_at > now else "cancelled", now)
-        audit.record(SYSTEM, f"curtailment.{row.state}", row.public_id, now=now, organization_id=site.organization_id)
+        _told(row, "active" if row.ends_at > now else "cancelled", now)
+        if row.state == "active":
+            curtailment_reports.begin(row)
+        else:
+            curtailment_notices.over(row, now=now)
     for row in Curtailment.objects.filter(site=site, state="active", ends_at__lte=now).order_by("id"):
-        _move(row, "restoring", now)
-        audit.record(SYSTEM, "curtailment.restoring", row.public_id, now=now, organization_id=site.organization_id)
-    limits: dict[int, int] = {}
-    for row in Curtailment.objects.filter(site=site, state="active"):
-        limits[row.node_id] = min(limits.get(row.node_id, row.cap_w), row.cap_w)
+        _told(row, "restoring", now)
+    limits = limits_of(site)
     changed = 0
     for node in PowerNode.objects.filter(site=site).order_by("id"):
         if node.limit_w != limits.get(node.pk):
             changed += PowerNode.objects.filter(pk=node.pk).update(limit_w=limits.get(node.pk))
     if changed:
         Site.objects.filter(pk=site.pk).update(safety_generation=F("safety_generation") + 1)
-    for row in Curtailment.objects.filter(site=site, state="restoring").order_by("id"):
-        _move(row, "completed", now)
-        audit.record(SYSTEM, "curtailment.completed", row.public_id, now=now, organization_id=site.organization_id)
+    _settle(site, now)
     return bool(changed)
+
+
+def limits_of(site: Site) -> dict[int, int]:
+    """W by node id under the calls that are active."""
+    calls = list(Curtailment.objects.filter(site=site, state="active").select_related("node"))
+    limits: dict[int, int] = {}
+    budgets = node_budgets([site.pk]) if any(not c.mandatory for c in calls) else {}
+    for call in calls:
+        node, limit = call.node, call.cap_w
+        if not call.mandatory:
+            # What it would have at its cap, with every machine asleep that may sleep and all that waits started, is not enough by so much.
+            budget = budgets[node.pk]
+            held = min(node.cap_w, node.limit_w if node.limit_w is not None else node.cap_w)
+            short = -((budget.free_mw + budget.reclaimable_mw) // 1000) - (limit - held)
+            limit = min(node.cap_w, limit + max(0, short))
+        limits[call.node_id] = min(limits.get(call.node_id, limit), limit)
+    return limits
+
+
+def _settle(site: Site, now: datetime) -> None:
+    """Calls that have ended are over when the machines that were awake before them are awake again, or it has been long enough."""
+    for row in Curtailment.objects.filter(site=site, state="restoring").select_related("site", "node").order_by("id"):
+        ended = row.over_at
+        report = CurtailmentReport.objects.filter(curtailment=row).first()
+        back = report is None or not _asleep(report.before)
+        if not back and now - ended < RESTORED:
+            continue
+        if report is None:
+            _told(row, "completed", now)
+            continue
+        restored_s = round((now - ended).total_seconds()) if back else None
+        curtailment_reports.finish(report, row, restored_s=restored_s, now=now)
+        failed = report.baseline_w > row.cap_w and report.under_after_s is None and row.mandatory
+        _told(row, "failed" if failed else "completed", now)
+        curtailment_notices.over(row, now=now)
+        if row.origin_id is not None:
+            outbox.emit(curtailment_reports.GRID_REPORT, key=str(row.pk), payload={"curtailment": row.pk})
+
+
+def _asleep(ids: Collection[int]) -> bool:
+    return Miner.objects.filter(pk__in=ids, desired_mode=0, state=Miner.State.OK, manual=False).exists()
+
+
+def _check_cap(node: PowerNode, cap_w: int) -> None:
+    if not 0 <= cap_w <= node.cap_w:
+        raise MarketError(
+            "invalid_request", f"cap_w is {cap_w}; the node carries 0 to {node.cap_w} W.", {"/cap_w": "out of range"}
+        )
+
+
+def _nudge(row: Curtailment) -> None:
+    outbox.emit("scheduler.site_loop", key=str(row.site_id), payload={"site": row.site_id})
+
+
+def _told(row: Curtailment, to: str, now: datetime) -> None:
+    _move(row, to, now)
+    audit.record(SYSTEM, f"curtailment.{to}", row.public_id, now=now, organization_id=row.site.organization_id)
 
 
 def _move(row: Curtailment, to: str, now: datetime) -> None:
     assert connection.in_atomic_block
     if to not in Curtailment.TRANSITIONS[row.state]:
         raise MarketError("illegal_transition", f"The curtailment is {row.state}; it cannot become {to}.")
-    settled = now if not Curtailment.TRANSITIONS[to] else None
-    moved = Curtailment.objects.filter(pk=row.pk, state=row.state).update(state=to, settled_at=settled)
+    columns: dict[str, Any] = {"settled_at": now if not Curtailment.TRANSITIONS[to] else None}
+    if row.ended_at is None and to not in {"announced", "active"}:
+        columns["ended_at"] = now
+    moved = Curtailment.objects.filter(pk=row.pk, state=row.state).update(state=to, **columns)
     if not moved:  # somebody has moved it since `row` was read
         raise MarketError("illegal_transition", f"The curtailment is not {row.state} any more; look again.")
     row.state = to
+    for name, value in columns.items():
+        setattr(row, name, value)

@@ -300,7 +300,7 @@ def _free_after(host: Host, values: dict[str, Any], model: GpuModel) -> dict[str
 
 def _command(host: Host, active: set[int]) -> None:
     """The limits that follow from new watts; a host that can no longer be capped runs at nameplate."""
-    limits = [host.gpu_max_w if i in active or not host.cap_control else host.gpu_min_w for i in range(host.gpu_count)]
+    limits = [host.gpu_most_w if i in active or not host.cap_control else host.gpu_min_w for i in range(host.gpu_count)]
     state = host.desired_power_state
     if not host.cap_control:
         state = Host.PowerState.FULL

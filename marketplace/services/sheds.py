@@ -1,7 +1,7 @@
-"""A grid call that hashing alone cannot meet: whose jobs leave for it. Spot first, then flexible after its notice; firm never.
+"""A grid call that hashing alone cannot meet: what it takes of jobs, in the order of `scheduler.core.curtail`.
 
-The order of a call: hashing (scheduler.site_loop) -> spot -> flexible -> firm only where the contract names such an emergency,
-and no contract of ours does. A drain's reason names the call: billing gives a flexible contract its hours back by it.
+Spot leaves first, then flexible after its notice, then GPUs are held lower, and firm leaves only where its contract names such an
+emergency. A drain's reason names the call: by it billing gives a contract its hours back. Economic calls touch no job.
 
 A flexible contract gives way for as many hours of a UTC month as it was signed with. A call whose hours there are not left any more
 finds it firm.
@@ -13,21 +13,22 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from marketplace import ids
-from marketplace.models import Contract, Curtailment, Host, Placement, PlacementEvent
-from marketplace.services import jobs
+from marketplace.models import Contract, Curtailment, Host, Job, Placement, PlacementEvent
+from marketplace.services import jobs, replicas
 from marketplace.services.budgets import node_budgets
-from marketplace.services.power import Ledger, active_watts
+from marketplace.services.power import Ledger, cap_gpus
+from scheduler.core import curtail
 from scheduler.core import power as core
 
-ORDER = ("spot", "flexible")
 REASON = "curtailment "  # and the public id of the call
 
 
 def relieve(site_id: int, *, now: datetime) -> list[int]:
-    """Ask jobs to leave so far as the machines that may still sleep are not enough; returns them. The caller holds the
-    site's lock.
+    """Ask jobs to leave, and hold GPUs lower, so far as the machines that may still sleep are not enough; returns the jobs asked.
+    The caller holds the site's lock.
     """
-    calls = {c.node_id: c for c in Curtailment.objects.filter(site_id=site_id, state="active").order_by("-cap_w")}
+    active = Curtailment.objects.filter(site_id=site_id, state="active", mandatory=True)
+    calls = {c.node_id: c for c in active.order_by("-cap_w")}
     if not calls:
         return []
     ledger = Ledger.of(site_id)
@@ -35,38 +36,52 @@ def relieve(site_id: int, *, now: datetime) -> list[int]:
     if not need.any():
         return []
     hosts = {h.pk: h for h in Host.objects.filter(site_id=site_id)}
-    live = list(
-        Placement.objects.filter(site_id=site_id, state__in=Placement.AT_SITE)
-        .select_related("contract", "job")
-        .order_by("-created_at", "-pk")
-    )
-    stay: dict[int, list[Placement]] = defaultdict(list)  # of each host, those not asked to leave
-    for placement in live:
-        if placement.release_requested_at is None:
-            stay[placement.host_id].append(placement)
-    booked = {pk: host.reserved_w for pk, host in hosts.items()}
-    for pk, host in hosts.items():  # what is on its way down already
-        _lower(ledger, need, host, booked, stay[pk])
-    asked: dict[int, list[int]] = defaultdict(list)
+    at = {ledger.tree.index[pk]: call for pk, call in calls.items()}
+    live = Placement.objects.filter(site_id=site_id, state__in=Placement.AT_SITE, release_requested_at=None)
     willing: dict[tuple[int, int], bool] = {}
-    for kind in ORDER:
-        for placement in live:
-            left = [p for p in stay[placement.host_id] if p.job_id != placement.job_id]
-            if placement.contract.kind != kind or len(left) == len(stay[placement.host_id]):
-                continue
-            path = ledger.tree.paths[ledger.tree.index[hosts[placement.host_id].power_node_id]]
-            call = _call(ledger, need, path, calls)
-            if call is None or (kind == "flexible" and not _gives_way(placement.contract, call, now, willing)):
-                continue
-            asked[call.pk].append(placement.job_id)
-            for pk in [h for h, there in stay.items() if any(p.job_id == placement.job_id for p in there)]:
-                stay[pk] = [p for p in stay[pk] if p.job_id != placement.job_id]
-                _lower(ledger, need, hosts[pk], booked, stay[pk])
+    work = []
+    for placement in live.select_related("contract"):
+        path = ledger.tree.paths[ledger.tree.index[hosts[placement.host_id].power_node_id]]
+        call = next((at[n] for n in path if n in at and need[n] > 0), None)
+        rank = curtail.STAYS if call is None else _rank(placement.contract, call, now, willing)
+        since = int(placement.created_at.timestamp() * 1_000_000)
+        gpus = frozenset(placement.gpu_indices)
+        work.append(curtail.Work(placement.pk, placement.job_id, placement.host_id, gpus, rank, since))
+    found = curtail.relief(ledger.tree, need, {pk: _shape(ledger, h) for pk, h in hosts.items()}, work, may_cap=True)
+    asked: dict[int, list[int]] = defaultdict(list)
+    for job, node in found.leave:
+        asked[at[node].pk].append(job)  # type: ignore[arg-type]
     by_pk = {c.pk: c for c in calls.values()}
     moved: list[int] = []
     for call_pk, leaving in asked.items():
         moved += jobs.preempt(sorted(set(leaving)), now=now, actor="power", reason=REASON + by_pk[call_pk].public_id)
+    _hold(site_id, ledger, found, hosts, at, now)
     return moved
+
+
+def _hold(
+    site_id: int,
+    ledger: Ledger,
+    found: curtail.Relief,
+    hosts: dict[int, Host],
+    at: dict[int, Curtailment],
+    now: datetime,
+) -> None:
+    """GPUs held lower, and a line in the story of each job on them."""
+    capped = cap_gpus(site_id, dict(found.caps))  # type: ignore[arg-type]
+    for pk in capped:
+        path = ledger.tree.paths[ledger.tree.index[hosts[pk].power_node_id]]
+        call = next(at[n] for n in path if n in at)
+        words = f"{REASON}{call.public_id}: GPUs of {hosts[pk].name} held to {found.caps[pk]} W each"
+        there = Placement.objects.filter(host=pk, state__in=Placement.AT_SITE, release_requested_at=None)
+        replicas.note(Job.objects.filter(pk__in=there.values("job")).order_by("pk"), words, now=now, actor="power")
+
+
+def _shape(ledger: Ledger, host: Host) -> curtail.HostShape:
+    return curtail.HostShape(
+        ledger.tree.index[host.power_node_id], host.reserved_w, host.parked_w, host.base_w, host.gpu_count, host.gpu_min_w,
+        host.gpu_most_w, host.cap_control,
+    )  # fmt: skip
 
 
 def _missing(ledger: Ledger, calls: dict[int, Curtailment]) -> core.Ints:
@@ -79,26 +94,18 @@ def _missing(ledger: Ledger, calls: dict[int, Curtailment]) -> core.Ints:
     return need
 
 
-def _lower(ledger: Ledger, need: core.Ints, host: Host, booked: dict[int, int], stay: list[Placement]) -> None:
-    """Take from `need` what the host gives up when only `stay` stay; `booked` follows."""
-    gpus = {i for p in stay for i in p.gpu_indices}
-    target = min(booked[host.pk], active_watts(host, gpus, cpu_only=any(not p.gpu_indices for p in stay)))
-    for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]:
-        need[n] = max(0, int(need[n]) - (booked[host.pk] - target) * int(ledger.tree.k[n, core.HOST]))
-    booked[host.pk] = target
-
-
-def _call(ledger: Ledger, need: core.Ints, path: tuple[int, ...], calls: dict[int, Curtailment]) -> Curtailment | None:
-    """The call that still lacks watts under this path, nearest first."""
-    return next((calls[ledger.tree.keys[n]] for n in path if need[n] > 0), None)  # type: ignore[index]
-
-
-def _gives_way(contract: Contract, call: Curtailment, now: datetime, willing: dict[tuple[int, int], bool]) -> bool:
-    """Is its notice over, and are the call's hours left of those that it accepts this month? `willing` remembers the second."""
-    key = (contract.pk, call.pk)
-    if key not in willing:
-        willing[key] = _hours_left(contract, call, now)
-    return willing[key] and now >= call.created_at + timedelta(seconds=contract.flexible_notice_s)
+def _rank(contract: Contract, call: Curtailment, now: datetime, willing: dict[tuple[int, int], bool]) -> int:
+    """Of curtail's ranks. An emergency waits for nobody's notice: what is missing meanwhile comes from other work's GPUs."""
+    if contract.kind == "spot":
+        return curtail.SPOT
+    if contract.kind == "flexible":
+        key = (contract.pk, call.pk)
+        if key not in willing:
+            willing[key] = _hours_left(contract, call, now)
+        if willing[key]:
+            due = now >= call.created_at + timedelta(seconds=contract.flexible_notice_s)
+            return curtail.FLEXIBLE if due else curtail.STAYS if call.emergency else curtail.SOON
+    return curtail.STAYS
 
 
 def calls_of(contract: Contract) -> set[int]:
@@ -110,13 +117,19 @@ def calls_of(contract: Contract) -> set[int]:
     return {pk for reason in reasons if (pk := ids.decode("cur", reason.split()[1])) is not None}
 
 
+def contracts_of(call: Curtailment) -> set[int]:
+    """The contracts, by id, of which jobs were asked to leave for the call."""
+    drained = PlacementEvent.objects.filter(to_state="draining", reason=REASON + call.public_id)
+    return set(drained.order_by().values_list("placement__contract_id", flat=True).distinct())
+
+
 def _hours_left(contract: Contract, call: Curtailment, now: datetime) -> bool:
     """A call that it has left for before costs no further hours."""
     month = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     after = (month + timedelta(days=32)).replace(day=1)
     gave = calls_of(contract)
     spans = sorted(
-        (max(month, each.starts_at), min(after, each.ends_at, each.settled_at or each.ends_at))
+        (max(month, each.starts_at), min(after, each.over_at))
         for each in Curtailment.objects.filter(pk__in=gave | {call.pk}).exclude(state="cancelled")
     )
     spent, upto = timedelta(), month

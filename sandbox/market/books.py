@@ -265,7 +265,7 @@ def _curtailed(c: Row) -> list[tuple[datetime, datetime]]:
     if not calls:
         return []
     return [
-        (call["starts_at"], min(t for t in (call["ends_at"], call["settled_at"]) if t is not None))
+        (call["starts_at"], min(t for t in (call["ends_at"], call["ended_at"]) if t is not None))
         for call in rows(
             f"SELECT * FROM marketplace_curtailment WHERE id IN ({','.join(map(str, calls))}) ORDER BY starts_at"
         )

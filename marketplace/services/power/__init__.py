@@ -5,7 +5,16 @@ The order is always: books and recheck.book (placement `granted` or `shedding`) 
 grant_pending (host's watts booked, its limits raised) -> start; and back: release -> lower_hosts (read back) -> wake.
 """
 
-from marketplace.services.power.grants import book_nodes, books, grant_pending, limits, lower_hosts, release
+from marketplace.services.power.grants import (
+    book_nodes,
+    books,
+    cap_gpus,
+    grant_pending,
+    limits,
+    lower_hosts,
+    release,
+    uncap_gpus,
+)
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts, may_grant, may_wake
 from marketplace.services.power.miners import Command, command_miners, forget, settle_miners
 from marketplace.services.power.recovery import tests_due
@@ -17,6 +26,7 @@ __all__ = [
     "active_watts",
     "book_nodes",
     "books",
+    "cap_gpus",
     "command_miners",
     "forget",
     "grant_pending",
@@ -27,4 +37,5 @@ __all__ = [
     "release",
     "settle_miners",
     "tests_due",
+    "uncap_gpus",
 ]

@@ -100,7 +100,7 @@ def _raise_host(ledger: Ledger, host: Host, use: list[list[int]], extra: Sequenc
 
 
 def _command_limits(host: Host, active: set[int], *, running: bool) -> None:
-    limits = [host.gpu_max_w if i in active else host.gpu_min_w for i in range(host.gpu_count)]
+    limits = [host.gpu_most_w if i in active else host.gpu_min_w for i in range(host.gpu_count)]
     state = Host.PowerState.CAPPED if running else Host.PowerState.PARKED
     if not host.cap_control:
         limits, state = [host.gpu_max_w] * host.gpu_count, Host.PowerState.FULL
@@ -112,10 +112,10 @@ def _command_limits(host: Host, active: set[int], *, running: bool) -> None:
 def _save_hosts(hosts: Iterable[Host]) -> None:
     with connection.cursor() as cursor:
         cursor.executemany(
-            "UPDATE marketplace_host SET reserved_w = %s, desired_limits_w = %s, desired_power_state = %s, desired_generation = %s"
-            " WHERE id = %s",
+            "UPDATE marketplace_host SET reserved_w = %s, desired_limits_w = %s, desired_power_state = %s, desired_generation = %s,"
+            " call_gpu_w = %s WHERE id = %s",
             [
-                (h.reserved_w, h.desired_limits_w, h.desired_power_state, h.desired_generation, h.pk)
+                (h.reserved_w, h.desired_limits_w, h.desired_power_state, h.desired_generation, h.call_gpu_w, h.pk)
                 for h in sorted(hosts, key=lambda h: h.pk)
             ],
         )
@@ -196,6 +196,8 @@ def lower_hosts(site_id: int) -> int:
     changed = []
     for host in hosts:
         target = _needed(host, use[host.pk])
+        if host.call_gpu_w is not None and use[host.pk]:  # a job that came since may have raised it again
+            target = max(target, host.base_w + sum(host.desired_limits_w))
         if target < host.reserved_w:
             ledger.book(host.power_node_id, target - host.reserved_w, core.HOST)
             host.reserved_w = target
@@ -204,3 +206,46 @@ def lower_hosts(site_id: int) -> int:
     ledger.save()
     _save_hosts(changed)
     return freed
+
+
+def cap_gpus(site_id: int, wanted: dict[int, int]) -> list[int]:
+    """Hold the GPUs of hosts (id -> W each) lower for a call of the grid. The watts stay booked until the host has read the limits
+    back (`lower_hosts`). Returns the hosts that changed.
+    """
+    hosts = list(Host.objects.filter(pk__in=wanted, site_id=site_id).order_by("pk").select_for_update(no_key=True))
+    use = _granted_use(h.pk for h in hosts)
+    changed = []
+    for host in hosts:
+        watts = max(host.gpu_min_w, wanted[host.pk])
+        if host.cap_control and use[host.pk] and watts < host.gpu_most_w:
+            host.call_gpu_w = watts
+            _command_limits(host, {i for gpus in use[host.pk] for i in gpus}, running=True)
+            changed.append(host)
+    _save_hosts(changed)
+    return [host.pk for host in changed]
+
+
+def uncap_gpus(site_id: int, *, held: Iterable[int]) -> list[int]:
+    """Give GPUs their watts back as far as they fit, but not under the nodes `held` (ids), where a call still stands."""
+    capped = list(
+        Host.objects.filter(site_id=site_id).exclude(call_gpu_w=None).order_by("pk").select_for_update(no_key=True)
+    )
+    if not capped:
+        return []
+    use, ledger, under = _granted_use(h.pk for h in capped), Ledger.of(site_id), set(held)
+    changed = []
+    for host in capped:
+        path = {ledger.tree.keys[n] for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]}
+        if under & path and use[host.pk]:
+            continue
+        before, host.call_gpu_w = host.call_gpu_w, None
+        target = _needed(host, use[host.pk])
+        if ledger.refuses(host.power_node_id, max(0, target - host.reserved_w)) is not None:
+            host.call_gpu_w = before
+            continue
+        if use[host.pk]:
+            _raise_host(ledger, host, use[host.pk], (), target)
+        changed.append(host)
+    ledger.save()
+    _save_hosts(changed)
+    return [host.pk for host in changed]

@@ -109,7 +109,7 @@ def active_watts(host: Host, gpu_indices: Iterable[int], cpu_only: bool) -> int:
         parked_w=host.parked_w,
         base_w=host.base_w,
         gpu_min_w=host.gpu_min_w,
-        gpu_max_w=host.gpu_max_w,
+        gpu_max_w=host.gpu_most_w,
         cap_control=host.cap_control,
         powered=host.power_state != Host.PowerState.OFF,
         cpu_only=cpu_only,

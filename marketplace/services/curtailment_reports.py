@@ -1,0 +1,233 @@
+"""What a call delivered: the node's meter second by second against what it drew before, who gave nothing and why, jobs, money.
+
+Begun when the call begins (baseline, who was awake), finished when it is over; while it runs, the same is worked out anew each time.
+The node's own meter speaks; without one, the books do.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db.models import Q, Sum
+
+from marketplace import ids
+from marketplace.models import (
+    Curtailment,
+    CurtailmentReport,
+    JobEvent,
+    MeterReading,
+    Miner,
+    PlacementEvent,
+    PowerNode,
+    ShedClaim,
+    SiteMinute,
+)
+from marketplace.services import feeds
+from scheduler.core import curtail
+
+GRID_REPORT = "marketplace.grid_report"  # to whoever called, when it is over
+DWELL = timedelta(seconds=60)
+WH_UUSD = 1_000_000  # millionths of a USD per MWh x Wh
+
+
+@dataclass(frozen=True)
+class Found:
+    """The columns of a CurtailmentReport that are worked out, as they are at one moment."""
+
+    offsets_s: list[int]
+    watts: list[int]
+    delivered_wh: int
+    under_after_s: int | None
+    hashing_lost_microusd: int
+    energy_saved_microusd: int
+    paid_microusd: int
+    misses: list[dict[str, Any]]
+    jobs: list[dict[str, Any]]
+
+
+def begin(row: Curtailment) -> CurtailmentReport:
+    """What it found. Once: beginning it again answers the same report. A call that follows another takes its baseline over: the node
+    is down already.
+    """
+    before = _before(row)
+    if before is not None:
+        taken = {"baseline_w": before.baseline_w, "baseline_how": before.baseline_how, "before": before.before}
+        return CurtailmentReport.objects.get_or_create(curtailment=row, defaults=taken)[0]
+    readings = _readings(row.node, row.starts_at - timedelta(seconds=curtail.BASELINE_S), row.starts_at)
+    start = int(row.starts_at.timestamp())
+    metered = curtail.baseline_w([(start + at, w) for at, w in _offsets(readings, row.starts_at)], start)
+    node = PowerNode.objects.get(pk=row.node_id)
+    booked = -(-node.reserved_mw // 1000) + node.fixed_w
+    awake = Miner.objects.filter(power_node__in=below(row.node), desired_mode__gt=0, state=Miner.State.OK, manual=False)
+    made, _ = CurtailmentReport.objects.get_or_create(
+        curtailment=row,
+        defaults={
+            "baseline_w": booked if metered is None else metered,
+            "baseline_how": "books" if metered is None else "meter",
+            "before": sorted(awake.values_list("pk", flat=True)),
+        },
+    )
+    return made
+
+
+def _before(row: Curtailment) -> CurtailmentReport | None:
+    """Of the call that held the same node until this one began, or holds it still."""
+    others = CurtailmentReport.objects.filter(curtailment__node=row.node_id).exclude(curtailment=row)
+    near = row.starts_at - timedelta(seconds=60)
+    standing = Q(curtailment__ended_at=None, curtailment__ends_at__gte=near) | Q(curtailment__ended_at__gte=near)
+    return others.filter(standing, curtailment__starts_at__lte=row.starts_at).order_by("-curtailment_id").first()
+
+
+def finish(report: CurtailmentReport, row: Curtailment, *, restored_s: int | None, now: datetime) -> None:
+    """Work it out for good."""
+    for name, value in vars(found(report, row, now=now)).items():
+        setattr(report, name, value)
+    report.restored_s, report.finished_at = restored_s, now
+    report.save()
+
+
+def found(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> Found:
+    """As the meters and the books have it now; of a finished one, what was kept."""
+    if report.finished_at is not None:
+        return Found(**{name: getattr(report, name) for name in Found.__dataclass_fields__})
+    end = min(row.over_at, now)
+    seconds = seconds_of(row, now)
+    readings = _offsets(_readings(row.node, row.starts_at, end), row.starts_at)
+    wh = curtail.delivered_wh(curtail.by_second(readings, seconds, report.baseline_w), report.baseline_w)
+    lost, price = _money(row, end, now)
+    pays = row.origin.pays_uusd_mwh if row.origin is not None else 0
+    return Found(
+        [at for at, _ in readings],
+        [w for _, w in readings],
+        wh,
+        curtail.under_after(readings, row.cap_w),
+        lost,
+        wh * price // WH_UUSD,
+        max(0, wh) * pays // WH_UUSD,
+        _misses(row, end),
+        touched(row),
+    )
+
+
+def seconds_of(row: Curtailment, now: datetime) -> int:
+    """Seconds from its start to its end, or so far."""
+    return max(0, int((min(row.over_at, now) - row.starts_at).total_seconds()))
+
+
+def series(report: CurtailmentReport, row: Curtailment, *, now: datetime, step_s: int = 1) -> list[dict[str, Any]]:
+    """One row for every `step_s` seconds: when, W drawn, W delivered against the baseline (means of the seconds in it)."""
+    known = found(report, row, now=now)
+    watts = curtail.by_second(
+        list(zip(known.offsets_s, known.watts, strict=True)), seconds_of(row, now), report.baseline_w
+    )
+    rows = []
+    for at in range(0, len(watts), step_s):
+        part = watts[at : at + step_s]
+        mean = round(sum(part) / len(part))
+        rows.append(
+            {"at": row.starts_at + timedelta(seconds=at), "watts": mean, "delivered_w": report.baseline_w - mean}
+        )
+    return rows
+
+
+def seconds_csv(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> str:
+    """A line a second: at, drawn, baseline and delivered, W."""
+    out = io.StringIO()
+    lines = csv.writer(out)
+    lines.writerow(["at", "watts", "baseline_w", "delivered_w"])
+    for each in series(report, row, now=now):
+        lines.writerow([each["at"].isoformat(), each["watts"], report.baseline_w, each["delivered_w"]])
+    return out.getvalue()
+
+
+def below(node: PowerNode) -> list[int]:
+    """The node and all under it, by id."""
+    rows = list(PowerNode.objects.filter(site=node.site_id).order_by("depth").values_list("pk", "parent_id"))
+    found_ids = {node.pk}
+    for pk, parent in rows:
+        if parent in found_ids:
+            found_ids.add(pk)
+    return sorted(found_ids)
+
+
+def touched(row: Curtailment) -> list[dict[str, Any]]:
+    """Jobs that were asked to leave for it, or whose GPUs were held lower; by job, in the order of time."""
+    words = f"curtailment {row.public_id}"
+    left = PlacementEvent.objects.filter(to_state="draining", reason=words).select_related("placement__contract")
+    held = JobEvent.objects.filter(reason__startswith=f"{words}: ").select_related("job__contract")
+    told = [(e.at, e.placement.job_id, e.placement.contract, "left") for e in left]
+    told += [(e.at, e.job_id, e.job.contract, "held_lower") for e in held]
+    seen: dict[tuple[int, str], dict[str, Any]] = {}
+    for at, job, contract, what in sorted(told, key=lambda t: (t[0], t[1])):
+        seen.setdefault(
+            (job, what),
+            {
+                "job": ids.encode("job", job), "contract": contract.public_id, "kind": contract.kind, "what": what,
+                "at": at.isoformat(),
+            },
+        )  # fmt: skip
+    return list(seen.values())
+
+
+def _readings(node: PowerNode, start: datetime, end: datetime) -> Iterable[tuple[datetime, int]]:
+    rows = MeterReading.objects.filter(node=node, at__gte=start, at__lt=end)
+    return rows.order_by("at").values_list("at", "watts")
+
+
+def _offsets(readings: Iterable[tuple[datetime, int]], start: datetime) -> list[tuple[int, int]]:
+    """The last reading of each second, by seconds from `start`."""
+    return sorted({int((at - start).total_seconds() // 1): watts for at, watts in readings}.items())
+
+
+def _money(row: Curtailment, end: datetime, now: datetime) -> tuple[int, int]:
+    """(what the machines that were awake before would have earned more, millionths of a USD; the energy's price a MWh). By what hashing
+    earned at the site in the minutes before and during; the mean of what energy cost meanwhile.
+    """
+    prices = feeds.prices(row.site, now=now)
+    price = prices.energy_uusd_mwh if prices else row.site.energy_price_microusd_per_kwh * 1000
+    minutes = SiteMinute.objects.filter(site=row.site_id)
+    before = minutes.filter(start__gte=row.starts_at - timedelta(minutes=5), start__lt=row.starts_at)
+    during = minutes.filter(start__gte=row.starts_at, start__lt=end)
+    count = before.count()
+    if not count:
+        return 0, price
+    usual = (before.aggregate(x=Sum("hashing_microusd"))["x"] or 0) / count
+    earned = during.aggregate(x=Sum("hashing_microusd"), n=Sum("energy_microusd"), w=Sum("metered_w"))
+    minutes_long = (end - row.starts_at).total_seconds() / 60
+    return max(0, round(usual * minutes_long - (earned["x"] or 0))), price
+
+
+def _misses(row: Curtailment, end: datetime) -> list[dict[str, Any]]:
+    """Machines under the node that gave nothing, with the reason in the words of docs/power.md, and the W that they kept."""
+    machines = Miner.objects.filter(power_node__in=below(row.node))
+    failed = ShedClaim.objects.filter(
+        miner__in=machines, commanded_at__gte=row.starts_at, commanded_at__lt=end, reason__gt=""
+    ).exclude(reason="superseded")
+    reasons = dict(
+        failed.filter(Q(state="failed") | Q(state="commanded")).order_by("pk").values_list("miner_id", "reason")
+    )
+    confirmed = ShedClaim.objects.filter(miner__in=machines, state="confirmed", settled_at__gte=row.starts_at)
+    gave = set(confirmed.values_list("miner_id", flat=True))
+    rows = []
+    for m in machines.order_by("name"):
+        reason = "" if m.pk in gave else reasons.get(m.pk) or _held_back(m, row)
+        if reason:
+            rows.append(
+                {"miner": m.name, "reason": reason.replace("awaiting_sample", "stale_telemetry"), "watts": m.reserved_w}
+            )
+    return rows
+
+
+def _held_back(miner: Miner, row: Curtailment) -> str:
+    """Why it was not asked, if it draws: by hand or in maintenance, too small to matter, or just changed."""
+    if miner.manual or miner.state == Miner.State.MAINTENANCE:
+        return "maintenance" if miner.reserved_w > miner.mode_watts[0] else ""
+    if miner.desired_mode == 0:
+        return ""
+    if miner.reserved_w - miner.mode_watts[0] <= 0:
+        return "below_minimum"
+    changed = miner.changed_at
+    return "dwell" if changed is not None and changed < row.starts_at <= changed + DWELL and not row.mandatory else ""

@@ -116,6 +116,8 @@ def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
     """MW missing at each node: pending grants and meters over their soft cap, less what sleeping machines will soon give."""
     budgets = node_budgets([site.pk])
     need = np.array([max(0, -budgets[k].free_mw) for k in ledger.tree.keys], np.int64)  # type: ignore[index]
+    for n, room in _hashing_room(ledger).items():  # an economic call asks for what machines can give, no more
+        need[n] = max(int(need[n]), min(-room, budgets[ledger.tree.keys[n]].reclaimable_mw))  # type: ignore[index]
     for reaction in ledger.reactions(now):
         if reaction.action != "freeze":
             at = ledger.tree.index[reaction.node]
@@ -127,6 +129,15 @@ def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
         for n in ledger.tree.paths[ledger.tree.index[claim.miner.power_node_id]]:
             need[n] = max(0, int(need[n]) - freed * int(ledger.tree.k[n, core.MINER]))
     return need
+
+
+def _hashing_room(ledger: power.Ledger) -> dict[int, int]:
+    """MW to the limits that bind hashing alone, by position; negative: over it."""
+    return {
+        ledger.tree.index[pk]: 1000 * (n.hashing_limit_w - n.fixed_w - n.margin_w) - n.reserved_mw
+        for pk, n in ledger.nodes.items()
+        if n.hashing_limit_w is not None
+    }
 
 
 def _shed(
@@ -163,6 +174,8 @@ def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: da
     load = core.Load.of(ledger.tree, fleet.node, [core.MINER] * len(miners), [m.reserved_w for m in miners])
     held = core.reserved_mw(ledger.tree, load)
     budget = ledger.free + held
+    for n, room in _hashing_room(ledger).items():
+        budget[n] = min(int(budget[n]), max(0, room + int(held[n])))
     hot = list(ledger.hot(now))
     budget[hot] = np.minimum(budget[hot], held[hot])  # over 95 % by its meter: nothing rises under it
     dwell = np.array([_dwell_left(m, now) for m in miners], np.int64)

@@ -31,7 +31,7 @@ from marketplace.models import (
     MaintenanceHost,
     SavedSearch,
 )
-from marketplace.services import conversions, documents, maintenance, saved, verifications
+from marketplace.services import conversions, documents, grid, maintenance, saved, verifications
 from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
@@ -139,6 +139,13 @@ class World:
         )  # fmt: skip
 
     @cached_property
+    def grid_source(self) -> Any:
+        actor = Actor(kind="user", organization_id=self.organization.pk, role="owner", label="x")
+        node = self.site.power_nodes.get(name="site")
+        values = {"name": "grid", "cap_w": 500_000, "trip_mhz": 59_700, "back_mhz": 59_900}
+        return grid.add(actor, node, kind="frequency", now=NOW, **values)
+
+    @cached_property
     def conversion(self) -> Any:
         actor = Actor(kind="user", organization_id=self.organization.pk, role="owner", label="x")
         return conversions.make(actor, self.site, name="Plan", now=NOW)
@@ -189,6 +196,7 @@ class World:
                 "key",
                 "invitation",
                 "curtailment",
+                "grid_source",
                 "conversion",
                 "invoice",
                 "work",
@@ -205,6 +213,7 @@ def _one(parameter: str, attribute: str | None = None) -> Make:
 organization, site, host, miner, agent = (_one(n) for n in ("organization", "site", "host", "miner", "agent"))
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
+grid_source = _one("grid_source")
 draft, conversion, search = _one("listing", "draft"), _one("plan", "conversion"), _one("search")
 resale, bid = _one("resale"), _one("bid")
 work, feed = _one("work"), _one("feed")
@@ -320,6 +329,14 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/curtailments", "POST", "power:write"),
     R("api/v1/curtailments/<str:curtailment>", "GET", "power:read", curtailment),
     R("api/v1/curtailments/<str:curtailment>/cancel", "POST", "power:write", curtailment),
+    R("api/v1/curtailments/<str:curtailment>/report", "GET", "power:read", curtailment),
+    R("api/v1/curtailments/<str:curtailment>/seconds.csv", "GET", "power:read", curtailment),
+    R("api/v1/grid-sources", "GET", "power:read"),
+    R("api/v1/grid-sources", "POST", "power:write"),
+    R("api/v1/grid-sources/<str:grid_source>", "GET", "power:read", grid_source),
+    R("api/v1/grid-sources/<str:grid_source>", "PATCH", "power:write", grid_source),
+    R("api/v1/grid-sources/<str:grid_source>", "DELETE", "power:write", grid_source),
+    R("api/v1/grid-sources/<str:grid_source>/readings", "POST", "power:write", grid_source),
     # --- maintenance
     R("api/v1/maintenances", "GET", "maintenance:read"),
     R("api/v1/maintenances", "POST", "maintenance:write"),

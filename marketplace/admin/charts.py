@@ -147,3 +147,31 @@ def node_bar(*, cap: int, limit: int | None, fixed: int, booked: int, margin: in
         '<rect class="tr-bar-booked" x="{}" width="{}" height="14"/><rect class="tr-bar-margin" x="{}" width="{}" height="14"/>{}</svg>',
         said, part(fixed), part(fixed), part(booked), f"{1000 - float(part(margin)):.1f}", part(margin), lines,
     )  # fmt: skip
+
+
+def against_baseline(seconds: Sequence[tuple[datetime, int]], *, baseline: int, cap: int) -> SafeString:
+    """A call: what the node drew, under its baseline (dotted) and beside its cap. `seconds`: (when, W), evenly spaced, at least one."""
+    top = round_up(max(baseline, cap, *(w for _, w in seconds)) * 105 // 100 or 1)
+
+    def y(value: int) -> str:
+        return f"{HEIGHT - HEIGHT * value / top:.1f}"
+
+    points = [
+        (f"{WIDTH * i / len(seconds):.1f}", f"{WIDTH * (i + 1) / len(seconds):.1f}", y(w))
+        for i, (_, w) in enumerate(seconds)
+    ]
+    line = " ".join(f"{a} {v} {b} {v}" for a, b, v in points)
+    start, end = seconds[0][0], seconds[-1][0]
+    marks = format_html_join(
+        "", '<span style="bottom:{}%">{}</span>', [(25 * i, watts(top * i // 4).replace(".00", "")) for i in range(5)]
+    )
+    ticks = format_html_join("", "<span>{}</span>", [(f"{start + (end - start) * i / 6:%H:%M}",) for i in range(7)])
+    label = f"Watts drawn from {start:%H:%M} to {end:%H:%M} UTC, baseline {watts(baseline)}, cap {watts(cap)}"
+    return format_html(
+        '<div class="tr-plot"><div class="tr-y" aria-hidden="true">{}</div>'
+        '<svg viewBox="0 0 1000 300" preserveAspectRatio="none" role="img" aria-label="{}">'
+        '<path class="tr-area tr-hashing" d="M{} 1000 300 0 300Z"/><line class="tr-grid" x1="0" x2="1000" y1="{}" y2="{}"/>'
+        '<path class="tr-metered" d="M{}"/><path class="tr-cap" d="M0 {} 1000 {}"/></svg>'
+        '<div class="tr-x" aria-hidden="true">{}</div></div>',
+        marks, label, line, y(baseline), y(baseline), line, y(cap), y(cap), ticks,
+    )  # fmt: skip

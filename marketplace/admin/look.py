@@ -153,6 +153,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
                 m("Miners", "memory", "marketplace_miner"),
                 m("Agents", "sensors", "marketplace_agent"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
+                m("Grid signals", "cell_tower", "marketplace_gridsource"),
                 m("Conversion plans", "event_upcoming", "marketplace_conversionplan"),
                 m("Receipts of pools and grids", "receipt_long", "marketplace_receipt"),
                 m("Maintenance", "engineering", "marketplace_maintenance"),

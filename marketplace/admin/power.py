@@ -5,17 +5,19 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 from unfold.decorators import display
 
-from marketplace.admin import dashboard, look
+from marketplace.admin import charts, dashboard, look
 from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
-from marketplace.models import Curtailment, PowerNode
-from marketplace.services import curtailments, sites
+from marketplace.admin.tenancy import own
+from marketplace.models import Curtailment, CurtailmentReport, PowerNode
+from marketplace.services import curtailment_reports, curtailments, sites
 
+MOST_STEPS = 500  # points of a chart
 _FIXED = ("site", "parent", "name", "kind")  # after its making a node keeps its place
 _EDITED = ("cap_w", "fixed_w", "metering", "overhead_gpu_permille", "overhead_miner_permille")
 
@@ -102,7 +104,7 @@ class PowerNodeAdmin(look.Shown, TenantAdmin):
 class CurtailmentForm(DeskForm):
     class Meta:
         model = Curtailment
-        fields = ("node", "cap_w", "starts_at", "ends_at", "mandatory", "reference")
+        fields = ("node", "cap_w", "starts_at", "ends_at", "mandatory", "emergency", "reference")
 
     reference = forms.CharField(
         max_length=80,
@@ -114,6 +116,14 @@ class CurtailmentForm(DeskForm):
 def _cancel(call: Call) -> str:
     curtailments.cancel(call.actor, call.row, now=call.now)
     return f"{call.row}: {call.row.state}."
+
+
+def _csv(call: Call) -> HttpResponse:
+    report = own(CurtailmentReport, call.actor).get(curtailment=call.row)
+    text = curtailment_reports.seconds_csv(report, call.row, now=call.now)
+    answer = HttpResponse(text, content_type="text/csv; charset=utf-8")
+    answer["Content-Disposition"] = f'attachment; filename="{call.row.public_id}-seconds.csv"'
+    return answer
 
 
 class CurtailmentRows(look.Shown):
@@ -141,7 +151,13 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
     search_fields = ("reference",)
     ordering = ("-starts_at", "-id")
     autocomplete_fields = ("node",)
+    above = "desk/curtailment.html"
     moves = (
+        Move(
+            name="seconds", label="Its seconds as CSV", action="power:read", run=_csv, icon="download",
+            possible=lambda row: CurtailmentReport.objects.all().owned_by(row.site.organization_id).filter(curtailment=row).exists(),
+            question="One line a second: drawn, baseline and delivered watts.",
+        ),
         Move(
             name="cancel", label="Cancel the call", action="power:write", run=_cancel, icon="cancel", danger=True,
             possible=lambda row: row.state in {"announced", "active"},
@@ -149,13 +165,50 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
         ),
     )  # fmt: skip
 
+    def more(self, request: HttpRequest, row: Any) -> dict[str, Any]:
+        now = timezone.now()
+        report = own(CurtailmentReport, self.actor(request)).filter(curtailment=row).first()
+        seconds = curtailment_reports.seconds_of(row, now)
+        if report is None or not seconds:
+            return {"report": None}
+        found = curtailment_reports.found(report, row, now=now)
+        rows = curtailment_reports.series(report, row, now=now, step_s=max(1, -(-seconds // MOST_STEPS)))
+        under = "never" if found.under_after_s is None else f"after {found.under_after_s} s"
+        back = "" if report.restored_s is None else f"as before {report.restored_s} s after its end"
+        return {
+            "report": report,
+            "cards": [
+                (
+                    "Baseline",
+                    look.watts(report.baseline_w),
+                    "mean of five minutes" if report.baseline_how == "meter" else "booked",
+                ),
+                ("Delivered", f"{found.delivered_wh / 1000:,.1f} kWh", "not drawn against the baseline"),
+                ("Under its cap", under, "by the node's meter"),
+                ("Hashing forgone", look.price(found.hashing_lost_microusd, "USD"), back),
+                ("Energy not bought", look.price(found.energy_saved_microusd, "USD"), "at its price now"),
+                ("Its programme pays", look.price(found.paid_microusd, "USD"), ""),
+            ],
+            "chart": charts.against_baseline(
+                [(r["at"], r["watts"]) for r in rows], baseline=report.baseline_w, cap=row.cap_w
+            ),
+            "cap": look.watts(row.cap_w),
+            "baseline": look.watts(report.baseline_w),
+            "misses": [
+                {**m, "reason": m["reason"].replace("_", " "), "watts": look.watts(m["watts"])} for m in found.misses
+            ],
+            "jobs": [
+                {**j, "what": j["what"].replace("_", " "), "at": j["at"][:19].replace("T", " ")} for j in found.jobs
+            ],
+        }
+
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """An announced call is never edited: cancel it and announce another."""
         return obj is None and super().has_change_permission(request, obj)
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:  # noqa: ARG002
         if obj is None:
-            return ["node", "cap_w", "starts_at", "ends_at", "mandatory", "reference"]
+            return ["node", "cap_w", "starts_at", "ends_at", "mandatory", "emergency", "reference"]
         return [
             "site",
             "node",
@@ -164,7 +217,9 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
             "cap_w",
             "starts_at",
             "ends_at",
+            "ended_at",
             "mandatory",
+            "emergency",
             "state",
             "created_by",
             "created_at",

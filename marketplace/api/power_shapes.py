@@ -3,7 +3,7 @@
 from rest_framework import serializers
 
 from marketplace.api.shapes import page_of
-from marketplace.models import Curtailment, FeedValue, PowerNode, Site
+from marketplace.models import Curtailment, FeedValue, GridSource, PowerNode, Site
 
 
 class PowerStateShape(serializers.Serializer):
@@ -94,9 +94,76 @@ class CurtailmentShape(serializers.Serializer):
     cap_w = serializers.IntegerField(help_text="what the node may draw meanwhile")
     starts_at = serializers.DateTimeField()
     ends_at = serializers.DateTimeField()
-    mandatory = serializers.BooleanField()
+    ended_at = serializers.DateTimeField(allow_null=True, help_text="since then its limit does not stand any more")
+    mandatory = serializers.BooleanField(help_text="economic otherwise: machines sleep, no job is touched")
+    emergency = serializers.BooleanField()
+    grid_source = serializers.CharField(allow_null=True, help_text="the source that made it")
     state = serializers.ChoiceField(Curtailment.State.choices)
     actions = serializers.ListField(child=serializers.CharField())
 
 
 CurtailmentPage = page_of("Curtailment", CurtailmentShape)
+
+
+class MissShape(serializers.Serializer):
+    miner = serializers.CharField()
+    reason = serializers.CharField(
+        help_text="stale_telemetry, unreachable, phantom_load, acknowledged_no_drop, below_minimum, dwell, maintenance"
+    )
+    watts = serializers.IntegerField(help_text="booked for it all the same")
+
+
+class TouchedShape(serializers.Serializer):
+    job = serializers.CharField()
+    contract = serializers.CharField()
+    kind = serializers.CharField()
+    what = serializers.ChoiceField(["left", "held_lower"])
+    at = serializers.DateTimeField()
+
+
+class SecondShape(serializers.Serializer):
+    at = serializers.DateTimeField()
+    watts = serializers.IntegerField(help_text="mean of the step")
+    delivered_w = serializers.IntegerField(help_text="baseline less watts")
+
+
+class CurtailmentReportShape(serializers.Serializer):
+    object = serializers.CharField()
+    curtailment = serializers.CharField()
+    finished = serializers.BooleanField(help_text="false: so far")
+    baseline_w = serializers.IntegerField()
+    baseline_how = serializers.ChoiceField(["meter", "books"])
+    delivered_wh = serializers.IntegerField()
+    under_after_s = serializers.IntegerField(
+        allow_null=True, help_text="until the meter was under the cap; null: never"
+    )
+    restored_s = serializers.IntegerField(allow_null=True, help_text="from its end until it was as before")
+    hashing_lost_microusd = serializers.IntegerField()
+    energy_saved_microusd = serializers.IntegerField()
+    paid_microusd = serializers.IntegerField(help_text="by its programme, for what was delivered")
+    misses = MissShape(many=True)
+    jobs = TouchedShape(many=True)
+    seconds = SecondShape(many=True)
+
+
+class GridSourceShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    site = serializers.CharField()
+    node = serializers.CharField()
+    kind = serializers.ChoiceField(GridSource.Kind.choices)
+    name = serializers.CharField()
+    enabled = serializers.BooleanField()
+    cap_w = serializers.IntegerField(help_text="what the node is held to where the signal names no watts")
+    pays_uusd_mwh = serializers.IntegerField()
+    stale_after_s = serializers.IntegerField()
+    stale_policy = serializers.ChoiceField(GridSource.Stale.choices)
+    settings = serializers.DictField(help_text="of its kind; a secret is never shown")
+    has_secret = serializers.BooleanField()
+    heard_at = serializers.DateTimeField(allow_null=True)
+    silent = serializers.BooleanField(help_text="for longer than stale_after_s: its policy holds")
+    reading = serializers.IntegerField(allow_null=True)
+    error = serializers.CharField()
+
+
+GridSourcePage = page_of("GridSource", GridSourceShape)

@@ -11,6 +11,7 @@ from marketplace.api import (
     conversions,
     curtailments,
     forward,
+    grid,
     health,
     hosts,
     invoices,
@@ -40,7 +41,8 @@ from marketplace.api import (
 
 RESOURCES = (  # asked from the first to the last: what is called most stands first
     jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power, profit,
-    curtailments, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward, usage, invoices,
+    curtailments, grid, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward,
+    usage, invoices,
     payment_methods, payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip

@@ -134,6 +134,9 @@ class PowerNode(TenantModel):
     limit_w = models.BigIntegerField(
         null=True, blank=True, help_text="A curtailment's cap, W; the lower of the two holds"
     )
+    hashing_limit_w = models.BigIntegerField(
+        null=True, blank=True, help_text="An economic curtailment's, W: hashing keeps under it, work is not bound by it"
+    )
     fixed_w = models.BigIntegerField(default=0, help_text="Always on, W")
     margin_w = models.BigIntegerField(default=0, help_text="Kept free by metering quality, W")
     metering = models.CharField(max_length=12, choices=Metering, default=Metering.NAMEPLATE)

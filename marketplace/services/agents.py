@@ -286,7 +286,8 @@ def _safety(site: Site) -> dict[str, Any]:
                 "name": n.name,
                 "parent": n.parent.name if n.parent else None,
                 "cap_w": n.cap_w,
-                "limit_w": n.limit_w,
+                # Over either the site sleeps machines alone.
+                "limit_w": min((w for w in (n.limit_w, n.hashing_limit_w) if w is not None), default=None),
                 "margin_w": n.margin_w,
                 "fixed_w": n.fixed_w,
                 "overhead_gpu_permille": n.overhead_gpu_permille,

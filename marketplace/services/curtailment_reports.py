@@ -203,14 +203,15 @@ def _money(row: Curtailment, end: datetime, now: datetime) -> tuple[int, int]:
 def _misses(row: Curtailment, end: datetime) -> list[dict[str, Any]]:
     """Machines under the node that gave nothing, with the reason in the words of docs/power.md, and the W that they kept."""
     machines = Miner.objects.filter(power_node__in=below(row.node))
-    failed = ShedClaim.objects.filter(
-        miner__in=machines, commanded_at__gte=row.starts_at, commanded_at__lt=end, reason__gt=""
-    ).exclude(reason="superseded")
-    reasons = dict(
-        failed.filter(Q(state="failed") | Q(state="commanded")).order_by("pk").values_list("miner_id", "reason")
-    )
-    confirmed = ShedClaim.objects.filter(miner__in=machines, state="confirmed", settled_at__gte=row.starts_at)
-    gave = set(confirmed.values_list("miner_id", flat=True))
+    claims = ShedClaim.objects.filter(miner__in=machines, commanded_at__gte=row.starts_at, commanded_at__lt=end)
+    last = {
+        pk: (state, reason)
+        for pk, state, reason in claims.exclude(reason="superseded")
+        .order_by("pk")
+        .values_list("miner_id", "state", "reason")
+    }
+    gave = {pk for pk, (state, _) in last.items() if state == ShedClaim.State.CONFIRMED}
+    reasons = {pk: reason for pk, (_, reason) in last.items()}
     rows = []
     for m in machines.order_by("name"):
         reason = "" if m.pk in gave else reasons.get(m.pk) or _held_back(m, row)

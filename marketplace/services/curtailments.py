@@ -2,12 +2,11 @@
 
     announced -> active -> restoring -> completed | failed          (announced -> cancelled)
 
-A mandatory call takes hashing, then jobs in the order of `sheds`. An economic one takes machines alone: its limit gives way to what
-jobs need, so that none waits for it. A call restores until the machines that were awake before it are again, `RESTORED` at the most;
-`failed`: the meter never came under its cap. What it delivered: `curtailment_reports`.
+A mandatory call takes hashing, then jobs in the order of `sheds`. An economic one binds hashing alone: no job waits for it, or leaves.
+A call restores until the machines that were awake before it are again, or those that fit: `QUIET` after the last has changed,
+`RESTORED` at the most; `failed`: the meter never came under its cap. What it delivered: `curtailment_reports`.
 """
 
-from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,10 +18,10 @@ from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Curtailment, CurtailmentReport, GridSource, Miner, PowerNode, Site
 from marketplace.services import audit, curtailment_notices, curtailment_reports
-from marketplace.services.budgets import node_budgets
 from marketplace.tenancy import SYSTEM, Actor
 
 RESTORED = timedelta(minutes=30)
+QUIET = timedelta(minutes=6)  # longer than the slow tier of the dispatch waits
 OPEN = ("announced", "active")
 
 
@@ -129,32 +128,22 @@ def apply(site: Site, *, now: datetime) -> bool:
             curtailment_notices.over(row, now=now)
     for row in Curtailment.objects.filter(site=site, state="active", ends_at__lte=now).order_by("id"):
         _told(row, "restoring", now)
-    limits = limits_of(site)
+    wanted = limits_of(site), limits_of(site, mandatory=False)
     changed = 0
     for node in PowerNode.objects.filter(site=site).order_by("id"):
-        if node.limit_w != limits.get(node.pk):
-            changed += PowerNode.objects.filter(pk=node.pk).update(limit_w=limits.get(node.pk))
+        limit, hashing = (limits.get(node.pk) for limits in wanted)
+        if (node.limit_w, node.hashing_limit_w) != (limit, hashing):
+            changed += PowerNode.objects.filter(pk=node.pk).update(limit_w=limit, hashing_limit_w=hashing)
     if changed:
         Site.objects.filter(pk=site.pk).update(safety_generation=F("safety_generation") + 1)
     _settle(site, now)
     return bool(changed)
 
 
-def limits_of(site: Site) -> dict[int, int]:
-    """W by node id under the calls that are active."""
-    calls = list(Curtailment.objects.filter(site=site, state="active").select_related("node"))
-    limits: dict[int, int] = {}
-    budgets = node_budgets([site.pk]) if any(not c.mandatory for c in calls) else {}
-    for call in calls:
-        node, limit = call.node, call.cap_w
-        if not call.mandatory:
-            # What it would have at its cap, with every machine asleep that may sleep and all that waits started, is not enough by so much.
-            budget = budgets[node.pk]
-            held = min(node.cap_w, node.limit_w if node.limit_w is not None else node.cap_w)
-            short = -((budget.free_mw + budget.reclaimable_mw) // 1000) - (limit - held)
-            limit = min(node.cap_w, limit + max(0, short))
-        limits[call.node_id] = min(limits.get(call.node_id, limit), limit)
-    return limits
+def limits_of(site: Site, *, mandatory: bool = True) -> dict[int, int]:
+    """W by node id under the calls of this kind that are active."""
+    calls = Curtailment.objects.filter(site=site, state="active", mandatory=mandatory)
+    return {call.node_id: call.cap_w for call in calls.order_by("-cap_w")}
 
 
 def _settle(site: Site, now: datetime) -> None:
@@ -162,8 +151,9 @@ def _settle(site: Site, now: datetime) -> None:
     for row in Curtailment.objects.filter(site=site, state="restoring").select_related("site", "node").order_by("id"):
         ended = row.over_at
         report = CurtailmentReport.objects.filter(curtailment=row).first()
-        back = report is None or not _asleep(report.before)
-        if not back and now - ended < RESTORED:
+        asleep = Miner.objects.filter(pk__in=report.before if report else (), desired_mode=0, state="ok", manual=False)
+        back = not asleep.exists()
+        if not back and now - ended < RESTORED and not _quiet(report, ended, now):
             continue
         if report is None:
             _told(row, "completed", now)
@@ -177,8 +167,10 @@ def _settle(site: Site, now: datetime) -> None:
             outbox.emit(curtailment_reports.GRID_REPORT, key=str(row.pk), payload={"curtailment": row.pk})
 
 
-def _asleep(ids: Collection[int]) -> bool:
-    return Miner.objects.filter(pk__in=ids, desired_mode=0, state=Miner.State.OK, manual=False).exists()
+def _quiet(report: CurtailmentReport | None, ended: datetime, now: datetime) -> bool:
+    """None of its machines has changed for a while: what is still asleep has no watts, or hashing does not pay."""
+    changed = Miner.objects.filter(pk__in=report.before if report else (), changed_at__gt=now - QUIET)
+    return now - ended >= QUIET and not changed.exists()
 
 
 def _check_cap(node: PowerNode, cap_w: int) -> None:

@@ -1,5 +1,7 @@
 """The order of a call, what it delivered, and when a price makes one."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -144,7 +146,9 @@ def test_the_order_holds_and_nothing_goes_in_vain(site):
         assert all(found.caps.get(w.host) == 200 for w in under if w.rank == STAYS)
     if gone:  # without the last that was asked something is missing
         last = found.leave[-1][0]
-        without = lacks([w for w in rows if w.job == last or w.job not in gone], found.caps if rank[last] == FIRM else {})
+        without = lacks(
+            [w for w in rows if w.job == last or w.job not in gone], found.caps if rank[last] == FIRM else {}
+        )
         assert (without > 0).any()
     if any(r == FIRM for r in ranks):  # and GPUs at its nodes are at their floor already
         assert found.caps
@@ -203,6 +207,6 @@ def test_between_strike_and_resume_nothing_flutters(prices):
         if said != "stay":
             holding = said == "curtail"
             changes.append((i, said))
-    assert all(a[1] != b[1] for a, b in zip(changes, changes[1:], strict=False))
+    assert all(a[1] != b[1] for a, b in pairwise(changes))
     for i, said in changes:
         assert prices[i] >= RULE.strike if said == "curtail" else prices[i] < RULE.resume

@@ -1,0 +1,196 @@
+"""Calls of the grid on a site with physics of its own: who gives, what its meters say of it, and how it comes back."""
+
+from datetime import timedelta
+
+import pytest
+
+from marketplace.models import (
+    Curtailment,
+    CurtailmentNotice,
+    CurtailmentReport,
+    FeedValue,
+    GridSource,
+    Host,
+    JobEvent,
+    Miner,
+    PowerNode,
+    Site,
+)
+from marketplace.services import curtailment_reports, curtailments, feeds, grid
+from marketplace.services.grid import rules
+from tests import factories as f
+from tests.faults.yard import Yard
+
+pytestmark = pytest.mark.django_db
+WH = 1_000_000
+
+
+@pytest.fixture
+def yard():
+    made = Yard()
+    made.turn(3)
+    return made
+
+
+def root():
+    return PowerNode.objects.get(kind="site")
+
+
+def call(yard, cap_w, minutes=10, **more):
+    window = {"starts_at": yard.now, "ends_at": yard.now + timedelta(minutes=minutes)}
+    terms = {"reference": "c1", **window, **more}
+    row = curtailments.announce(f.actor(yard.site.organization), root(), cap_w=cap_w, now=yard.now, **terms)
+    Curtailment.objects.filter(pk=row.pk).update(created_at=yard.now)
+    return row
+
+
+def take_back(yard, row):
+    row.refresh_from_db()
+    curtailments.cancel(f.actor(yard.site.organization), row, now=yard.now)
+
+
+def settled(row):
+    row.refresh_from_db()
+    return row.state in {"completed", "failed", "cancelled"} and row
+
+
+def energy(yard, usd):
+    """One more interval of the energy feed."""
+    assert feeds.store(
+        FeedValue.Kind.ENERGY, usd * WH, source="test", observed_at=yard.now, now=yard.now, scope=yard.site.region
+    )
+    grid.tick(yard.now)
+
+
+def strike(yard, **more):
+    values = {
+        "strike_uusd_mwh": 80 * WH,
+        "resume_uusd_mwh": 60 * WH,
+        "pays_uusd_mwh": 100 * WH,
+        "cap_w": 15_000,
+        **more,
+    }
+    return grid.add(f.actor(yard.site.organization), root(), kind="price", name="strike", now=yard.now, **values)
+
+
+def test_a_price_puts_machines_to_sleep_and_no_job_waits_for_it(yard):
+    strike(yard)
+    energy(yard, 55)
+    assert not Curtailment.objects.exists()
+    yard.turn(2)
+    energy(yard, 55)
+    grid.tick(yard.now)
+    row = Curtailment.objects.get()
+    assert (row.source, row.mandatory, row.cap_w) == ("price", False, 15_000)
+    before = yard.physics.meter_w[0]
+    yard.until(lambda: yard.physics.true_w[0] <= 15_000, seconds=90)
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    other = yard.submit()  # more than the limit holds even with every machine asleep
+    yard.until(lambda: yard.state(other) == "running", seconds=120)
+    assert Miner.objects.filter(desired_mode__gt=0).count() == 0
+    assert (root().limit_w, root().hashing_limit_w) == (None, 15_000)
+    yard.turn(2)
+    energy(yard, 30)
+    assert Curtailment.objects.get().state == "active", "one interval is not enough"
+    yard.turn(2)
+    energy(yard, 30)
+    yard.until(lambda: settled(row), seconds=2000)
+    assert row.state == "completed"
+    report = CurtailmentReport.objects.get()
+    assert abs(report.baseline_w - before) < 0.05 * before
+    assert (report.baseline_how, report.jobs) == ("meter", [])
+    assert report.under_after_s < 90
+    rows = curtailment_reports.series(report, row, now=yard.now)
+    assert len(rows) == int((row.over_at - row.starts_at).total_seconds())
+    assert sum(r["delivered_w"] for r in rows) // 3600 in range(report.delivered_wh - 1, report.delivered_wh + 2)
+    assert report.paid_microusd == report.delivered_wh * 100
+    assert report.energy_saved_microusd > 0
+    assert {yard.state(job), yard.state(other)} == {"running"}
+
+
+def test_what_hashing_cannot_give_comes_from_gpus_before_firm_work_leaves(yard):
+    jobs = [yard.submit(), yard.submit()]
+    for job in jobs:
+        yard.until(lambda job=job: yard.state(job) == "running", seconds=200)
+    yard.turn(6)
+    one = Host.objects.get(name="h1")
+    row = call(yard, 18_000)
+    yard.until(lambda: yard.physics.true_w[0] <= 18_000, seconds=120)
+    yard.until(lambda: Host.objects.get(pk=one.pk).reserved_w < one.reserved_w, seconds=60)  # read back, and booked so
+    held = Host.objects.get(pk=one.pk)
+    assert one.gpu_min_w < held.call_gpu_w < one.gpu_max_w
+    assert held.desired_limits_w == [held.call_gpu_w] * 8
+    assert held.reserved_w == held.base_w + 8 * held.call_gpu_w
+    assert {yard.state(job) for job in jobs} == {"running"}
+    told = JobEvent.objects.filter(reason__startswith=f"curtailment {row.public_id}: GPUs of h1 held to")
+    assert told.count() == 1, "said once"
+    take_back(yard, row)
+    yard.until(lambda: not Host.objects.exclude(call_gpu_w=None).exists(), seconds=60)
+    assert Host.objects.get(pk=one.pk).desired_limits_w == [one.gpu_max_w] * 8
+    assert Host.objects.get(pk=one.pk).reserved_w == one.reserved_w
+    yard.until(lambda: settled(row), seconds=2000)
+    assert {j["what"] for j in CurtailmentReport.objects.get().jobs} == {"held_lower"}
+
+
+def test_machines_that_gave_nothing_are_named_with_their_reason(yard):
+    names = [m.name for m in Miner.objects.order_by("name")]
+    deaf, mute, held = names[0], names[1], names[2]
+    yard.fleet.set_fault(deaf, "ack_ignore")
+    yard.silent.add(mute)
+    Miner.objects.filter(name=held).update(manual=True)
+    row = call(yard, 25_000, minutes=4)
+    yard.until(lambda: Miner.objects.filter(state="unresponsive").count() == 2, seconds=200)
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    found = {m["miner"]: m["reason"] for m in CurtailmentReport.objects.get().misses}
+    assert found == {deaf: "acknowledged_no_drop", mute: "unreachable", held: "maintenance"}
+
+
+# --- restart mid-event: what stands in PostgreSQL is asserted again, once
+def test_restart_in_the_midst_of_a_call_asks_nobody_twice(yard):
+    row = call(yard, 25_000)
+    yard.turn()
+    generations = dict(Miner.objects.values_list("name", "desired_generation"))
+    asked = Miner.objects.filter(desired_mode=0)
+    assert asked.exists()
+    yard.control = False  # the worker dies; another begins with what is on record
+    yard.turn(2)
+    site = Site.objects.get(pk=yard.site.pk)
+    assert not curtailments.apply(site, now=yard.now), "the limit stands already"
+    assert call(yard, row.cap_w, reference=row.reference, starts_at=row.starts_at, ends_at=row.ends_at).pk == row.pk
+    yard.control = True
+    yard.until(lambda: yard.physics.true_w[0] <= 25_000, seconds=90)
+    again = dict(asked.values_list("name", "desired_generation"))
+    assert all(again[name] == generations[name] for name in again if generations[name])
+    assert Curtailment.objects.count() == 1
+
+
+# --- price stale: the last plan stays, and nothing increases
+def test_a_silent_price_keeps_what_stands(yard):
+    source = strike(yard, stale_after_s=60)
+    energy(yard, 55)
+    yard.turn()
+    energy(yard, 55)
+    row = Curtailment.objects.get()
+    yard.until(lambda: yard.physics.true_w[0] <= 15_000, seconds=90)
+    yard.turn(14)
+    grid.tick(yard.now)
+    assert rules.silent(GridSource.objects.get(pk=source.pk), yard.now)
+    take_back(yard, row)
+    asleep = Miner.objects.filter(desired_mode=0).count()
+    yard.turn(6)
+    assert Miner.objects.filter(desired_mode=0).count() == asleep, "its policy is to hold"
+    energy(yard, 20)
+    yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=60)
+
+
+def test_flexible_holders_are_told_before_and_after(yard):
+    flexible = yard.book("flexible")
+    row = call(yard, 25_000, minutes=2)
+    call(yard, 26_000, reference="for money", mandatory=False)
+    assert [n.what for n in CurtailmentNotice.objects.filter(contract=flexible)] == ["announced"]
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    over = CurtailmentNotice.objects.get(contract=flexible, what="over")
+    assert over.curtailed_s == 0

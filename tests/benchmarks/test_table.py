@@ -29,6 +29,7 @@ FIGURES = {
         "share_of_perfect_foresight", "economic_power_used", "over_cap_instants", "hashing_share_of_bound", "over_ai_only",
         "over_all_hashing",
     },
+    "curtail": {"seconds_to_15mw", "firm_jobs_touched", "over_cap_instants"},
     "usage": {"records_per_s", "share_of_copy"},
     "ledger": {"transactions_per_s", "postings_20k_s"},
     "close": {"seconds_10k_accounts", "rss_mib", "doubled_or_lost"},

@@ -64,8 +64,8 @@ def energy(yard, usd):
 
 def strike(yard, **more):
     values = {
-        "strike_uusd_mwh": 80 * WH,
-        "resume_uusd_mwh": 60 * WH,
+        "strike_uusd_mwh": 50 * WH,
+        "resume_uusd_mwh": 40 * WH,
         "pays_uusd_mwh": 100 * WH,
         "cap_w": 15_000,
         **more,

@@ -24,6 +24,9 @@ class Node:
     miner_permille: int
     gpu_permille: int
     limit_w: int | None = None  # a curtailment's: the site sleeps its machines for it, and leaves jobs to control
+    calls: tuple[
+        tuple[float, float, int], ...
+    ] = ()  # announced ones, (from, until, W): they begin here without control
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> Node:
@@ -35,11 +38,13 @@ class Node:
             int(row.get("overhead_miner_permille", 1000)),
             int(row.get("overhead_gpu_permille", 1000)),
             None if row.get("limit_w") is None else int(row["limit_w"]),
+            tuple((float(start), float(end), int(watts)) for start, end, watts in row.get("calls") or ()),
         )
 
-    @property
-    def bound_w(self) -> int:
-        return self.cap_w if self.limit_w is None else min(self.cap_w, self.limit_w)
+    def bound_w(self, now: float) -> int:
+        """The lowest of its cap, the limit that stands, and the calls whose hour it is (epoch seconds)."""
+        called = (watts for start, end, watts in self.calls if start <= now < end)
+        return min(self.cap_w, self.cap_w if self.limit_w is None else self.limit_w, *called)
 
 
 @dataclass(frozen=True)
@@ -124,15 +129,16 @@ def decide(
         if reading is None or node.cap_w <= 0:
             continue
         watts, at = reading
-        if watts > SOFT * node.bound_w:
+        bound_w = node.bound_w(now)
+        if watts > SOFT * bound_w:
             no_wakes.add(name)
-        if watts <= node.bound_w:
+        if watts <= bound_w:
             continue
         over.append(name)
         if at < memory.acted_at.get(name, 0.0) + settle_s:
             continue
         memory.acted_at[name] = now
-        excess = watts - (1 - TARGET_MARGIN) * node.bound_w
+        excess = watts - (1 - TARGET_MARGIN) * bound_w
         excess -= _freed(tree, node, shed, miners)
         if excess <= 0:
             continue

@@ -225,8 +225,9 @@ class Site:
 
     def _decide(self) -> None:
         """The safety loop: only lowers. Facts of devices are gathered only when some node is over its cap."""
+        now = time.time()
         over = any(
-            w > node.bound_w for name, node in self.tree.nodes.items() if (w := self.meters.get(name, (0, 0.0))[0])
+            w > node.bound_w(now) for name, node in self.tree.nodes.items() if (w := self.meters.get(name, (0, 0.0))[0])
         )
         decision = decide(
             self.tree,
@@ -235,12 +236,12 @@ class Site:
             self.miners.facts() if over else {},
             self._host_facts() if over else {},
             self.memory,
-            time.time(),
+            now,
             stale_s=self.config.meter_stale_s,
             settle_s=self.config.settle_s,
         )
         for node in set(decision.over) - set(self.decision.over):
-            self.events.add("over_cap", node, watts=self.meters[node][0], cap_w=self.tree.nodes[node].bound_w)
+            self.events.add("over_cap", node, watts=self.meters[node][0], cap_w=self.tree.nodes[node].bound_w(now))
         if decision.stale != self.decision.stale:
             kind = "meter_stale" if decision.stale else "meter_fresh"
             self.events.add(kind, ",".join(decision.stale[:10]), count=len(decision.stale))

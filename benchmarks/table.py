@@ -95,6 +95,7 @@ SHOWN: dict[str, tuple[Line, ...]] = {
              "bare socket writes {bare_2000_s:.1f} s; the ramp alone 3 s"),
         Line("sleep_20000_s", "20,000 miners, the same", "{:.0f} s", "bare socket writes {bare_20000_s:.0f} s"),
         Line("false_confirms", "machines believed asleep that draw, with every fault played"),
+    ),
     "curtail": (
         Line("seconds_to_15mw", "a grid call at 40 MW: until its meter is 15 MW down", "{:.1f} s", "the ramp alone {ramp_alone_s:.1f} s"),
         Line("firm_jobs_touched", "jobs of firm contracts touched by it"),

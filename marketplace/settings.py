@@ -215,9 +215,7 @@ SPECTACULAR_SETTINGS = {
     ],  # enums stay where they are used: names that never move
     "SERVERS": [{"url": "/"}],
 }
-
 METRICS_TOKEN = env.str("METRICS_TOKEN", default="")  # without one, /metrics answers nobody
-
 # --- money
 STRIPE_SECRET_KEY = secret("STRIPE_SECRET_KEY", "sk_test_tailrace_sandbox")
 STRIPE_BASE_URL = env.str("STRIPE_BASE_URL", default="" if not DEVELOPMENT else "http://127.0.0.1:8003")

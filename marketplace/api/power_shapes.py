@@ -113,7 +113,7 @@ class MissShape(serializers.Serializer):
     watts = serializers.IntegerField(help_text="booked for it all the same")
 
 
-class TouchedShape(serializers.Serializer):
+class TouchedJobShape(serializers.Serializer):
     job = serializers.CharField()
     contract = serializers.CharField()
     kind = serializers.CharField()
@@ -142,7 +142,7 @@ class CurtailmentReportShape(serializers.Serializer):
     energy_saved_microusd = serializers.IntegerField()
     paid_microusd = serializers.IntegerField(help_text="by its programme, for what was delivered")
     misses = MissShape(many=True)
-    jobs = TouchedShape(many=True)
+    jobs = TouchedJobShape(many=True)
     seconds = SecondShape(many=True)
 
 

@@ -3,6 +3,7 @@
 `observe` takes a report in; `desired` says what shall be. Both are level-triggered: a lost or doubled call changes nothing.
 """
 
+from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ from marketplace.errors import MarketError
 from marketplace.models import (
     Agent,
     AgentEvent,
+    Curtailment,
     EnrolmentToken,
     Host,
     Job,
@@ -274,6 +276,11 @@ def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:
 def _safety(site: Site) -> dict[str, Any]:
     """Caps, margins and the order in which to shed, for the loop that needs nothing outside the fence."""
     nodes = list(PowerNode.objects.filter(site=site).select_related("parent").order_by("depth", "pk"))
+    calls: dict[int, list[Any]] = defaultdict(
+        list
+    )  # those to come: at their hour machines sleep, whether or not we are heard
+    for call in Curtailment.objects.filter(site=site, state="announced", mandatory=True).order_by("starts_at", "pk"):
+        calls[call.node_id].append([call.starts_at.timestamp(), call.ends_at.timestamp(), call.cap_w])
     worst_first = Miner.objects.filter(site=site).exclude(desired_mode=0)
     order = sorted(
         worst_first.values_list("name", "mode_watts", "mode_ghs", "desired_mode"),
@@ -286,8 +293,8 @@ def _safety(site: Site) -> dict[str, Any]:
                 "name": n.name,
                 "parent": n.parent.name if n.parent else None,
                 "cap_w": n.cap_w,
-                # Over either the site sleeps machines alone.
-                "limit_w": min((w for w in (n.limit_w, n.hashing_limit_w) if w is not None), default=None),
+                "limit_w": n.limit_w,
+                "calls": calls[n.pk],
                 "margin_w": n.margin_w,
                 "fixed_w": n.fixed_w,
                 "overhead_gpu_permille": n.overhead_gpu_permille,

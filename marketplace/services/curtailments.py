@@ -181,6 +181,8 @@ def _check_cap(node: PowerNode, cap_w: int) -> None:
 
 
 def _nudge(row: Curtailment) -> None:
+    """The site's agent is handed its calls to come anew, and control's loop looks at once."""
+    Site.objects.filter(pk=row.site_id).update(safety_generation=F("safety_generation") + 1)
     outbox.emit("scheduler.site_loop", key=str(row.site_id), payload={"site": row.site_id})
 
 

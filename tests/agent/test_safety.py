@@ -87,6 +87,20 @@ def test_over_a_curtailments_limit_machines_sleep_and_jobs_are_left_to_control()
     assert decided(20_001, fleet(m1=("a", 25))).cap_hosts == (("h1", "a"),)
 
 
+def test_an_announced_call_begins_at_its_hour_without_control():
+    """And ends by itself; what it put to sleep stays so until control says otherwise."""
+    rows = [NODES[0], NODES[1] | {"calls": [[200.0, 300.0, 8_000]]}, NODES[2]]
+
+    def decided(now):
+        return decide(
+            Tree(rows), (), {"a": (9_000, now)}, fleet(m1=("a", 3000)), {}, Memory(), now, stale_s=15, settle_s=8
+        )
+
+    assert decided(199.0).shed == ()
+    assert decided(200.0).shed == (("m1", "a"),)
+    assert decided(300.0).over == ()
+
+
 def test_a_stale_meter_stops_all_raising():
     decision = look({"a": 1_000}, now=120.0, at=100.0)
     assert decision.stale == ("a",)

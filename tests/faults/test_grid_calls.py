@@ -26,7 +26,8 @@ WH = 1_000_000
 
 
 @pytest.fixture
-def yard():
+def yard(monkeypatch):
+    monkeypatch.setattr(curtailments, "QUIET", timedelta(seconds=20))
     made = Yard()
     made.turn(3)
     return made

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from django.db import transaction
 from django.utils import timezone
 
+from marketplace.locks import Lock, acquire
 from marketplace.models import GridSource
 from marketplace.services.grid import openadr, rules
 
@@ -28,6 +29,7 @@ def ask(pk: int, *, now: datetime) -> None:
     if row.kind == GridSource.Kind.OPENADR3 and due and mine.update(asked_at=now):
         openadr.poll(row, now=now)
     with transaction.atomic():
+        acquire((Lock.SITE, row.site_id))
         locked = GridSource.objects.select_for_update(no_key=True, of=("self",)).select_related("site", "node")
         row = locked.get(pk=pk)
         if not row.enabled:

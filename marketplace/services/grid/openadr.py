@@ -11,6 +11,7 @@ from typing import Any
 from django.db import transaction
 
 from marketplace.errors import MarketError
+from marketplace.locks import Lock, acquire
 from marketplace.models import Curtailment, GridSource
 from marketplace.services import curtailment_reports, curtailments, secrets
 from marketplace.services.grid import rules
@@ -77,6 +78,7 @@ def _reference(row: GridSource, span: Span) -> str:
 def _reconcile(row: GridSource, wanted: dict[str, Span], *, keep: bool, now: datetime) -> None:
     actor = rules.actor_of(row)
     with transaction.atomic():
+        acquire((Lock.SITE, row.site_id))
         GridSource.objects.select_for_update(no_key=True).get(pk=row.pk)
         ours = Curtailment.objects.filter(origin=row, reference__startswith=f"{row.public_id} {MARK} ")
         known = {

@@ -10,6 +10,7 @@ from django.db import transaction
 from django.db.models import QuerySet
 
 from marketplace.errors import MarketError
+from marketplace.locks import Lock, acquire
 from marketplace.models import Curtailment, FeedValue, GridSource
 from marketplace.services import curtailments
 from marketplace.tenancy import Actor
@@ -94,6 +95,7 @@ def take_frequency(row: GridSource, *, millihertz: int, at: datetime, now: datet
             "clock_skew", f"The reading is of {at:%F %T}, it is {now:%F %T}.", {"/at": "more than 30 s off"}
         )
     with transaction.atomic():
+        acquire((Lock.SITE, row.site_id))
         row = (
             GridSource.objects.select_for_update(no_key=True, of=("self",))
             .select_related("site", "node")

@@ -8,7 +8,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0030_sick_gpus'),
+        ('marketplace', '0031_energy_and_profit'),
     ]
 
     operations = [

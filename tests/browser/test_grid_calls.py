@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from django.db import transaction
 from django.utils import timezone
 
 from marketplace.models import Curtailment, MeterReading, PowerNode
@@ -33,7 +34,8 @@ def called(site):
         for s in range(0, 3600, 5)
     ]
     MeterReading.objects.bulk_create([*before, *after])
-    curtailments.apply(site, now=start)
+    with transaction.atomic():
+        curtailments.apply(site, now=start)
     values = {"name": "real-time price", "cap_w": 600_000, "strike_uusd_mwh": 90_000_000, "resume_uusd_mwh": 60_000_000}
     return Curtailment.objects.get(pk=row.pk), grid.add(actor, node, kind="price", now=now, **values)
 

@@ -86,21 +86,20 @@ def amend(
     with transaction.atomic():
         acquire((Lock.SITE, row.site_id))
         row.refresh_from_db()
-        wanted = {"cap_w": row.cap_w if cap_w is None else cap_w, "ends_at": ends_at or row.ends_at}
-        before = {name: getattr(row, name) for name in wanted}
-        if wanted == before:
+        cap, end = row.cap_w if cap_w is None else cap_w, ends_at or row.ends_at
+        before = {"cap_w": str(row.cap_w), "ends_at": str(row.ends_at)}
+        if (cap, end) == (row.cap_w, row.ends_at):
             return False
         if row.state not in OPEN:
             raise MarketError("illegal_transition", f"The curtailment is {row.state}; only an open one can be changed.")
-        if wanted["ends_at"] <= max(row.starts_at, now):
+        if end <= max(row.starts_at, now):
             raise MarketError("invalid_request", "It must end after it begins and after now; cancel it to end it now.")
-        _check_cap(row.node, wanted["cap_w"])
-        Curtailment.objects.filter(pk=row.pk, state__in=OPEN).update(**wanted)
-        row.cap_w, row.ends_at = wanted["cap_w"], wanted["ends_at"]
-        told = {name: str(value) for name, value in wanted.items()}
+        _check_cap(row.node, cap)
+        Curtailment.objects.filter(pk=row.pk, state__in=OPEN).update(cap_w=cap, ends_at=end)
+        row.cap_w, row.ends_at = cap, end
         audit.record(
             actor, "curtailment.changed", row.public_id, now=now, organization_id=row.site.organization_id,
-            before={name: str(value) for name, value in before.items()}, after=told,
+            before=before, after={"cap_w": str(cap), "ends_at": str(end)},
         )  # fmt: skip
         curtailment_notices.changed(row, now=now)
         _nudge(row)

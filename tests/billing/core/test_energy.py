@@ -21,7 +21,11 @@ def test_spans_cut_a_time_where_buckets_begin(start, length, bucket):
     found = energy.spans(start, start + length, bucket)
     assert sum(ms for _, ms in found) == length
     assert [at for at, _ in found] == sorted({at for at, _ in found})
-    assert all(at % bucket == 0 and 0 < ms <= bucket for at, ms in found)
+    position = start
+    for at, ms in found:
+        assert at == position // bucket * bucket
+        assert position < position + ms <= at + bucket
+        position += ms
 
 
 @BOUNDED

@@ -89,11 +89,15 @@ class MaintenanceRows(look.Shown):
         "category",
         "starts_at",
         "ends_at",
-        "emergency",
+        "shown_notice",
         "shown_hosts",
         "shown_state",
     )
     list_select_related = ("site",)
+
+    @display(description="Notice", ordering="emergency")
+    def shown_notice(self, row: Maintenance) -> str:
+        return "emergency" if row.emergency else "as due"
 
     @display(description="Hosts")
     def shown_hosts(self, row: Maintenance) -> str:

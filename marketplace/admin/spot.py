@@ -16,13 +16,13 @@ class Results(RowsInline):
 
 
 class _Intervals(look.Shown):
-    list_display = ("start", "listing", "shown_market_price", "shown_floor", "shown_gpus", "carried")
+    list_display = ("start", "listing", "shown_market_price", "shown_floor", "shown_gpus", "shown_carried")
     list_select_related = ("listing",)
     ordering = ("-start", "-id")
     fields = (
-        "listing", "cell", "gpu_model", "start", "shown_market_price", "shown_floor", "shown_gpus", "carried", "closed_at",
+        "listing", "cell", "gpu_model", "start", "shown_market_price", "shown_floor", "shown_gpus", "shown_carried", "closed_at",
     )  # fmt: skip
-    readonly_fields = ("shown_market_price", "shown_floor", "shown_gpus")
+    readonly_fields = ("shown_market_price", "shown_floor", "shown_gpus", "shown_carried")
 
     @display(description="Price", ordering="price")
     def shown_market_price(self, row: SpotInterval) -> str:
@@ -35,6 +35,10 @@ class _Intervals(look.Shown):
     @display(description="Sold, wanted, for sale")
     def shown_gpus(self, row: SpotInterval) -> str:
         return f"{row.sold_milli / 1000:g} of {row.demand_milli / 1000:g}, {row.supply_milli / 1000:g} GPUs"
+
+    @display(description="How", ordering="carried")
+    def shown_carried(self, row: SpotInterval) -> str:
+        return "carried on" if row.carried else "auctioned"
 
 
 @admin.register(SpotInterval, site=operator_site)

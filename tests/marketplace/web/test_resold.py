@@ -68,11 +68,17 @@ def test_announced_work_is_shown_where_it_touches_the_window(market, browser, so
         assert [w["id"] for w in told["maintenance"]] == ([work.public_id] if expected else [])
 
 
-def test_its_buyer_reads_it_on_the_quote(market, sold_on):
+def test_its_buyer_reads_it_on_the_quote(market, browser, sold_on):
     announce(market, market.host, 11 * DAY, 13 * DAY)
-    buyer = factories.actor(factories.organization())
+    home = factories.organization()
+    buyer = factories.actor(home)
     made = quotes.quote(buyer, sold_on.listing_id, quotes.Request("reserved", 8), now=market.now)
     assert [work.text for work in maintenance.during(made, market.now)] == ["New fans."]
+    page = browser(home).get(f"/quotes/{made.public_id}").content.decode()
+    assert (
+        "GPUs of this quote may be away then" in page
+    )  # the window is a resale's own: nothing is held clear of the work
+    assert "held clear" not in page
 
 
 def test_search_and_the_offer_agree_while_maintenance_has_its_host(market, sold_on):

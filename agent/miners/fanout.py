@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from agent.miners.miner import Miner
 
 MOST = 1000  # machines of a fan-out
+AT_ONCE = 400  # lines of all fan-outs: one loop answers some thousand a second, and who waits for it must not look like a timeout
+LEAST = 4
 SPARE_FILES = 256  # for all else that the agent holds open
 
 
@@ -40,7 +42,8 @@ def shards(miners: Iterable[Miner], most: int = MOST) -> list[list[Miner]]:
 
 
 def lanes(wanted: int, fanouts: int) -> int:
-    """Lines of each fan-out: as many as wanted, or as open files allow (the limit is raised as far as it may be)."""
+    """Lines of each fan-out: as many as wanted, or as the loop and the open files allow (their limit is raised as far as it may be)."""
+    wanted = min(wanted, max(LEAST, AT_ONCE // max(1, fanouts)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = wanted * fanouts + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < need:

@@ -298,8 +298,9 @@ def test_shards_keep_pdus_whole_up_to_a_thousand():
     assert shards([]) == []
 
 
-def test_lines_fit_into_the_open_files_there_may_be():
+def test_lines_fit_the_loop_and_the_open_files_there_may_be():
     assert lanes(10, 1) == 10
+    assert lanes(100, 20) == 20, "one loop serves them all: more would only wait for it, and time out"
     assert lanes(100, 10**7) == 1
 
 

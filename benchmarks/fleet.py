@@ -96,7 +96,7 @@ class Judge:
         ]
         claims = [power_proof.Claim(i, int(self.node[i]), int(self.baseline[i]) - SLEEP_W, low=True) for i in low]
         devices = self.devices()
-        rise = power_proof.rise_mw(self.tree, self.residuals(meters), self.before, devices, [])
+        rise = power_proof.rise_mw(self.tree, self.residuals(meters), self.before, devices, {})
         agrees = power_proof.agrees(self.tree, claims, rise, power_proof.error_mw(self.tree, devices))
         calm = power_proof.calm(self.tree, devices)
         for i, agreed in agrees.items():
@@ -108,7 +108,7 @@ class Judge:
 
     def margins_w(self, meters: list[int]) -> np.ndarray:
         """W that each node's margin holds by now: its share, or what its meter sees unexplained since the command."""
-        rise = power_proof.rise_mw(self.tree, self.residuals(meters), self.before, self.devices(), [])
+        rise = power_proof.rise_mw(self.tree, self.residuals(meters), self.before, self.devices(), {})
         unexplained = power_proof.unexplained_mw(self.tree, [(rise, power.Load.of(self.tree, [], [], []))])
         return np.maximum(power.margins_w(self.tree), -(-unexplained // 1000))
 

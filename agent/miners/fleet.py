@@ -32,6 +32,7 @@ log = logging.getLogger("agent.miners")
 FAST_S = 1.0
 RAMP_S = 2.0  # a machine that goes down is not there sooner: a look before that is a look wasted
 SETTLE_LIMIT_S = 120.0
+PROOFS = 3  # readings of a machine that has settled: two prove a sleep, and two in one report count as one
 PATIENCE = 2  # commands without effect before an event tells of it
 LONGEST_S = 60.0  # between two probes of a machine that does not answer
 
@@ -107,7 +108,7 @@ class Fleet:
         self.home[miner].ask(miner)
 
     def _hurry(self, miner: Miner) -> None:
-        miner.settle_until = time.monotonic() + SETTLE_LIMIT_S
+        miner.settle_until, miner.settled = time.monotonic() + SETTLE_LIMIT_S, 0
         self._ask(miner)
 
     def _keep(self, miner: Miner) -> None:
@@ -213,11 +214,12 @@ class Fleet:
         reading, target = miner.reading, miner.target
         if miner.settle_until > now:
             goal = miner.watts_in(target) if target else reading.watts
-            settled = reading.mode == target and abs(reading.watts - goal) <= 0.15 * miner.watts_in("")
-            if settled:
-                # Once more and perhaps twice: two readings prove a sleep, and two in one report count as one.
-                miner.settle_until = min(miner.settle_until, now + 1.5 * FAST_S)
-            miner.due = min(miner.due, now + FAST_S)
+            near = reading.mode == target and abs(reading.watts - goal) <= 0.1 * miner.watts_in("")
+            miner.settled = miner.settled + 1 if near else 0
+            if miner.settled >= PROOFS:
+                miner.settle_until = now
+            else:
+                miner.due = min(miner.due, now + FAST_S)
         if target == miner.sleep_mode and reading.mode == target:
             miner.obeyed = True
         elif target == miner.sleep_mode and miner.obeyed:
@@ -228,7 +230,7 @@ class Fleet:
         if miner.tries == PATIENCE and target and reading.mode != target and now - miner.commanded_at > 1.0:
             miner.tries += 1
             self.events.add("miner_unresponsive", miner.name, mode=reading.mode, wanted=target, watts=reading.watts)
-        self.report(miner, urgent=miner.settle_until > now)
+        self.report(miner, urgent=miner.settle_until >= now)
 
     def _answered(self, miner: Miner) -> None:
         given_up, miner.failures, miner.problem = miner.broken, 0, ""

@@ -22,6 +22,7 @@ class Miner:
     read_at: float = 0.0
     due: float = 0.0
     settle_until: float = 0.0
+    settled: int = 0  # readings in a row that show it where it shall be
     commanded_at: float = 0.0
     tries: int = 0
     failures: int = 0

@@ -110,6 +110,8 @@ def faults_played(tmp_path_factory):
             fleet.apply([[name, "sleep", 1] for fault, name in names.items() if fault != "asleep_after_reboot"])
             fleet.apply([[names["asleep_after_reboot"], "normal", 1]])
             await until(lambda: hall.asleep(names["reboot_running"]), "it sleeps before it reboots")
+            woken = fleet.miners[names["asleep_after_reboot"]]
+            await until(lambda: woken.settled == fleet_module.PROOFS, "it has settled: what comes now is not our wake")
             for fault in ("reboot_running", "asleep_after_reboot"):
                 machines.set_fault(names[fault], fault)
             told = lambda kind, fault: names[fault] in hall.subjects(kind)  # noqa: E731

@@ -26,6 +26,7 @@ from marketplace.models import (
     Amendment,
     CalendarFeed,
     Curtailment,
+    CurtailmentReport,
     Invitation,
     Maintenance,
     MaintenanceHost,
@@ -133,10 +134,12 @@ class World:
 
     @cached_property
     def curtailment(self) -> Any:
-        return Curtailment.objects.create(
+        made = Curtailment.objects.create(
             site=self.site, node=self.site.power_nodes.get(name="site"), reference=f"call-{self.site.pk}", cap_w=500_000,
             starts_at=NOW + timedelta(days=30), ends_at=NOW + timedelta(days=30, hours=1), created_by="x",
         )  # fmt: skip
+        CurtailmentReport.objects.create(curtailment=made, baseline_w=900_000, baseline_how="books", before=[])
+        return made
 
     @cached_property
     def grid_source(self) -> Any:

@@ -20,7 +20,7 @@ _ALL = tuple(dict.fromkeys(name for names in sources.FIELDS.values() for name in
 
 
 class GridSourceForm(DeskForm):
-    secret = forms.CharField(
+    client_secret = forms.CharField(
         required=False, max_length=400, widget=forms.PasswordInput(render_value=False),
         help_text="Of the OpenADR client. Kept sealed and never shown; empty leaves it as it is.",
     )  # fmt: skip
@@ -71,8 +71,8 @@ class GridSourceAdmin(look.Shown, TenantAdmin):
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:  # noqa: ARG002
         if obj is None:
-            return ["node", "kind", *sources.COMMON, *_ALL, "secret"]
-        secret = ["secret"] if obj.kind == GridSource.Kind.OPENADR3 else []
+            return ["node", "kind", *sources.COMMON, *_ALL, "client_secret"]
+        secret = ["client_secret"] if obj.kind == GridSource.Kind.OPENADR3 else []
         return [
             "site",
             "node",
@@ -89,7 +89,7 @@ class GridSourceAdmin(look.Shown, TenantAdmin):
         return [] if obj is None else ["site", "node", "kind", "shown_heard", "shown_reading", "error"]
 
     def write(self, request: HttpRequest, form: Any, row: Any | None) -> GridSource:
-        actor, now, secret = self.actor(request), timezone.now(), form.cleaned_data.get("secret", "")
+        actor, now, secret = self.actor(request), timezone.now(), form.cleaned_data.get("client_secret", "")
         if row is None:
             kind, node = form.cleaned_data["kind"], form.cleaned_data["node"]
             return grid.add(actor, node, kind=kind, now=now, secret=secret, **form.values())

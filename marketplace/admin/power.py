@@ -185,9 +185,9 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
                 ),
                 ("Delivered", f"{found.delivered_wh / 1000:,.1f} kWh", "not drawn against the baseline"),
                 ("Under its cap", under, "by the node's meter"),
-                ("Hashing forgone", look.price(found.hashing_lost_microusd, "USD"), back),
-                ("Energy not bought", look.price(found.energy_saved_microusd, "USD"), "at its price now"),
-                ("Its programme pays", look.price(found.paid_microusd, "USD"), ""),
+                ("Hashing forgone", look.minor(found.hashing_lost_microusd // 10_000, "USD"), back),
+                ("Energy not bought", look.minor(found.energy_saved_microusd // 10_000, "USD"), "at its price now"),
+                ("Its programme pays", look.minor(found.paid_microusd // 10_000, "USD"), ""),
             ],
             "chart": charts.against_baseline(
                 [(r["at"], r["watts"]) for r in rows], baseline=report.baseline_w, cap=row.cap_w

@@ -192,6 +192,15 @@ def test_price_first_then_time(desk):
     assert resale.fills.count() == 0
 
 
+def test_a_line_too_long_for_one_look_is_served_from_its_best_end(desk, monkeypatch):
+    monkeypatch.setattr(bids, "LINE", 1)
+    bid(desk, limit_price=1_600_000)
+    best = bid(desk, limit_price=1_700_000, at=NOW + timedelta(seconds=9))
+    desk.offer()
+    assert look(desk).quoted == 1
+    assert Quote.objects.latest("pk").bid == best
+
+
 def test_parts_and_all_or_nothing(desk):
     bid(desk, gpu_count=6, limit_price=1_900_000)
     row = bid(desk, gpu_count=6, min_gpus=2)

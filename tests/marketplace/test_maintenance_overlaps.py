@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from marketplace.errors import MarketError
-from marketplace.models import Host, Maintenance, MaintenanceShortfall, Reservation, ReservationBlock
+from marketplace.models import Host, Maintenance, MaintenanceHost, MaintenanceShortfall, Reservation, ReservationBlock
 from marketplace.services import contracts, maintenance
 from tests import factories
 from tests.factories import NOW
@@ -48,7 +48,7 @@ class World(Yard):
         """Something that an operator may do, refused or not."""
         row = self.dice.choice(self.rows)
         row.refresh_from_db()
-        act = self.dice.choice(["extend", "finish", "cancel", "nothing", "nothing", "nothing"])
+        act = self.dice.choice(["extend", "finish", "cancel", *["nothing"] * 24])
         with suppress(MarketError):
             if act == "extend":
                 later = max(row.ends_at, self.now) + self.dice.randint(1, 4) * STEP
@@ -87,6 +87,10 @@ class World(Yard):
             taken.filter(claims_at__lte=self.now, ends_at__gt=self.now).values_list("blocks__host_id", flat=True)
         )
         assert away <= claimed, "a host is out of work and none has it"
+        had = MaintenanceHost.objects.filter(
+            taken_at__isnull=False, given_back_at=None, maintenance__state="in_progress"
+        )
+        assert set(had.values_list("host_id", flat=True)) <= away, "a host is at work while maintenance has it"
 
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.full) for n in range(5, 60))])

@@ -6,6 +6,7 @@ from django import forms
 from django.contrib import admin
 from django.http import HttpRequest
 from django.utils import timezone
+from unfold import widgets
 from unfold.decorators import display
 
 from marketplace.admin import look
@@ -19,19 +20,20 @@ from marketplace.services.grid import rules, sources
 _ALL = tuple(dict.fromkeys(name for names in sources.FIELDS.values() for name in names))
 
 
+def _price(name: str, help_text: str) -> PriceField:
+    widget = widgets.UnfoldAdminTextInputWidget()
+    return PriceField(required=False, widget=widget, label=f"{name}, USD a MWh", help_text=help_text)
+
+
 class GridSourceForm(DeskForm):
     client_secret = forms.CharField(
-        required=False, max_length=400, widget=forms.PasswordInput(render_value=False),
+        required=False, max_length=400, widget=forms.PasswordInput(attrs={"class": " ".join(widgets.INPUT_CLASSES)}),
         help_text="Of the OpenADR client. Kept sealed and never shown; empty leaves it as it is.",
     )  # fmt: skip
-    pays_uusd_mwh = PriceField(required=False, label="Pays, USD a MWh", help_text="For what is not drawn")
-    strike_uusd_mwh = PriceField(
-        required=False, label="Strike, USD a MWh", help_text="Curtail at this price, or over it"
-    )
-    resume_uusd_mwh = PriceField(required=False, label="Resume, USD a MWh", help_text="Come back under this one")
-    urgent_uusd_mwh = PriceField(
-        required=False, label="Urgent, USD a MWh", help_text="At this price one interval is enough"
-    )
+    pays_uusd_mwh = _price("Pays", "For what is not drawn")
+    strike_uusd_mwh = _price("Strike", "Curtail at this price, or over it")
+    resume_uusd_mwh = _price("Resume", "Come back under this one")
+    urgent_uusd_mwh = _price("Urgent", "At this price one interval is enough")
 
     class Meta:
         model = GridSource

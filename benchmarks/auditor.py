@@ -140,6 +140,7 @@ def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
     """
     blocks = rows(
         "SELECT b.host_id, b.gpu_indices, r.contract_id, r.claims_at, r.ends_at,"
+        " r.maintenance_id IS NOT NULL AND r.contract_id IS NULL AS works,"
         " greatest(b.xmin::text::bigint, r.xmin::text::bigint) AS born FROM marketplace_reservationblock b"
         " JOIN marketplace_reservation r ON r.id = b.reservation_id WHERE r.state = 'firm' ORDER BY b.id"
     )
@@ -153,7 +154,8 @@ def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
         for i in b["gpu_indices"]:
             found += [
                 f"GPU {b['host_id']}/{i} is promised to contracts {o['contract_id']} and {b['contract_id']}"
-                for o in holders[b["host_id"], i] if o["claims_at"] < b["ends_at"] and b["claims_at"] < o["ends_at"]
+                for o in holders[b["host_id"], i]
+                if o["claims_at"] < b["ends_at"] and b["claims_at"] < o["ends_at"] and not (o["works"] or b["works"])
             ]  # fmt: skip
             holders[b["host_id"], i].append(b)
     for p in live:

@@ -150,8 +150,18 @@ def totals(currency: str) -> dict[str, int]:
     return {row["account__code"]: row["total"] for row in rows}
 
 
+def clock() -> datetime:
+    """What the database's clock says, which stamps transactions: `project` is cut by it, whatever ours says."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT now()")
+        row = cursor.fetchone()
+    assert row is not None
+    at: datetime = row[0]
+    return at
+
+
 def project(through: datetime) -> list[str]:
-    """Rebuild every balance through `through` and compare; returns one sentence per account that disagreed.
+    """Rebuild every balance through `through` (by `clock`) and compare; returns one sentence per account that disagreed.
 
     `through` must lie further back than the longest transaction may last (we use an hour), so that nothing created
     before it is still uncommitted. A disagreeing projection is not overwritten: it is evidence.

@@ -88,7 +88,7 @@ def refetch_stale(now: datetime) -> int:
 def check_ledger(now: datetime) -> int:
     """Zero per currency, and projections equal to their postings; opens a case for each that is not. Returns the cases."""
     wrong = [f"the ledger sums to {total} in {currency}" for currency, total in ledger.trial_balance().items() if total]
-    wrong += ledger.project(now - PROJECTION_LAG)
+    wrong += ledger.project(ledger.clock() - PROJECTION_LAG)
     for sentence in wrong:
         log.error("ledger: %s", sentence)
         open_case(BillingCase.Kind.LEDGER, sentence.split(":")[0][:80], sentence, now=now)

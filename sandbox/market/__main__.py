@@ -1,4 +1,4 @@
-"""`python -m sandbox.market [--seed N] [--days N] [--scale N]`: run inside sandbox.servers, which gives it a database of its own."""
+"""`python -m sandbox.market [--seed N] [--days N] [--scale N] [--on]`: run inside sandbox.servers, which gives it a database of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--days", type=float, default=90)
     parser.add_argument("--scale", type=int, default=1, help="hosts and customers, in multiples of the smallest market")
+    parser.add_argument("--on", action="store_true", help="go on after what is wrong, to find more")
     options = parser.parse_args()
     _prepare()
     from sandbox.market import report
@@ -20,7 +21,7 @@ def main() -> int:
     def say(words: str) -> None:
         print(words, flush=True)
 
-    outcome = Market(options.seed, days=options.days, scale=options.scale, say=say).run()
+    outcome = Market(options.seed, days=options.days, scale=options.scale, on=options.on, say=say).run()
     say("\n".join(report.lines(outcome)))
     return 1 if outcome.violations else 0
 

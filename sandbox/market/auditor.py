@@ -12,11 +12,16 @@ from sandbox.market.clock import Clock
 from sandbox.market.customers import Customer
 from sandbox.market.faults import Faults
 from sandbox.market.house import House
+from sandbox.market.maintained import Maintained
 from sandbox.market.promises import Promises
+from sandbox.market.screened import Screened
 from sandbox.market.states import States
 
 if TYPE_CHECKING:
     from sandbox.market.market import Outcome
+
+
+STRIPE_WAS_TOLD = ("armed on purpose", "failed: Unavailable: ")
 
 
 class Auditor:
@@ -24,6 +29,7 @@ class Auditor:
         self.clock, self.house, self.customers = clock, house, customers
         self.safety, self.states = Safety(), States()
         self.promises = Promises(faults)
+        self.maintained, self.screened = Maintained(self.promises), Screened(self.promises)
         self.books = Books(house.stripe, self.promises)
         self.samples: list[tuple[int, int, int]] = []  # GPUs that run, are held, are there
 
@@ -31,7 +37,12 @@ class Auditor:
         """What is wrong now. What sites really draw, and promises, each time; all rows when `whole`."""
         now = self.clock.now
         found = [words for site in self.house.sites for words in site.over_cap(now)]
-        found += self.promises.look(now)
+        found += [
+            *self.promises.look(now),
+            *self.maintained.look(now),
+            *self.screened.look(now),
+            *self.books.resold.look(now),
+        ]
         self._sample()
         if whole:
             found += [*self._safe(), *self.states.look(), *self.books.look()]
@@ -39,7 +50,9 @@ class Auditor:
 
     def _safe(self) -> list[str]:
         """What the fault harness's auditor finds; a message that waits because Stripe was told to answer badly is none of it."""
-        return [words for words in self.safety.audit(self.clock.now) if "armed on purpose" not in words]
+        return [
+            words for words in self.safety.audit(self.clock.now) if not any(said in words for said in STRIPE_WAS_TOLD)
+        ]
 
     def close(self) -> list[str]:
         """When all is over and closed: nothing may be left."""
@@ -88,6 +101,10 @@ FIGURES = {
     " WHERE i.state NOT IN ('void', 'draft')",
     "our fee": "SELECT sum(platform_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
     " WHERE i.state NOT IN ('void', 'draft')",
+    "credited for maintenance": "SELECT -sum(amount_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
+    " WHERE l.kind = 'credit' AND i.state NOT IN ('void', 'draft')",
+    "credited to sellers of resales": "SELECT -sum(amount_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i"
+    " ON i.id = l.invoice_id WHERE l.kind = 'resale' AND i.state NOT IN ('void', 'draft')",
     "paid out": "SELECT sum(amount_minor) AS n FROM billing_payout WHERE state = 'sent'",
     "hashing, earned (microusd)": "SELECT sum(hashing_microusd) AS n FROM marketplace_siteminute",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,9 @@ from benchmarks.auditor import rows
 from billing import reconcile
 from marketplace import ids
 from sandbox.market.doors import Stripe
+from sandbox.market.held import Held
 from sandbox.market.promises import OWN, Promises
+from sandbox.market.resold import Resold
 
 Row = dict[str, Any]
 SOLD = "('usage', 'commitment', 'overage')"
@@ -21,6 +23,7 @@ SOLD = "('usage', 'commitment', 'overage')"
 class Books:
     def __init__(self, stripe: Stripe, promises: Promises) -> None:
         self.stripe, self.promises = stripe, promises
+        self.held, self.resold = Held(promises), Resold(promises)
         self.placements: set[int] = set()
 
     def look(self, *, last: bool = False) -> list[str]:
@@ -33,7 +36,9 @@ class Books:
             *_lines(),
             *self._seconds(last=last),
             *_invoiced(last=last),
-            *self._commitments(),
+            *self.held.look(),
+            *self.resold.books(last=last),
+            *_prepaid(last=last),
             *_spot(),
             *self._mirror(),
         ]
@@ -108,47 +113,6 @@ class Books:
         self.promises.count("spot: notice of eviction", "compensated" if missing else "kept")
         return missing
 
-    # --- commitments
-    def _commitments(self) -> list[str]:
-        """What a contract that holds is billed up to its account's edge: its window, GPUs that joined, less curtailed seconds."""
-        found = []
-        held = rows(
-            "SELECT c.*, a.billed_through FROM marketplace_contract c JOIN billing_billingaccount a"
-            " ON a.organization_id = c.organization_id WHERE c.kind IN ('reserved', 'flexible')"
-            " AND c.state NOT IN ('pending_payment', 'cancelled') AND a.billed_through > c.starts_at AND a.state = 'open'"
-        )
-        lines: dict[int, int] = defaultdict(int)
-        over: dict[int, int] = defaultdict(int)
-        for row in rows(
-            "SELECT l.contract_id, l.kind, sum(l.quantity) AS quantity FROM billing_invoiceline l JOIN billing_invoice i"
-            " ON i.id = l.invoice_id WHERE i.state <> 'void' AND l.kind IN ('commitment', 'overage') GROUP BY 1, 2"
-        ):
-            (lines if row["kind"] == "commitment" else over)[row["contract_id"]] = int(row["quantity"])
-        added: dict[int, list[Row]] = defaultdict(list)
-        for a in rows("SELECT * FROM marketplace_amendment WHERE kind = 'resize' AND state = 'accepted'"):
-            added[a["contract_id"]].append(a)
-        for c in held:
-            ends = [c["ends_at"]] if c["state"] == "defaulted" else [c["ends_at"], c["ended_at"]]
-            edge = min(t for t in (*ends, c["billed_through"]) if t is not None)
-            first = c["gpu_count"] - sum(a["added_gpus"] for a in added[c["id"]])
-            parts = [(first, c["starts_at"]), *((a["added_gpus"], a["effective_at"]) for a in added[c["id"]])]
-            calls = _curtailed(c) if c["kind"] == "flexible" else []
-            due = sum(1000 * gpus * _seconds_outside(start, edge, calls) for gpus, start in parts)
-            name = ids.encode("ctr", c["id"])
-            if lines[c["id"]] != due:
-                found.append(
-                    f"contract {name} ({c['kind']}, {c['state']}) is billed {lines[c['id']] / 3_600_000:g} committed GPU-hours to"
-                    f" {edge:%F %T}, by its terms {due / 3_600_000:g} (curtailed: {[(f'{a:%F %T}', f'{b:%F %T}') for a, b in calls]})"
-                )
-            if over[c["id"]] > 0:
-                found.append(
-                    f"contract {name} is billed {over[c['id']] / 3_600_000:g} GPU-hours beyond the GPUs that it holds"
-                )
-            if calls:
-                whole = sum(1000 * gpus * _seconds_outside(start, edge, []) for gpus, start in parts)
-                self.promises.tally["flexible: GPU-hours of curtailment credited"][name] = (whole - due) // 3_600_000
-        return found
-
     # --- Stripe
     def _mirror(self) -> list[str]:
         """Stripe's invoices, charges and transfers are ours, to the cent."""
@@ -200,14 +164,14 @@ def _ledger() -> list[str]:
 
 
 def _lines() -> list[str]:
-    """Quantity times price, rounded once; the two shares are the line; the lines are the total."""
+    """Quantity times price, rounded once; the shares are the line; the lines are the total."""
     found = []
     totals: dict[int, int] = defaultdict(int)
     for line in rows(
         "SELECT l.*, i.total_minor, i.number FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
     ):
         totals[line["invoice_id"]] += line["amount_minor"]
-        if line["kind"] in {"upfront", "drawdown"}:
+        if line["kind"] in {"upfront", "drawdown", "resale"}:  # sums of what other lines say
             continue
         exact = Fraction(line["quantity"] * line["price_millionths"], 1000 * 3600 * 10_000)
         cents = int(abs(exact) + Fraction(1, 2)) * (1 if exact >= 0 else -1)
@@ -215,7 +179,7 @@ def _lines() -> list[str]:
             found.append(
                 f"line {line['id']} of invoice {line['number']}: {float(exact)} cents are billed as {line['amount_minor']}"
             )
-        if line["operator_minor"] + line["platform_minor"] != line["amount_minor"]:
+        if line["operator_minor"] + line["platform_minor"] + line["seller_minor"] != line["amount_minor"]:
             found.append(f"line {line['id']} of invoice {line['number']}: the shares are not the line")
     return found + [
         f"invoice {invoice['number']}: its lines come to {totals[invoice['id']]}, its total is {invoice['total_minor']}"
@@ -239,6 +203,20 @@ def _invoiced(*, last: bool) -> list[str]:
     ]
 
 
+def _prepaid(*, last: bool) -> list[str]:
+    """What was paid at signing is drawn down, never below nothing, and at the end nothing of what is over is left."""
+    return [
+        f"contract {ids.encode('ctr', c['id'])} ({c['state']}) has {c['n']} cents of what was paid at signing left"
+        for c in rows(
+            "SELECT c.id, c.state, a.billed_through >= least(c.ends_at, c.ended_at) AS over, sum(l.amount_minor) AS n"
+            " FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id JOIN marketplace_contract c ON c.id = l.contract_id"
+            " JOIN billing_billingaccount a ON a.organization_id = c.organization_id"
+            " WHERE l.kind IN ('upfront', 'drawdown') AND i.state = 'paid' GROUP BY 1, 2, 3"
+        )
+        if c["n"] < 0 or (last and c["n"] > 0 and c["over"] and c["state"] in {"ended", "terminated"})
+    ]
+
+
 def _spot() -> list[str]:
     """Never under its floor, in no interval and on no line."""
     low = rows(
@@ -253,35 +231,3 @@ def _spot() -> list[str]:
         *(f"spot interval {r['id']} costs {r['price']}, its floor is {max(r['floor'], r['spot_floor'])}" for r in low),
         *(f"line {r['id']} bills spot at {r['price_millionths']}, under the floor of {r['spot_floor']}" for r in cheap),
     ]
-
-
-def _curtailed(c: Row) -> list[tuple[datetime, datetime]]:
-    """When calls of the grid held the contract back: calls that drained one of its placements, to their end."""
-    why = rows(
-        "SELECT DISTINCT e.reason FROM marketplace_placementevent e JOIN marketplace_placement p ON p.id = e.placement_id"
-        f" WHERE p.contract_id = {c['id']} AND e.to_state = 'draining' AND e.reason LIKE 'curtailment %'"
-    )
-    calls = [ids.decode("cur", row["reason"].split()[1]) for row in why]
-    if not calls:
-        return []
-    return [
-        (call["starts_at"], min(t for t in (call["ends_at"], call["ended_at"]) if t is not None))
-        for call in rows(
-            f"SELECT * FROM marketplace_curtailment WHERE id IN ({','.join(map(str, calls))}) ORDER BY starts_at"
-        )
-    ]
-
-
-def _seconds_outside(start: datetime, end: datetime, calls: list[tuple[datetime, datetime]]) -> int:
-    """Whole seconds of [start, end) outside all of `calls`."""
-    low, high = _floor(start), _floor(end)
-    left = max(0, high - low)
-    at = low
-    for a, b in sorted((max(low, _floor(a)), min(high, _floor(b))) for a, b in calls):
-        left -= max(0, b - max(a, at))
-        at = max(at, b)
-    return left
-
-
-def _floor(at: datetime) -> int:
-    return int(at.astimezone(UTC).timestamp())

@@ -15,6 +15,8 @@ from typing import Any
 from sandbox.client import RefusedError
 from sandbox.market.clock import Clock, Diary
 from sandbox.market.doors import Desk
+from sandbox.market.screener import profile
+from sandbox.market.trading import Trader
 
 GOOD, FAILS, DEAD = "4242424242424242", "4000000000000341", "4000000000000002"
 DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
@@ -22,7 +24,7 @@ DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
 USUAL = {
     "capacity_gone", "no_capacity", "listing_unavailable", "card_required", "billing_suspended", "limit_exceeded", "quote_expired",
     "term_not_offered", "illegal_transition", "contract_inactive", "conflict", "too_many_holds", "payment_failed",
-    "kind_not_offered", "over_ceiling", "never_fits",
+    "kind_not_offered", "over_ceiling", "never_fits", "in_use", "screening_required", "screening_rejected",
 }  # fmt: skip
 UNDER_FLOOR = ("limit", "book")  # a spot limit under the floor of the hour is an invalid_request
 
@@ -42,7 +44,17 @@ class Habits:
     gpus: tuple[int, ...] = (1, 2, 4, 8)
 
 
-HOLDER = {"book": 3, "work": 8, "extend": 1, "resize": 1, "cancel": 1, "terminate": 0}
+HOLDER = {
+    "book": 3,
+    "work": 8,
+    "extend": 1,
+    "resize": 1,
+    "cancel": 1,
+    "terminate": 0,
+    "offer": 3,
+    "withdraw": 1,
+    "bid": 1,
+}
 BY_USE = {"book": 1, "work": 9, "cancel": 1}
 HABITS = (
     Habits("Steady Models", ("on_demand",), 8, BY_USE),
@@ -55,13 +67,14 @@ HABITS = (
     Habits("Refusers", ("on_demand",), 11, {**BY_USE, "terminate": 1}, rises="decline"),
     Habits("Sleepers", ("on_demand", "spot"), 14, BY_USE, rises="silent"),
     Habits("Upfront Edge", ("reserved",), 16, HOLDER, fails_from=35, mends_after=6, gpus=(2, 4)),
+    Habits("Bidders", ("reserved", "flexible"), 9, {"book": 1, "work": 4, "bid": 6, "offer": 1}, gpus=(1, 2, 4)),
     Habits("Carded Out", ("on_demand",), 96, {"book": 1}, card=DEAD),
     Habits("Bargain Spot", ("spot",), 6, {"book": 1, "work": 8, "limit": 2, "cancel": 1, "terminate": 1}),
 )
 
 
 @dataclass
-class Customer:
+class Customer(Trader):
     habits: Habits
     id: str
     desk: Desk
@@ -72,33 +85,51 @@ class Customer:
     wrong: list[str]
     busy: list[str] = field(default_factory=list)  # jobs of its own, newest last
 
+    @property
+    def gpus(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.habits.gpus
+
+    def tell(self, name: str) -> None:
+        """What screening asks for."""
+        self.desk.put("verification", profile(name, "US"))
+
     def begin(self) -> None:
-        self.diary.put(self.clock.now + MINUTE * 30 * self.dice.randrange(1, 6), self.turn)
+        self.diary.put(self.clock.now + HOUR * self.dice.randrange(1, 4), self.turn)
 
     def turn(self) -> None:
         """One act, and the hour of the next."""
         names = list(self.habits.acts)
         act = self.dice.choices(names, [self.habits.acts[n] for n in names])[0]
         if not self.live():
-            act = "book"
+            act = "bid" if "bid" in names and self.dice.random() < 0.3 else "book"
         self.tried(act, getattr(self, act))
         if "on_demand" in self.habits.kinds and self.habits.rises != "silent" and self.dice.random() < 0.4:
             self.tried("answer", self.answer)
         wait = self.dice.expovariate(1 / self.habits.every_h)
-        # To half an hour: what several do falls on one instant.
-        at = (self.clock.now + MINUTE * max(30, round(wait * 60))).replace(second=0)
-        self.diary.put(at.replace(minute=at.minute // 30 * 30), self.turn)
+        # To the hour: what several do falls on one instant.
+        at = self.clock.now + max(HOUR, HOUR * wait)
+        self.diary.put(at.replace(minute=0, second=0), self.turn)
 
     def tried(self, what: str, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except RefusedError as refused:
             self.counts[f"refused: {refused.code}"] += 1
+            if refused.code == "terms_not_accepted":  # the refusal says how; the act comes again another time
+                accept = refused.body["terms"]["accept"]
+                return self.desk.post(accept["path"].removeprefix("/api/v1/"), accept["body"])
+            if refused.code.startswith("screening_") and not self.unclear(refused.code):
+                self.wrong.append(f"{self.habits.name} ({what}) is clear and was answered {refused}")
             if refused.code not in USUAL and not (
                 refused.code == "invalid_request" and what in UNDER_FLOOR and "limit" in str(refused)
             ):
                 self.wrong.append(f"{self.habits.name} ({what}) was answered {refused}")
         return None
+
+    def unclear(self, code: str) -> bool:
+        """Does one of its checks stand where such a refusal may come from?"""
+        states = {check["state"] for check in self.desk.get("verification")["checks"]}
+        return "rejected" in states if code == "screening_rejected" else states != {"clear"}
 
     def live(self, *kinds: str) -> list[dict[str, Any]]:
         """Its contracts in force, oldest first."""
@@ -116,11 +147,15 @@ class Customer:
         if len(self.live(kind)) >= (2 if kind in {"on_demand", "spot"} else 4):
             return self.work()
         found = self.desk.get("listings", kind=kind, limit=20)["data"]
+        if kind in {"reserved", "flexible"}:
+            found = self.of_others(found)
         if not found:
             return None
         listing = self.dice.choice(found)
         body = {"listing": listing["id"], "kind": kind, "gpu_count": self.dice.choice(self.habits.gpus)}
-        if kind in {"reserved", "flexible"}:
+        if listing["resale"]:
+            self.counts["quotes: of a resale"] += 1
+        elif kind in {"reserved", "flexible"}:
             body |= self.window()
         if kind == "spot":
             body["limit_price"] = listing["prices"]["spot"]["per_gpu_hour"] * self.dice.choice((105, 130, 200)) // 100

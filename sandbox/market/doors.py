@@ -24,7 +24,9 @@ from django.core.wsgi import get_wsgi_application
 
 from billing.gateway import wire
 from sandbox.client import Client, Person, answered, fill_in
+from sandbox.smoke.world import ALL_SCOPES
 
+SCOPES = [*ALL_SCOPES, "maintenance:read", "maintenance:write", "screening:read", "screening:write"]
 SECRET = "whsec_market"
 
 
@@ -68,13 +70,16 @@ class Desk(Client):
     def patch(self, path: str, body: dict[str, Any]) -> Any:
         return answered(lambda: self.http.patch(path, json=body))
 
+    def put(self, path: str, body: dict[str, Any]) -> Any:
+        return answered(lambda: self.http.put(path, json=body))
 
-def sign_up(web: Web, name: str, *, scopes: list[str], **kind: Any) -> tuple[str, Desk]:
+
+def sign_up(web: Web, name: str, **kind: Any) -> tuple[str, Desk]:
     """(organization, its key's desk), made as a person makes them: sign-up, organization, key."""
     person = Person(web.base)
     person.sign_up(f"{name.replace(' ', '.').lower()}@market.example", hashlib.sha256(name.encode()).hexdigest()[:16])
-    organization = person.post("organizations", {"name": name, "livemode": False, **kind})
-    token = person.key("market", scopes)
+    organization = person.post("organizations", {"name": name, "livemode": True, **kind})
+    token = person.key("market", SCOPES)
     person.http.close()
     return str(organization["id"]), web.desk(token)
 

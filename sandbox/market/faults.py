@@ -75,7 +75,7 @@ class Faults:
         return int(settings.SITE_LEASE_SECONDS)
 
     def _silence(self, site: Facility, length: timedelta) -> None:
-        """The beat goes on in steps of seconds, so that the lease runs."""
+        """The beat goes on in steps of seconds, so that the lease runs; power loops run each minute and a half, later each six."""
         began = self.clock.now
         site.silent = True
         beats = 0
@@ -83,7 +83,7 @@ class Faults:
             self.clock.to(self.clock.now + BEAT)
             leases.pulse(now=self.clock.now)
             beats += 1
-            for each in self.house.sites if beats % 3 == 0 else ():
+            for each in self.house.sites if beats % (3 if beats < 60 else 12) == 0 else ():
                 each.sync(self.clock.now)
                 self.house.loop(each)
         site.silent = False

@@ -23,8 +23,9 @@ from billing import tasks as billing_tasks
 from billing.gateway import wire
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import FeedValue, OutboxMessage, Placement, ShedClaim
-from marketplace.services import contracts, feeds, leases, spot
+from marketplace.models import Contract, FeedValue, OutboxMessage, Placement, ShedClaim
+from marketplace.services import contracts, feeds, leases, maintenance, screening, spot
+from marketplace.services.forward import bids
 from sandbox.market.clock import Clock
 from sandbox.market.doors import Stripe, Web
 from sandbox.market.site import Facility
@@ -38,7 +39,7 @@ STEP = timedelta(seconds=7)  # two readings so far apart prove a sleep
 STEPS = 24  # at most, until what has begun is settled
 MONEY = "billing."
 
-# What the clock brings next by itself, and whose work it is: the market's clock, the cells', the sites', spot's.
+# What the clock brings next by itself, and whose work it is: the market's clock, the cells', the sites', spot's, maintenance's.
 _MARKS = """
 SELECT 'cells', min(claims_at) FROM marketplace_reservation WHERE state = 'firm' AND claims_at > %(now)s
 UNION ALL SELECT 'cells', min(starts_at) FROM marketplace_reservation WHERE state = 'firm' AND starts_at > %(now)s
@@ -54,6 +55,12 @@ UNION ALL SELECT 'sites', min(created_at + interval '600 s') FROM marketplace_cu
   WHERE state = 'active' AND created_at + interval '600 s' > %(now)s
 UNION ALL SELECT 'sites', min(leaves_at) FROM marketplace_host WHERE state = 'draining' AND leaves_at > %(now)s
 UNION ALL SELECT 'spot', min(leaves_at) FROM marketplace_spotnotice WHERE leaves_at > %(now)s
+UNION ALL SELECT 'market', min(expires_at) FROM marketplace_resale WHERE state = 'open' AND expires_at > %(now)s
+UNION ALL SELECT 'market', min(ends_at) FROM marketplace_resale WHERE state <> 'open' AND ends_at > %(now)s
+UNION ALL SELECT 'maintenance', min(starts_at - interval '900 s') FROM marketplace_maintenance
+  WHERE state = 'announced' AND starts_at - interval '900 s' > %(now)s
+UNION ALL SELECT 'maintenance', min(starts_at) FROM marketplace_maintenance WHERE state = 'announced' AND starts_at > %(now)s
+UNION ALL SELECT 'maintenance', min(ends_at) FROM marketplace_maintenance WHERE state = 'in_progress' AND ends_at > %(now)s
 """
 
 
@@ -97,7 +104,10 @@ class House:
         due = {kind for kind, at in self.marks.items() if at <= now}
         for site in self.sites if "sites" in due else ():
             self.loop(site)
-        self.do("market clock", lambda: contracts.clock(now))
+        if "maintenance" in due:
+            self.do("maintenance", lambda: maintenance.clock(now))
+        if "market" in due or _ending():
+            self.do("market clock", lambda: contracts.clock(now))
         if "cells" in due:
             self.do("cells", scheduler_tasks.tick_cells)
         if "spot" in due:
@@ -107,7 +117,7 @@ class House:
     def beat(self) -> None:
         """Every task of the beat that keeps the market going."""
         self.arrive()
-        self.marks = dict.fromkeys(("market", "cells", "sites", "spot"), self.clock.now)
+        self.marks = dict.fromkeys(("market", "cells", "sites", "spot", "maintenance"), self.clock.now)
         self.turn()
 
     def loop(self, site: Facility) -> None:
@@ -153,12 +163,15 @@ class House:
                 if at is not None:
                     self.marks[kind] = min(_whole(at), self.marks.get(kind, _whole(at)))
         ends = [site.next_end(self.clock.now) for site in self.sites if not site.silent]
-        return min((*self.marks.values(), *(_whole(at) for at in ends if at is not None)), default=None)
+        # Of what ends by itself the agent says when it was: it is heard at the next half hour, where others act as well.
+        return min((*self.marks.values(), *(_half(at) for at in ends if at is not None)), default=None)
 
     # --- the hour, the day, the month
     def hour(self) -> None:
         """At 1:30 before an hour: the auction of its first interval, and what is metered by the hour."""
         self.feed()
+        self.do("screening", lambda: screening.tick(self.clock.now))
+        self.do("bids", lambda: bids.tick(self.clock.now))
         self.beat()
         self.do("meter", lambda: usage.meter_all(self.clock.now))
         self.do("fair share", lambda: fair_share.roll(now=self.clock.now))
@@ -195,9 +208,11 @@ class House:
         """Everything through this second: what is still running pays for its time so far."""
         self.settle()
         self.do("meter", lambda: usage.meter_all(self.clock.now))
-        through = self.clock.now
-        self.do("close", lambda: billing_tasks.close_all(through, now=self.clock.now))
-        self.settle()
+        for _ in range(2):  # what the first bills to buyers of resales, the second credits their sellers
+            through = self.clock.now
+            self.do("close", lambda through=through: billing_tasks.close_all(through, now=self.clock.now))  # type: ignore[misc]
+            self.settle()
+            self.clock.to(self.clock.now + STEP)
 
     def feed(self) -> None:
         """The feeds as of now: energy swings with the hour, hashing with the week."""
@@ -217,6 +232,17 @@ class House:
 def _whole(at: datetime) -> datetime:
     """The first whole second at or after `at`."""
     return at if not at.microsecond else at.replace(microsecond=0) + timedelta(seconds=1)
+
+
+def _half(at: datetime) -> datetime:
+    """The first half hour at or after `at`."""
+    past = timedelta(minutes=at.minute % 30, seconds=at.second, microseconds=at.microsecond)
+    return at if not past else at - past + timedelta(minutes=30)
+
+
+def _ending() -> bool:
+    """Does a contract wait for its last job to be gone, which has no hour of its own?"""
+    return Contract.objects.filter(state="ending").exists()
 
 
 def _registered() -> tuple[Any, ...]:

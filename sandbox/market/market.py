@@ -21,7 +21,7 @@ from sandbox.market.doors import Stripe, Web, sign_up
 from sandbox.market.faults import Faults
 from sandbox.market.house import House
 from sandbox.market.operators import Desk
-from sandbox.smoke.world import ALL_SCOPES
+from sandbox.market.screener import DENIED, NAMESAKE, SLOW, Reviewers, Screener
 from scheduler import cycle
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -31,6 +31,8 @@ WHOLE_AUDIT = (
     12 * HOUR
 )  # all rows; promises and what sites draw are looked at each half hour at which something happens
 KILLS = 6  # workers that die on their way, of a thousand tasks
+NEWCOMERS = (HABITS[0], HABITS[1], HABITS[3], HABITS[2])
+NAMES = ("Fresh Minds", DENIED, NAMESAKE, SLOW)
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Outcome:
 class Market:
     """A market of `scale`, drawn from `seed`; the database is its alone."""
 
-    def __init__(self, seed: int, *, days: float, scale: int = 1, say: Any = None) -> None:
+    def __init__(self, seed: int, *, days: float, scale: int = 1, on: bool = False, say: Any = None) -> None:
+        self.on, self.known = on, set[str]()
         self.outcome = Outcome(seed, days, scale)
         self.dice = Random(seed)
         self.start = start_of(days)
@@ -67,8 +70,8 @@ class Market:
         settings.EMAIL_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
         mail.outbox = []
         try:
-            with self.clock, Web() as web, Stripe() as stripe:
-                self.web, self.stripe = web, stripe
+            with self.clock, Web() as web, Stripe() as stripe, Screener(self.clock) as screener:
+                self.web, self.stripe, self.screener = web, stripe, screener
                 self.open()
                 try:
                     self.go()
@@ -97,24 +100,47 @@ class Market:
             )
             self.house.sites.append(site)
             Desk(owner, self.clock, self.diary, self._dice(), counts, self.wrong).begin(self.start)
-        self.customers = [self._customer(habits, n) for n in range(scale) for habits in HABITS]
+        self.customers = [
+            self._customer(habits, f"{habits.name} {n + 1}" if n else habits.name)
+            for n in range(scale)
+            for habits in HABITS
+        ]
         self.house.day()
         self.auditor = Auditor(self.clock, self.house, self.faults, self.customers)
         self.faults.begin(self.start)
         for customer in self.customers:
             customer.begin()
+        Reviewers(self.screener, self.clock, self.diary, self._dice(), counts).begin()
+        self.diary.put(self.start + HOUR * 2, self._newcomer)
         # Within spot's lead before an interval, so that it is auctioned; those between two beats are carried.
         self.diary.every(self.start + HOUR - timedelta(seconds=90), BEAT, self.house.hour)
         self.diary.every(self.start + 3 * HOUR, 6 * HOUR, self.house.quarter_day)
         self.diary.every(self.start + DAY - timedelta(minutes=5), DAY, self.house.day)
         self.house.kills = KILLS
 
-    def _customer(self, habits: customers.Habits, number: int) -> Customer:
-        name = habits.name if not number else f"{habits.name} {number + 1}"
-        organization, desk = sign_up(self.web, name, scopes=ALL_SCOPES)
+    def _newcomer(self) -> None:
+        """Somebody signs up in the midst of it. His card is heard of at once; what he tells of himself comes at once, late or never."""
+        number = self.outcome.counts["organizations that signed up later"]
+        habits, name = NEWCOMERS[number % len(NEWCOMERS)], NAMES[number % len(NAMES)]
+        self.stripe.at(self.clock.now)
+        made = self._customer(habits, f"{name} {number + 1}", tells=False)
+        self.customers.append(made)
+        self.outcome.counts["organizations that signed up later"] += 1
+        self.stripe.hear(self.web, self.dice)
+        self.house.settle()
+        made.begin()
+        if number % 7 < 6:
+            at = self.clock.now + HOUR * self.dice.choice((0, 1, 30))
+            self.diary.put(at, lambda: made.tell(f"{name} {number + 1}"))
+        self.diary.put(self.clock.now + DAY * self.dice.uniform(2, 8), self._newcomer)
+
+    def _customer(self, habits: customers.Habits, name: str, *, tells: bool = True) -> Customer:
+        organization, desk = sign_up(self.web, name)
         made = Customer(
             habits, organization, desk, self.clock, self.diary, self._dice(), self.outcome.counts, self.wrong
         )
+        if tells:
+            made.tell(name)
         if not self.stripe.card(desk, habits.card):
             self.outcome.counts["cards declined at once"] += 1
         if habits.fails_from is not None:
@@ -141,7 +167,7 @@ class Market:
     def go(self) -> None:
         end = self.start + DAY * self.outcome.days
         audited = looked = self.clock.now
-        while self.clock.now < end and not self.outcome.violations:
+        while self.clock.now < end and (self.on or not self.outcome.violations):
             at = min(t for t in (self.diary.next(), self.house.next_mark(), end) if t is not None)
             month = (at.year, at.month) != (self.clock.now.year, self.clock.now.month)
             self.clock.to(at)
@@ -157,17 +183,21 @@ class Market:
                 looked = self.clock.now
             if whole:
                 audited = self.clock.now
-        if not self.outcome.violations:
+        if self.on or not self.outcome.violations:
             self.rest()
         self.auditor.fill(self.outcome)
 
     def look(self, *, whole: bool) -> None:
-        """Audit; what is wrong ends the run, with its day."""
+        """Audit; what is wrong ends the run, with its day (`on`: it is said, once, and the run goes on)."""
         self.outcome.counts["audits"] += 1
         found = [*self.wrong, *self.auditor.look(whole=whole)]
         self.wrong.clear()
         day = (self.clock.now - self.start).days + 1
-        self.outcome.violations += [(day, self.clock.now, words) for words in found]
+        for words in found:
+            if words not in self.known:
+                self.outcome.violations.append((day, self.clock.now, words))
+                self.say(f"  day {day}, {self.clock.now:%F %T}: {words}")
+                self.known.add(words)
         if whole and self.clock.now.hour < 6:
             self.say(f"day {day}: {self.auditor.said()}")
 
@@ -185,6 +215,6 @@ class Market:
         self.house.quarter_day()
         self.house.day()
         self.look(whole=True)
-        if not self.outcome.violations:
+        if self.on or not self.outcome.violations:
             day = math.ceil(self.outcome.days)
             self.outcome.violations += [(day, self.clock.now, words) for words in self.auditor.close()]

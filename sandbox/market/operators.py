@@ -13,7 +13,7 @@ from sandbox.market.clock import Clock, Diary
 from sandbox.market.plant import Operator
 from sandbox.market.site import Facility
 
-HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
+WEEK, HOUR, MINUTE = timedelta(days=7), timedelta(hours=1), timedelta(minutes=1)
 USUAL = {"illegal_transition", "conflict", "listing_incomplete", "invalid_request"}
 PRICED = ("on_demand_price", "reserved_price", "flexible_price", "spot_floor")
 
@@ -37,7 +37,7 @@ class Desk:
     def begin(self, start: datetime) -> None:
         """Acts recur in their own rhythms; the first of each comes early enough for a run of a few days."""
         for act, hours in ((self.reprice, 40), (self.pause, 90), (self.rise, 220), (self.maintain, 60), (self.curtail, 26),
-                           (self.replace, 500)):  # fmt: skip
+                           (self.replace, 500), (self.plan, 45)):  # fmt: skip
             self._again(act, start + HOUR * self.dice.uniform(2, min(60, hours)), hours)
 
     def _again(self, act: Callable[[], None], at: datetime, hours: float) -> None:
@@ -45,7 +45,7 @@ class Desk:
             self.tried(act)
             self._again(act, self.clock.now + HOUR * self.dice.uniform(0.5, 1.5) * hours, hours)
 
-        self.diary.put(at.replace(second=0), turn)
+        self.diary.put(at.replace(minute=at.minute // 30 * 30, second=0), turn)
 
     def tried(self, act: Callable[[], Any]) -> None:
         try:
@@ -135,6 +135,77 @@ class Desk:
         self.owner.desk.post(f"hosts/{host['id']}/drain", body)
         self.counts["maintenance drains"] += 1
         self.diary.put(until, lambda: self.tried(lambda: self.owner.desk.post(f"hosts/{host['id']}/undrain")))
+
+    def plan(self) -> None:
+        """Work on a host, a rack, a branch of the power tree or the whole site, mostly with its week of notice. Where too little is
+        left, it is put off, declared an emergency, or given up.
+        """
+        site: Facility = self.dice.choice(self.owner.sites)
+        starts = self.clock.now.replace(second=0, microsecond=0) + HOUR * self.dice.choice((3, 30, 175, 200, 260))
+        ends = starts + HOUR * self.dice.choice((1, 3, 8))
+        body = self._scope(site) | {
+            "site": site.public_id, "starts_at": starts.isoformat(), "ends_at": ends.isoformat(), "text": "work on the hall",
+        }  # fmt: skip
+        made = self.owner.desk.post("maintenances", body)
+        path = f"maintenances/{made['id']}"
+        impact = self.owner.desk.get(f"{path}/impact")
+        if impact["firm_contracts"] and starts - self.clock.now < WEEK:
+            fate = self.dice.random()
+            if fate < 0.2:
+                self.owner.desk.post(f"{path}/cancel")
+                self.counts["maintenance: drafts given up"] += 1
+                return
+            if fate < 0.5:
+                self.owner.desk.patch(path, {"emergency": True, "emergency_reason": "a pump fails"})
+                self.counts["maintenance: emergencies"] += 1
+            else:
+                starts, ends = starts + WEEK, ends + WEEK
+                self.owner.desk.patch(path, {"starts_at": starts.isoformat(), "ends_at": ends.isoformat()})
+        self.owner.desk.post(f"{path}/announce")
+        self.counts["maintenance: announced"] += 1
+        self._then(path, starts, ends)
+
+    def _scope(self, site: Facility) -> dict[str, Any]:
+        scope = self.dice.choice(("hosts", "hosts", "hosts", "domain", "node", "site"))
+        if scope == "hosts":
+            rows = [r["id"] for r in self.owner.desk.every("hosts", site=site.public_id)]
+            return {
+                "scope": scope,
+                "hosts": self.dice.sample(rows, self.dice.choice((1, 1, 2))),
+                "category": "hardware",
+            }
+        if scope == "domain":
+            return {"scope": scope, "domain": f"leaf-{self.dice.randrange(2)}", "category": "network"}
+        nodes = self.owner.desk.get(f"sites/{site.public_id}/power-nodes")["data"]
+        node = self.dice.choice([n for n in nodes if (n["parent"] is None) == (scope == "site")])
+        named = {"node": node["id"]} if scope == "node" else {}
+        capped = {"cap_w": node["cap_w"] * 6 // 10} if self.dice.random() < 0.4 else {}
+        return {"scope": scope, "category": "power", **named, **capped}
+
+    def _then(self, path: str, starts: datetime, ends: datetime) -> None:
+        """What becomes of announced work before and during its window; most of it is done in time."""
+        fate = self.dice.random()
+        middle = starts + (ends - starts) / 2
+        later, until = (
+            {"ends_at": (ends + HOUR * 2).isoformat(), "reason": "a part is missing"},
+            {"text": "more work on the hall"},
+        )
+        inside = {"ends_at": (ends - MINUTE * 30).isoformat()}
+        before = self.clock.now + (starts - self.clock.now) / 2
+        for share, at, verb, body in (
+            (0.12, before, "cancel", None), (0.22, before, "change", until), (0.3, before, "change", inside),
+            (0.5, middle, "extend", later), (0.7, middle, "finish", None),
+        ):  # fmt: skip
+            if fate < share:
+                self.diary.put(at, lambda verb=verb, body=body: self.tried(lambda: self._step(path, verb, body)))  # type: ignore[misc]
+                return
+
+    def _step(self, path: str, verb: str, body: dict[str, Any] | None) -> None:
+        if verb == "change":
+            self.owner.desk.patch(path, body or {})
+        else:
+            self.owner.desk.post(f"{path}/{verb}", body)
+        self.counts[f"maintenance: {verb}"] += 1
 
     def curtail(self) -> None:
         """The grid calls: down to a part of the site's power for an hour or more, at once or soon. Some calls are taken back."""

@@ -11,9 +11,10 @@ from marketplace import ids
 from marketplace.models import Agent
 from sandbox.market.clock import Clock
 from sandbox.market.doors import Desk, Stripe, Web, sign_up
+from sandbox.market.screener import profile
 from sandbox.market.site import Facility
 from sandbox.site.spec import MINER_MODELS, host, miner, node
-from sandbox.smoke.world import ALL_SCOPES, nodes_csv, rows_csv
+from sandbox.smoke.world import nodes_csv, rows_csv
 
 H100 = (60, 1_100, 4_600, 200, 700)  # standby, parked, base, least and most of a GPU, W
 L40S = (50, 500, 1_500, 100, 350)
@@ -39,7 +40,8 @@ class Operator:
 
 
 def operator(web: Web, stripe: Stripe, name: str) -> Operator:
-    organization, desk = sign_up(web, name, scopes=ALL_SCOPES, is_operator=True, is_customer=False)
+    organization, desk = sign_up(web, name, is_operator=True, is_customer=False)
+    desk.put("verification", profile(name, "US"))
     stripe.onboard(desk, name)
     return Operator(name, organization, desk)
 
@@ -83,7 +85,7 @@ def plant(owner: Operator, clock: Clock, dice: Random, plan: dict[str, Any], *, 
         report = api.post(f"sites/{site}/import", {"kind": kind, "csv": text})
         assert not report["error_count"], report["errors"][:3]
     token = api.post(f"sites/{site}/enrolment-tokens")["token"]
-    api.post("agent/enrol", {"token": token, "name": plan["name"], "version": "1", "runtime": "virtual"})
+    api.post("agent/enrol", {"token": token, "name": plan["name"], "version": "1", "runtime": "podman"})
     found = _facility(plan, site, dice, clock)
     owner.sites.append(found)
     _list(owner, plan, site)

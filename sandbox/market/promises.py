@@ -20,6 +20,7 @@ CLAIM_WITHIN = timedelta(
     minutes=10
 )  # of the hour that was promised: sleeps are proved, spot leaves with its checkpoint
 TICK = timedelta(minutes=3)  # the beat of the run is at most so late
+KEPT = timedelta(days=1)  # so long after its window an offer is still looked at
 OWN = ("cancelled", "the contract ended", "a replica ended")
 # Why work that is firm may be asked to go.
 FIRM = (*OWN, "host drained", "drained:", "not_started", "moved", "host", "site", "a replica", "lease")
@@ -133,28 +134,42 @@ class Promises:
 
     # --- capacity
     def _held(self, contracts: dict[int, Row], now: datetime) -> list[str]:
-        """Every contract that holds has its GPUs in a firm reservation over its window, no more and no less."""
-        blocks = rows(
-            "SELECT c.id, r.state, r.starts_at, r.ends_at, coalesce(sum(cardinality(b.gpu_indices)), 0) AS gpus"
-            " FROM marketplace_contract c LEFT JOIN marketplace_reservation r ON r.contract_id = c.id"
-            " LEFT JOIN marketplace_reservationblock b ON b.reservation_id = r.id"
-            f" WHERE c.state IN ('active', 'pending_payment') AND c.kind IN {HELD} GROUP BY 1, 2, 3, 4"
-        )
+        """At every instant to its end a contract that holds has its GPUs firmly, less what it offers or has sold then; no more, no less."""
+        own: dict[int, list[tuple[datetime, datetime, int]]] = defaultdict(list)
+        for b in rows(
+            "SELECT r.contract_id, r.starts_at, r.ends_at, coalesce(sum(cardinality(b.gpu_indices)), 0) AS gpus"
+            " FROM marketplace_reservation r JOIN marketplace_contract c ON c.id = r.contract_id"
+            " LEFT JOIN marketplace_reservationblock b ON b.reservation_id = r.id WHERE r.state = 'firm' AND r.maintenance_id IS NULL"
+            f" AND c.state IN ('active', 'pending_payment') AND c.kind IN {HELD} GROUP BY r.id"
+        ):
+            own[b["contract_id"]].append((b["starts_at"], b["ends_at"], b["gpus"]))
+        away = self.sold_on(now)
         found = []
-        for b in blocks:
-            c = contracts[b["id"]]
-            if c["ends_at"] <= now:
+        for pk, c in contracts.items():
+            if c["state"] not in {"active", "pending_payment"} or c["kind"] not in HELD or c["ends_at"] <= now:
                 continue
-            if (
-                b["state"] != "firm"
-                or b["gpus"] != c["gpu_count"]
-                or b["starts_at"] > c["starts_at"]
-                or b["ends_at"] < c["ends_at"]
-            ):
-                found.append(
-                    f"contract {ids.encode('ctr', c['id'])} holds {c['gpu_count']} GPUs until {c['ends_at']:%F %R}; its reservation is"
-                    f" {b['state']}, {b['gpus']} GPUs, {b['starts_at']} to {b['ends_at']}"
-                )
+            marks = {t for a, b, _ in (*own[pk], *away[pk]) for t in (a, b)} | {now, c["starts_at"]}
+            for at in sorted(t for t in marks if max(now, c["starts_at"]) <= t < c["ends_at"]):
+                gpus = sum(n for a, b, n in own[pk] if a <= at < b)
+                sold = sum(n for a, b, n in away[pk] if a <= at < b)
+                if gpus + sold != c["gpu_count"]:
+                    found.append(
+                        f"contract {ids.encode('ctr', pk)} ({c['state']}) holds {c['gpu_count']} GPUs until {c['ends_at']:%F %R}; reserved"
+                        f" for it at {at:%F %T}: {gpus}, offered or sold on: {sold}"
+                    )
+                    break
+        return found
+
+    def sold_on(self, now: datetime) -> dict[int, list[tuple[datetime, datetime, int]]]:
+        """Per contract (from, until, GPUs) that are set aside for others, or theirs."""
+        found: dict[int, list[tuple[datetime, datetime, int]]] = defaultdict(list)
+        for r in rows(
+            "SELECT r.contract_id, r.state, r.gpu_count, a.claims_at, r.ends_at, (SELECT coalesce(sum(f.gpu_count), 0)"
+            " FROM marketplace_fill f WHERE f.resale_id = r.id AND f.undone_at IS NULL) AS sold FROM marketplace_resale r"
+            f" JOIN marketplace_reservation a ON a.id = r.reservation_id WHERE r.ends_at > '{(now - KEPT).isoformat()}'"
+        ):
+            gpus = r["gpu_count"] if r["state"] == "open" else r["sold"]
+            found[r["contract_id"]].append((r["claims_at"], r["ends_at"], gpus))
         return found
 
     def _claims(self, contracts: dict[int, Row], now: datetime) -> list[str]:
@@ -204,6 +219,8 @@ class Promises:
         standing = rows(f"SELECT state FROM marketplace_billingstanding WHERE organization_id = {c['organization_id']}")
         if standing and standing[0]["state"] != "good":
             return "its bills are unpaid"
+        if any(a <= at + CLAIM_WITHIN and at < b and n for a, b, n in self.sold_on(at)[c["id"]]):
+            return "it had sold some of it on"
         used = rows(
             "SELECT coalesce(sum(cardinality(gpu_indices)), 0) AS n FROM marketplace_placement WHERE contract_id ="
             f" {c['id']} AND job_id <> {job['id']} AND created_at <= '{(at + CLAIM_WITHIN).isoformat()}'"
@@ -235,7 +252,7 @@ class Promises:
                 self.count("firm: asked to go only for cause", "broken" if curtailed else "kept")
                 if curtailed or not why.startswith(FIRM):
                     found.append(f"placement {e['placement']} of a {c['kind']} contract was asked to go: {why!r}")
-            if why.startswith("drained:") and (told := self.leaves.get(e["host_id"])):
+            if why.startswith("drained:") and "mnt_" not in why and (told := self.leaves.get(e["host_id"])):
                 self.count("maintenance: not before its hour", "broken" if e["at"] < told else "kept")
                 if e["at"] < told:
                     found.append(

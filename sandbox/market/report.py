@@ -6,6 +6,8 @@ from collections import Counter
 
 from sandbox.market.market import Outcome
 
+SUMS = {"GPU-hours": "contracts", "cents credited": "offers"}  # promises that are counted in amounts, and to whom
+
 
 def lines(outcome: Outcome) -> list[str]:
     out = [f"market of seed {outcome.seed}, {outcome.days:g} days, scale {outcome.scale}: {outcome.seconds:.0f} s"]
@@ -13,8 +15,8 @@ def lines(outcome: Outcome) -> list[str]:
     out += [f"  {n:>8,}  {what}" for what, n in sorted(outcome.counts.items())]
     out.append("\npromises")
     for promise, fates in sorted(outcome.promises.items()):
-        if promise.startswith("flexible: GPU-hours"):
-            out.append(f"  {promise}: {sum(fates.values()):,} to {len(fates)} contracts")
+        if to := next((whom for words, whom in SUMS.items() if words in promise), ""):
+            out.append(f"  {promise}: {sum(fates.values()):,} to {len(fates)} {to}")
             continue
         out.append(f"  {promise}: " + ", ".join(f"{n:,} {fate}" for fate, n in _ordered(fates)))
     out.append("\nmoney (cents where nothing else is said)")

@@ -6,11 +6,22 @@ from typing import Any
 
 from benchmarks.auditor import rows
 from billing.models import Invoice
-from marketplace.models import Amendment, Contract, Curtailment, Job, Listing, Placement
+from marketplace.models import (
+    Amendment,
+    Contract,
+    Curtailment,
+    Job,
+    Listing,
+    Maintenance,
+    Placement,
+    Resale,
+    Screening,
+    StandingBid,
+)
 
 STORIED: tuple[tuple[Any, str], ...] = ((Contract, "contract"), (Job, "job"), (Placement, "placement"))
 # Nouns without a story of their own: what we saw last, and now, must be connected by legal moves.
-WATCHED: tuple[Any, ...] = (Listing, Curtailment, Amendment, Invoice)
+WATCHED: tuple[Any, ...] = (Listing, Curtailment, Amendment, Invoice, Maintenance, Resale, StandingBid, Screening)
 
 
 class States:

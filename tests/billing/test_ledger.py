@@ -2,8 +2,9 @@ from datetime import timedelta
 
 import pytest
 from django.db import IntegrityError, connection, transaction
+from django.utils import timezone
 
-from billing import ledger
+from billing import ledger, reconcile
 from billing.ledger import Booking, Entry
 from billing.models import LedgerBalance, LedgerTransaction, Posting
 from tests import factories
@@ -105,3 +106,13 @@ def test_projections_are_rebuilt_compared_and_never_overwritten_when_wrong():
     assert "projected 90" in sentence
     assert "say 100" in sentence
     assert LedgerBalance.objects.filter(balance_minor=90).exists()
+
+
+def test_projections_are_cut_by_the_clock_that_stamps_the_transactions():
+    """Ours may be hours ahead of the database's: what is booked after a look must not count as gone before it."""
+    ahead = timezone.now() + timedelta(days=400)
+    ledger.book(booking("a"))
+    assert reconcile.check_ledger(ahead) == 0
+    ledger.book(booking("b"))
+    assert reconcile.check_ledger(ahead + timedelta(hours=1)) == 0
+    assert ledger.balance("receivable", "USD") == 200

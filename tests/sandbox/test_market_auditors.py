@@ -1,0 +1,208 @@
+"""The market's auditors on worlds made by hand: nothing to say of a sound one, red when a rule is broken on purpose."""
+
+from datetime import timedelta
+
+import pytest
+
+from benchmarks.auditor import Auditor as Safety
+from billing import commitments
+from billing import resales as money
+from marketplace.models import Maintenance, Resale, ReservationBlock, ScreeningEvent, StandingBid
+from marketplace.services import maintenance
+from marketplace.services.maintenance import planning, taking
+from sandbox.market.held import Held
+from sandbox.market.maintained import Maintained
+from sandbox.market.promises import Promises
+from sandbox.market.resold import Resold
+from sandbox.market.screened import Screened
+from tests import factories
+from tests.billing.conftest import World, _stripe_process, after, stripe_api
+from tests.billing.test_kinds import DAY, MONTH, market, sign
+from tests.billing.test_maintenance import HOUR, work
+from tests.billing.test_resales import bought, buyer, resold
+from tests.factories import NOW
+from tests.marketplace.reselling import ASK, Desk
+
+pytestmark = pytest.mark.django_db(transaction=True)
+__all__ = ["_stripe_process", "buyer", "market", "stripe_api"]
+
+
+class Quiet:
+    """Nothing outside has failed."""
+
+    def excused(self, *_: object) -> bool:
+        return False
+
+
+@pytest.fixture
+def promises() -> Promises:
+    return Promises(Quiet())  # type: ignore[arg-type]
+
+
+# --- resale
+def test_a_sale_is_sound_and_its_seller_credited(market: World, buyer: World, promises: Promises):
+    sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY)
+    bought(buyer, resold(market))
+    buyer.close(MONTH + 11 * DAY)
+    market.close(MONTH + 11 * DAY)
+    auditor = Resold(promises)
+    assert auditor.look(after(MONTH)) == []
+    assert auditor.books(last=True) == []
+    assert Held(promises).look() == []
+    assert promises.sold_on(after(MONTH))[market.contract.pk][0][2] == 2
+
+
+def test_a_seller_who_is_not_credited_is_found(market: World, buyer: World, promises: Promises, monkeypatch):
+    monkeypatch.setattr(money, "due", lambda _: {})
+    sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY)
+    bought(buyer, resold(market))
+    buyer.close(MONTH + 11 * DAY)
+    market.close(MONTH + 11 * DAY)
+    (said,) = Resold(promises).books(last=True)
+    assert "its seller was credited 0, his buyers' lines give him 13680" in said
+
+
+def test_a_line_that_gives_its_seller_too_little_is_found(market: World, buyer: World, promises: Promises, monkeypatch):
+    plain = money.share.split_resold
+    monkeypatch.setattr(money.share, "split_resold", lambda minor, mine, his, fee, _: plain(minor, mine, his, fee, 200))
+    sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY)
+    bought(buyer, resold(market))
+    buyer.close(MONTH + 11 * DAY)
+    (said,) = Resold(promises).books(last=False)
+    assert "gives 11520 to its seller, by the fee 13680" in said
+
+
+def test_sold_hours_that_fall_due_no_longer_are_found(market: World, buyer: World, promises: Promises, monkeypatch):
+    """A holder who left early and is let off what he had sold."""
+    monkeypatch.setattr(
+        commitments.rating.Commitment,
+        "parts",
+        lambda self: (commitments.rating.Added(self.milli_gpus, self.term, self.price),),
+    )
+    sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY)
+    bought(buyer, resold(market, start=8, end=10))
+    from marketplace.services import contracts
+
+    contracts.terminate(factories.actor(market.customer), market.contract, now=after(MONTH + DAY))
+    buyer.close(MONTH + 11 * DAY)
+    market.close(MONTH + 11 * DAY)
+    assert any("committed" in said for said in Held(promises).look())
+
+
+def test_a_window_that_is_sold_twice_is_found(promises: Promises):
+    desk = Desk()
+    resale = desk.offer()
+    desk.buy(desk.buyer(), resale)
+    auditor = Resold(promises)
+    assert auditor.look(NOW) == []
+    assert [said for said in Safety().audit(NOW) if "promised" in said] == []
+    Resale.objects.filter(pk=resale.pk).update(sold_gpus=2)
+    assert any("says 2 sold; its sales are of 4" in said for said in auditor.look(NOW))
+    desk.contract.reservation.blocks.update(gpu_indices=list(range(8)))
+    assert any("is promised to contracts" in said for said in Safety().audit(NOW))
+    held = {c["id"]: c for c in _contracts()}
+    assert any("offered or sold on" in said for said in promises._held(held, NOW))
+
+
+def test_a_bid_that_pays_more_than_its_limit_and_one_nobody_looks_at_are_found(promises: Promises):
+    from tests.races.test_bids import bid, look
+
+    desk = Desk()
+    row = bid(desk, desk.buyer(), ASK, auto_accept=True)
+    desk.offer(gpus=1)
+    assert look(desk).bought == 1
+    assert Resold(promises).look(NOW) == []
+    StandingBid.objects.filter(pk=row.pk).update(limit_price=ASK - 1)
+    assert any("over its bid's limit" in said for said in Resold(promises).look(NOW))
+    bid(desk, desk.buyer(), ASK)
+    desk.offer(gpus=1)
+    assert any("suit each other" in said for said in Resold(promises).look(NOW + timedelta(hours=6)))
+
+
+# --- maintenance
+def test_maintenance_is_replaced_or_written_down_and_credited(market: World, promises: Promises):
+    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY, maintenance_hours_per_month=4)
+    auditor = Maintained(promises)
+    work(market, MONTH + DAY, 1.75)
+    work(market, MONTH + 2 * DAY, 5.75)
+    assert auditor.look(after(MONTH + 2 * DAY + 6 * HOUR)) == []
+    market.close(MONTH + 31 * DAY)
+    assert Held(promises).look() == []
+    assert promises.tally["maintenance: GPU-hours not charged"].total() == 8 * 4
+
+
+def test_credits_that_are_not_given_are_found(market: World, promises: Promises, monkeypatch):
+    monkeypatch.setattr(commitments, "not_charged", lambda *_: ())
+    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY, maintenance_hours_per_month=4)
+    work(market, MONTH + 2 * DAY, 5.75)
+    market.close(MONTH + 31 * DAY)
+    (said,) = Held(promises).look()
+    assert "0 GPU-hours for what maintenance took" in said
+    assert "by its terms -16" in said
+
+
+def test_gpus_that_are_away_and_not_written_down_are_found(market: World, promises: Promises, monkeypatch):
+    monkeypatch.setattr(planning, "short_now", lambda *_, **__: [])
+    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY)
+    operator = factories.actor(market.operator)
+    row = maintenance.draft(
+        operator, market.host.site, scope="site", text="Fans.", now=NOW, starts_at=after(MONTH + DAY),
+        ends_at=after(MONTH + DAY + 4 * HOUR),
+    )  # fmt: skip
+    maintenance.announce(operator, row, now=NOW)
+    for at in (MONTH + DAY - 15 * 60, MONTH + DAY):
+        maintenance.clock(after(at))
+    (said,) = Maintained(promises).look(after(MONTH + DAY + 60))
+    assert "misses 8 GPUs for maintenance (8 away, 0 stand in); 0 are written down" in said
+
+
+def test_work_that_comes_late_untold_or_keeps_its_hosts_is_found(market: World, promises: Promises, monkeypatch):
+    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY)
+    row = work(market, MONTH + DAY, 1)
+    auditor = Maintained(promises)
+    assert auditor.look(after(MONTH + DAY + 2 * HOUR)) == []
+    row.notices.all().delete()
+    assert any("told []" in said for said in Maintained(promises)._clock({row.pk: vars(row)}, after(MONTH + DAY + 600)))
+    Maintenance.objects.filter(pk=row.pk).update(state="in_progress")
+    assert any("should have been over" in said for said in auditor.look(after(MONTH + DAY + 2 * HOUR)))
+    monkeypatch.setattr(taking, "give_back", lambda *_, **__: None)
+    work(market, MONTH + 3 * DAY, 1)
+    assert any("for mnt_" in said for said in auditor.look(after(MONTH + 3 * DAY + 2 * HOUR)))
+
+
+# --- screening
+def test_a_contract_of_who_has_not_passed_is_found(promises: Promises):
+    desk = Desk()
+    owner = desk.contract.organization
+    assert any("not passed: ['business'" in said for said in Screened(promises).look(NOW))
+    for row in owner.screenings.all():
+        ScreeningEvent.objects.create(
+            screening=row,
+            at=NOW - timedelta(days=1),
+            actor="system",
+            what="answered",
+            from_state="pending",
+            to_state="clear",
+            round=1,
+        )
+    assert Screened(promises).look(NOW) == []
+    row = owner.screenings.get(kind="sanctions")
+    ScreeningEvent.objects.create(
+        screening=row,
+        at=NOW - timedelta(hours=1),
+        actor="system",
+        what="answered",
+        from_state="clear",
+        to_state="rejected",
+        round=1,
+    )
+    said = Screened(promises).look(NOW)
+    assert any("was rejected by system" in each for each in said)
+    assert any("not passed: ['sanctions'" in each for each in said)
+
+
+def _contracts():
+    from benchmarks.auditor import rows
+
+    assert ReservationBlock.objects.exists()
+    return rows("SELECT * FROM marketplace_contract")

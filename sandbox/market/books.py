@@ -211,7 +211,7 @@ def _prepaid(*, last: bool) -> list[str]:
             "SELECT c.id, c.state, a.billed_through >= least(c.ends_at, c.ended_at) AS over, sum(l.amount_minor) AS n"
             " FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id JOIN marketplace_contract c ON c.id = l.contract_id"
             " JOIN billing_billingaccount a ON a.organization_id = c.organization_id"
-            " WHERE l.kind IN ('upfront', 'drawdown') AND i.state = 'paid' GROUP BY 1, 2, 3"
+            " WHERE (l.kind = 'upfront' AND i.state = 'paid') OR (l.kind = 'drawdown' AND i.state <> 'void') GROUP BY 1, 2, 3"
         )
         if c["n"] < 0 or (last and c["n"] > 0 and c["over"] and c["state"] in {"ended", "terminated"})
     ]

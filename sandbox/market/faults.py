@@ -86,6 +86,8 @@ class Faults:
             for each in self.house.sites if beats % (3 if beats < 60 else 12) == 0 else ():
                 each.sync(self.clock.now)
                 self.house.loop(each)
+            if beats % 6 == 0:
+                self.house.market()
         site.silent = False
         site.sync(self.clock.now)
         self.spans.append((site.pk, "", began, self.clock.now + HOUR))

@@ -107,7 +107,7 @@ class House:
         if "maintenance" in due:
             self.do("maintenance", lambda: maintenance.clock(now))
         if "market" in due or _ending():
-            self.do("market clock", lambda: contracts.clock(now))
+            self.market()
         if "cells" in due:
             self.do("cells", scheduler_tasks.tick_cells)
         if "spot" in due:
@@ -119,6 +119,9 @@ class House:
         self.arrive()
         self.marks = dict.fromkeys(("market", "cells", "sites", "spot", "maintenance"), self.clock.now)
         self.turn()
+
+    def market(self) -> None:
+        self.do("market clock", lambda: contracts.clock(self.clock.now))
 
     def loop(self, site: Facility) -> None:
         self.do("site loop", lambda: site_loop.run(site.pk, now=self.clock.now))

@@ -10,6 +10,7 @@ from billing import resales as money
 from marketplace.models import Maintenance, Resale, ReservationBlock, ScreeningEvent, StandingBid
 from marketplace.services import maintenance
 from marketplace.services.maintenance import planning, taking
+from sandbox.market import books
 from sandbox.market.held import Held
 from sandbox.market.maintained import Maintained
 from sandbox.market.promises import Promises
@@ -48,6 +49,7 @@ def test_a_sale_is_sound_and_its_seller_credited(market: World, buyer: World, pr
     auditor = Resold(promises)
     assert auditor.look(after(MONTH)) == []
     assert auditor.books(last=True) == []
+    assert books._prepaid(last=True) == books._lines() == books._ledger() == []
     assert Held(promises).look() == []
     assert promises.sold_on(after(MONTH))[market.contract.pk][0][2] == 2
 

@@ -166,7 +166,7 @@ def _curtailed(c: Row) -> list[Span]:
     if not calls:
         return []
     return sorted(
-        (_second(call["starts_at"]), _second(min(t for t in (call["ends_at"], call["settled_at"]) if t is not None)))
+        (_second(call["starts_at"]), _second(min(t for t in (call["ends_at"], call["ended_at"]) if t is not None)))
         for call in rows(f"SELECT * FROM marketplace_curtailment WHERE id IN ({','.join(map(str, calls))})")
     )
 

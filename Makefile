@@ -10,7 +10,7 @@ WORKERS ?= 2
 export NUMBA_CACHE_DIR := $(CURDIR)/.numba
 export DEVELOPMENT ?= 1
 
-.PHONY: help setup run test test-full smoke sim-market bench lint format openapi reset
+.PHONY: help setup run test test-full smoke sim-market soak-power bench lint format openapi reset
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ smoke: setup ## the main job, headless, through public interfaces only; a report
 
 sim-market: setup ## a seeded quarter of the market with everything that goes wrong, audited; ARGS='--seed N --days N --scale N'
 	@$(PY) -m scheduler.core.warm && $(SERVERS) --unsafe-fast --owner -- $(PY) -m sandbox.market $(ARGS)
+
+soak-power: setup ## ten minutes of a site under every fault of the failure table; ARGS='--seed N --minutes N | --hours N'
+	@$(PY) -m scheduler.core.warm && $(SERVERS) --unsafe-fast --owner -- $(PY) -m sandbox.soak $(ARGS)
 
 bench: setup ## every claim of the README beside its peer, into benchmarks/results/ and the README's table
 	@$(PY) -m benchmarks all --out benchmarks/results $(ARGS); status=$$?; $(PY) -m benchmarks table && exit $$status

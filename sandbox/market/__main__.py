@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--scale", type=int, default=1, help="hosts and customers, in multiples of the smallest market")
     parser.add_argument("--on", action="store_true", help="go on after what is wrong, to find more")
     options = parser.parse_args()
-    _prepare()
+    prepare()
     from sandbox.market import report
     from sandbox.market.market import Market
 
@@ -26,7 +26,7 @@ def main() -> int:
     return 1 if outcome.violations else 0
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Django on the database that is given, migrated and empty; faults are counted here, not logged."""
     from sandbox.market.environment import empty, fixed
 

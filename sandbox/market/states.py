@@ -18,6 +18,7 @@ from marketplace.models import (
     Screening,
     StandingBid,
 )
+from marketplace.services import replicas
 
 STORIED: tuple[tuple[Any, str], ...] = ((Contract, "contract"), (Job, "job"), (Placement, "placement"))
 # Nouns without a story of their own: what we saw last, and now, must be connected by legal moves.
@@ -50,6 +51,8 @@ class States:
         events = rows(
             f"SELECT id, {name}_id AS of, from_state, to_state FROM marketplace_{name}event WHERE id > {since} ORDER BY id"
         )
+        for e in events:  # a placement whose gang waits for a replica is running, and marked so that nobody pays for it
+            e |= {key: "running" for key in ("from_state", "to_state") if e[key] == replicas.HELD}
         for e in events:
             self.last[name] = e["id"]
             key = (name, e["of"])

@@ -1,0 +1,135 @@
+"""What is looked at after each turn: the copper, the books, and what was done since the last look.
+
+`potential` is the proof that no watt was granted that is not there: what the machines really draw at this moment and what all hosts
+may draw under the limits they were promised must fit under every cap together, whatever was acknowledged, read or believed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.auditor import rows
+from marketplace.models import Curtailment, Host, Miner, Placement, PowerGrant, PowerNode, ShedClaim, Site
+from sandbox.market.states import States
+
+if TYPE_CHECKING:
+    from sandbox.soak.soak import Soak
+
+AUDIT_EVERY = 40  # looks
+
+
+class Watch:
+    def __init__(self, soak: Soak) -> None:
+        self.soak, self.site = soak, soak.site
+        self.counts: Counter[str] = Counter()
+        self.states = States()
+        self.looks = 0
+        self.modes = dict(Miner.objects.filter(site=self.site.pk).values_list("name", "desired_mode"))
+        self.seen: Counter[str] = Counter()
+        fleet = self.site.physics.fleet
+        self.was_up = ~fleet.asleep
+
+    def look(self) -> list[str]:
+        """What is wrong now."""
+        self.looks += 1
+        self.counts["turns"] += 1
+        self._count()
+        found = [f"a breaker tripped: {trip}" for trip in self.site.physics.trips]
+        found += self.site.wrong
+        found += self._potential()
+        found += self._books()
+        if self.looks % AUDIT_EVERY == 0:
+            found += self.states.look()
+        return [f"{self.soak.clock.now:%d %T}: {words}" for words in found]
+
+    def _count(self) -> None:
+        """What control and the site did since the last look."""
+        modes = {}
+        for name, mode, state in Miner.objects.filter(site=self.site.pk).values_list("name", "desired_mode", "state"):
+            # One that is not believed is woken within the watts that stand booked for it, whatever hashing pays: it is a test.
+            self.counts["wakes" if state == "ok" else "tests of doubted machines"] += mode > self.modes.get(name, 0)
+            self.counts["sleeps"] += mode < self.modes.get(name, 0)
+            modes[name] = mode
+        self.modes = modes
+        now: Counter[str] = Counter()
+        now["grants"] = PowerGrant.objects.filter(site=self.site.pk).exclude(granted_at=None).count()
+        claims = rows(
+            f"SELECT state, reason, count(*) AS n FROM marketplace_shedclaim WHERE site_id = {self.site.pk}"
+            " AND state <> 'commanded' GROUP BY 1, 2"
+        )
+        for row in claims:
+            now["sleeps confirmed" if row["state"] == "confirmed" else f"sleeps not believed: {row['reason']}"] += row[
+                "n"
+            ]
+        for name, n in now.items():
+            self.counts[name] += max(0, n - self.seen[name])
+        self.seen = now
+        up = ~self.site.physics.fleet.asleep
+        if not (self.soak.control and self.site.link):
+            self.counts["raises at the site"] += int(
+                (up & ~self.was_up & (self.site.physics.fleet.boot_left <= 0)).sum()
+            ) - self._booted(up)
+        self.was_up = up
+
+    def _booted(self, up: np.ndarray) -> int:
+        """Machines that came up by themselves, by a fault or with the power: nobody raised them."""
+        fleet = self.site.physics.fleet
+        came = up & ~self.was_up & (fleet.boot_left <= 0)
+        return int(sum(1 for i in np.flatnonzero(came) if fleet.fault[i]))
+
+    def _potential(self) -> list[str]:
+        physics = self.site.physics
+        n = len(physics.nodes)
+        books = dict(Host.objects.filter(site=self.site.pk).values_list("name", "reserved_w"))
+        live = physics.energised()[physics.host_node]
+        hosts = np.bincount(physics.host_node, [books[name] for name in physics.hosts.names] * live, n)
+        miners = np.bincount(physics.miner_node, physics.fleet.true_w, n)
+        for i in range(n - 1, 0, -1):
+            hosts[physics.parent[i]] += hosts[i]
+            miners[physics.parent[i]] += miners[i]
+        fixed = np.array([row["fixed_w"] for row in physics.nodes], float)
+        total = fixed + hosts * physics.k_gpu + miners * physics.k_miner
+        return [f"{physics.node_names[i]}: granted and drawn together {total[i]:,.0f} W of {physics.cap[i]:,.0f}"
+                for i in np.flatnonzero(total > physics.cap)]  # fmt: skip
+
+    def _books(self) -> list[str]:
+        """The nodes' sums are those of their devices."""
+        nodes = {n.pk: n for n in PowerNode.objects.filter(site=self.site.pk)}
+        sums = dict.fromkeys(nodes, 0)
+        for model, overhead in ((Host, "overhead_gpu_permille"), (Miner, "overhead_miner_permille")):
+            for home, watts in model.objects.filter(site=self.site.pk).values_list("power_node_id", "reserved_w"):
+                at: int | None = home
+                while at is not None:
+                    sums[at] += watts * getattr(nodes[at], overhead)
+                    at = nodes[at].parent_id
+        return [f"{n.name} is booked with {n.reserved_mw} mW, its devices with {sums[pk]}" for pk, n in nodes.items()
+                if n.reserved_mw != sums[pk]]  # fmt: skip
+
+    def calm(self) -> bool:
+        from sandbox.soak.soak import at_work
+
+        return not at_work(self.site.pk) and not self.site.told()
+
+    def unsettled(self) -> list[str]:
+        """What is not yet as it was before anything went wrong."""
+        miners = Miner.objects.filter(site=self.site.pk)
+        found = {
+            "machines not believed": miners.exclude(state="ok").count(),
+            "machines not told to hash": miners.filter(desired_mode=0).count(),
+            "machines asleep": int(self.site.physics.fleet.asleep.sum()),
+            "sleeps not settled": ShedClaim.objects.filter(site=self.site.pk, state="commanded").count(),
+            "placements": Placement.objects.filter(site=self.site.pk).exclude(state__in=Placement.FINAL).count(),
+            "grid calls": Curtailment.objects.filter(
+                site=self.site.pk, state__in=("announced", "active", "restoring")
+            ).count(),
+            "hosts that do not take work": Host.objects.filter(site=self.site.pk).exclude(state="active").count(),
+            "sites not on auto": Site.objects.filter(pk=self.site.pk).exclude(mode="auto").count(),
+        }
+        return [f"{n} {what}" for what, n in found.items() if n]
+
+    def said(self) -> str:
+        c = self.soak.counts()
+        return f"{c['jobs']} jobs, {c['grants']} grants, {c['sleeps']} sleeps, {c['wakes']} wakes, {len(self.soak.faults.over)} faults over"

@@ -84,5 +84,3 @@ def test_a_machine_that_is_left_asleep_is_seen(monkeypatch):
 
     outcome = Forgotten(1, minutes=600).run()
     assert any("not told to hash" in words for words in outcome.violations)
-
-

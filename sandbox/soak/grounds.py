@@ -66,7 +66,9 @@ class Grounds(Facility):
 
     # --- the agent's own loop
     def _guard(self, now: datetime) -> None:
-        over = any(w > self.tree.nodes[n].bound_w for n, (w, _) in self.read.items() if n in self.tree.nodes)
+        over = any(
+            w > self.tree.nodes[n].bound_w(now.timestamp()) for n, (w, _) in self.read.items() if n in self.tree.nodes
+        )
         made = decide(
             self.tree, self.order, self.read, self._facts() if over else {}, self._host_facts() if over else {}, self.memory,
             now.timestamp(), stale_s=STALE_S, settle_s=SETTLE_S,

@@ -42,6 +42,9 @@ class Migration(migrations.Migration):
             name='ended_at',
             field=models.DateTimeField(blank=True, help_text='since then its limit does not stand any more', null=True),
         ),
+        migrations.RunSQL(  # those that were over before there was a time of restoring
+            "UPDATE marketplace_curtailment SET ended_at = settled_at WHERE settled_at IS NOT NULL", migrations.RunSQL.noop
+        ),
         migrations.AddField(
             model_name='host',
             name='call_gpu_w',

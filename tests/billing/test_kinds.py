@@ -110,7 +110,8 @@ def test_flexible_is_cheaper_and_free_while_it_gave_way(market: World):
     site = market.host.site
     Curtailment.objects.create(
         site=site, node=factories.a_node(site), reference="grid-7", cap_w=1, starts_at=after(MONTH + 6 * HOUR),
-        ends_at=after(MONTH + 9 * HOUR), state="completed", settled_at=after(MONTH + 8.5 * HOUR), created_by="grid",
+        ends_at=after(MONTH + 9 * HOUR), state="completed", ended_at=after(MONTH + 8.5 * HOUR),
+        settled_at=after(MONTH + 8.6 * HOUR), created_by="grid",
     )  # fmt: skip
     Curtailment.objects.update(created_at=after(MONTH + 5 * HOUR))
     PlacementEvent.objects.create(

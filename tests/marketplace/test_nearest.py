@@ -124,7 +124,7 @@ def test_capacity_gone_offers_what_the_listing_is_now(customer):
     assert error.extra["alternatives"]["nearest"] == []
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, 3, 4])  # each has refusals with something near
 def test_every_alternative_is_admitted_at_that_moment(seed):
     """A market after seeded changes, random requests: whatever a refusal offers is a quote, one after the other."""
     dice = random.Random(seed)

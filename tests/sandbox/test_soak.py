@@ -41,9 +41,6 @@ def test_every_row_of_the_failure_table_strikes():
 class _Broken(Soak):
     """A soak in which something is done that must never be."""
 
-    def break_it(self):
-        raise NotImplementedError
-
     def _weather(self, began):
         self.hours = 0.02
         super()._weather(began)
@@ -51,7 +48,7 @@ class _Broken(Soak):
         self.outcome.violations += self.watch.look()
 
 
-def test_watts_that_are_not_there_are_seen(monkeypatch):
+def test_watts_that_are_not_there_are_seen():
     """Every host is granted its full power while the machines hash on."""
 
     class Granted(_Broken):
@@ -75,10 +72,10 @@ def test_a_breaker_that_trips_is_seen():
     assert any("a breaker tripped" in words for words in outcome.violations)
 
 
-def test_a_machine_that_is_left_asleep_is_seen(monkeypatch):
-    monkeypatch.setattr("sandbox.soak.soak.BACK", timedelta(minutes=3))
-
+def test_a_machine_that_is_left_asleep_is_seen():
     class Forgotten(_Broken):
+        back = timedelta(minutes=3)
+
         def break_it(self):
             Miner.objects.filter(name="m0001").update(manual=True, desired_mode=0)
 

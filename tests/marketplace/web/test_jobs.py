@@ -293,7 +293,7 @@ def test_pages_cost_few_queries(market, browser):
     job, _ = running(market)
     client = browser(market.customer)
     ceilings = {
-        "/": 10, f"/listings/{market.listing.public_id}": 14, "/contracts": 6, f"/contracts/{job.contract.public_id}": 12, "/jobs": 5,
+        "/": 10, f"/listings/{market.listing.public_id}": 15, "/contracts": 6, f"/contracts/{job.contract.public_id}": 12, "/jobs": 5,
         "/jobs/new": 5, f"/jobs/{job.public_id}": 13, f"/jobs/{job.public_id}/live": 9, f"/jobs/{job.public_id}/log": 8,
         "/usage": 22, "/invoices": 21, "/team": 7, "/keys": 5,
     }  # fmt: skip

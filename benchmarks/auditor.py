@@ -253,7 +253,7 @@ def _jobs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
             found.append(f"job {pk} is {job['state']} with {len(mine)} live placements")
         if {p["attempt"] for p in mine} - {job["attempt"]}:
             found.append(f"job {pk}, attempt {job['attempt']}, has live placements of other attempts")
-        placed = sum(e["to_state"] == "placed" for e in story)
+        placed = sum(e["to_state"] == "placed" != e["from_state"] for e in story)  # a note changes no state
         if not placed == job["attempt"] == attempts[pk]:
             found.append(
                 f"job {pk} was placed {placed} times, counts {job['attempt']} attempts, its placements {attempts[pk]}"

@@ -14,7 +14,7 @@ from marketplace.models import Host, Maintenance, MaintenanceHost, MaintenanceSh
 from marketplace.services import contracts, maintenance
 from tests import factories
 from tests.factories import NOW
-from tests.marketplace.test_maintenance import TERM, Yard
+from tests.marketplace.works import TERM, Yard
 
 pytestmark = pytest.mark.django_db
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)

@@ -188,6 +188,8 @@ def _host_w(h: Row, granted: list[Row]) -> int:
         return int(h["base_w"] + h["gpu_count"] * h["gpu_max_w"])
     if not granted:
         return int(h["standby_w"] if h["power_state"] == "off" else h["parked_w"])
+    if h["call_gpu_w"] is not None:  # held lower for a call: what it was told; whether it obeys says the site itself
+        return int(h["base_w"] + sum(h["desired_limits_w"]))
     active = len({i for p in granted for i in p["gpu_indices"]})
     return int(h["base_w"] + active * h["gpu_max_w"] + (h["gpu_count"] - active) * h["gpu_min_w"])
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from django.db import transaction
 
-from marketplace.models import BillingStanding, Host, Miner, Placement, PowerNode, ShedClaim
+from marketplace.models import BillingStanding, Host, Job, Miner, Placement, PowerNode, ShedClaim
 from marketplace.services import agents, feeds, jobs
 from sandbox.site.physics import Physics
 from sandbox.site.spec import host, miner, node
@@ -88,9 +88,8 @@ class Yard:
                 self.report()
                 self.obey()
             if self.control:
-                if Placement.objects.filter(state="intended").exists() or self.contract.jobs.filter(
-                    state__in=("queued", "requeued")
-                ):
+                waits = Job.objects.filter(state__in=("queued", "requeued"))
+                if waits.exists() or Placement.objects.filter(state="intended").exists():
                     cycle.run(self.contract.cell_id, now=self.now)
                 self.counts = site_loop.run(self.site.pk, now=self.now)
                 books_balance(self.site)

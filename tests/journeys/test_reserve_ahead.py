@@ -5,11 +5,10 @@ ran and hashed until then: spot leaves, machines sleep first, and no cap is cros
 from datetime import timedelta
 
 import pytest
-import time_machine
-from django.utils.timezone import now as clock
 
 from marketplace.models import Contract, Miner
 from marketplace.services import contracts
+from sandbox.market.clock import Clock
 from tests import factories as f
 from tests.faults.yard import Yard
 
@@ -24,8 +23,7 @@ class Customer:
         self.yard, self.client = yard, f.client(organization)
 
     def _at(self, call):
-        with time_machine.travel(self.yard.now, tick=False):
-            assert clock() == self.yard.now
+        with Clock(self.yard.now):
             return call()
 
     def get(self, path, **query):

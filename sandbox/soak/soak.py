@@ -18,7 +18,7 @@ from benchmarks.faults import At, Surgeon
 from billing import tasks as billing_tasks
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import FeedValue, Miner, OutboxMessage, Placement
+from marketplace.models import FeedValue, OutboxMessage
 from marketplace.services import contracts, feeds, leases
 from sandbox.market import plant
 from sandbox.market.clock import QUARTER, Clock
@@ -252,13 +252,3 @@ class Soak:
 def _registered() -> tuple[Any, ...]:
     """The modules whose import registers the outbox's handlers."""
     return (market_tasks, scheduler_tasks, billing_tasks)
-
-
-def at_work(site_pk: int) -> bool:
-    """Does anything begin or end at the site?"""
-    return (
-        Placement.objects.filter(
-            site_id=site_pk, state__in=("intended", "shedding", "granted", "starting", "draining")
-        ).exists()
-        or Miner.objects.filter(site_id=site_pk, shed_claims__state="commanded").exists()
-    )

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.auditor import rows
 from marketplace.models import Curtailment, Host, Miner, Placement, PowerGrant, PowerNode, ShedClaim, Site
+from sandbox.market.house import MOVING
 from sandbox.market.states import States
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ class Watch:
                 if n.reserved_mw != sums[pk]]  # fmt: skip
 
     def calm(self) -> bool:
-        from sandbox.soak.soak import at_work
-
-        return not at_work(self.site.pk) and not self.site.told()
+        """Nothing begins or ends at the site."""
+        moving = Placement.objects.filter(site_id=self.site.pk, state__in=MOVING)
+        asked = ShedClaim.objects.filter(site_id=self.site.pk, state="commanded")
+        return not (moving.exists() or asked.exists() or self.site.told())
 
     def unsettled(self) -> list[str]:
         """What is not yet as it was before anything went wrong."""

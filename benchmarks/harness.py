@@ -36,7 +36,8 @@ class Options:
 
 @dataclass
 class Report:
-    """`figures` and `peer` as the contract of the benchmark names them; `table` rows are printed as they are.
+    """`figures` and `peer` as the contract of the benchmark names them; `table` rows (the first: their heads) are printed as they
+    are; `runs`: what each single run gave that the figures are made of. Both stand in the JSON.
 
     `must`: figure -> (comparison, bound), e.g. {"p99_us_10k": ("<=", 50)}; shown, and part of the JSON's conditions.
     """
@@ -47,6 +48,7 @@ class Report:
     conditions: dict[str, Any] = field(default_factory=dict)
     must: dict[str, tuple[str, float]] = field(default_factory=dict)
     table: list[list[str]] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
 
     def missed(self) -> list[str]:
         """Figures that miss their bound."""
@@ -66,6 +68,8 @@ class Report:
                 "figures": self.figures,
                 "peer": self.peer,
                 "conditions": {**machine(), **self.conditions, "must": self.must},
+                "table": self.table,
+                "runs": self.runs,
             }
         )
 

@@ -33,7 +33,7 @@ SLACK = 3.0  # estimates are up to so many times the truth
 HALF_LIFE = 3 * 86_400
 POLICY = Policy(queue="age", preemption=False, explain=False, backfill_depth=12)
 QUICK_JOBS = 3000
-PEERS = {"fifo": FIFO, "easy": EASY, "best fit": BEST_FIT}
+PEERS = {"fifo": FIFO, "easy": EASY, "best_fit": BEST_FIT}
 MUST = {
     "queueing_delay_vs_easy": ("<=", 0.7),
     "worst_fair_share": (">=", 0.9),

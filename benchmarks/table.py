@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from benchmarks.harness import holds
@@ -159,6 +160,13 @@ def short(name: str, result: dict[str, Any]) -> list[str]:
     return [line.figure for line in SHOWN[name] if _verdict(name, line.figure, result)[1].startswith("[")]
 
 
+def beside_it(line: Line, peer: dict[str, float]) -> str:
+    """What the run saw of the line's peers. One that could not run (a package or a trace was not there) is named, never left out."""
+    wanted = [key for _, key, _, _ in Formatter().parse(line.beside) if key]
+    missing = [key for key in wanted if key not in peer]
+    return f"not run: {', '.join(missing)}" if missing else line.beside.format_map(peer)
+
+
 def _rows(name: str, lines: tuple[Line, ...], result: dict[str, Any] | None) -> list[str]:
     if result is None:
         return [f"| {lines[0].words} | not yet run | | | | `{name}` |"]
@@ -168,10 +176,7 @@ def _rows(name: str, lines: tuple[Line, ...], result: dict[str, Any] | None) -> 
         bound, verdict = _verdict(name, line.figure, result)
         seen = line.shape.format(result["figures"][line.figure])
         must = f"{SIGNS[bound[0]]} {line.shape.format(bound[1]).lstrip('+')}" if bound else ""
-        try:
-            beside = line.beside.format_map(result["peer"])
-        except KeyError:  # a peer that needs a package or a trace was not there
-            beside = ""
+        beside = beside_it(line, result["peer"])
         rows.append(f"| {line.words} | {seen}{quick} | {must} | {verdict} | {beside} | {'' if i else f'`{name}`'} |")
     return rows
 

@@ -1,6 +1,7 @@
 """The README's table says what the committed results say, and every result says what its benchmark promises to."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -127,9 +128,24 @@ def test_results_may_be_absent_or_few(tmp_path: Path):
     assert text.count("not yet run") == len(table.SHOWN) - 1
 
 
-def test_a_peer_that_could_not_run_is_left_out():
+def test_a_peer_that_could_not_run_is_named():
     text = table.render({"dispatch": result("dispatch", {"ms_20k": 9.0, "ms_200k": 90.0, "gap_pct": 0.001}, {})})
-    assert cells(text, "a whole dispatch")[4] == ""
+    assert cells(text, "a whole dispatch")[4] == "not run: highs_lp_ms"
+
+
+@pytest.mark.parametrize("name", sorted(table.results()))
+def test_a_committed_result_has_every_peer_that_its_lines_show(name):
+    found = table.results()[name]
+    for line in table.SHOWN[name]:
+        beside = table.beside_it(line, found["peer"])
+        assert bool(beside) == bool(line.beside)
+        assert not beside.startswith("not run"), f"{line.figure}: {beside}; the run has {sorted(found['peer'])}"
+    for value in (*found["figures"].values(), *found["peer"].values()):
+        assert isinstance(value, int | float)
+        assert math.isfinite(value)
+    for key, value in found["conditions"].items():
+        assert value is not None, key
+        assert value not in ("", [], {}), key
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path: Path):
@@ -141,8 +157,12 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path):
 
 
 def test_what_a_report_writes_is_what_the_table_reads():
-    report = harness.Report("gang", {"ms": 1.0}, {"plain_python_ms": 9.0}, {"quick": False}, {"ms": ("<=", 2.0)})
+    rows, runs = [["gang", "ms"], ["whole cell", "1.0"]], [{"gang": "whole cell", "seed": 3, "ms": 1.0}]
+    report = harness.Report(
+        "gang", {"ms": 1.0}, {"plain_python_ms": 9.0}, {"quick": False}, {"ms": ("<=", 2.0)}, rows, runs
+    )
     written = json.loads(report.as_json())
     assert written["name"] == "gang"
     assert HERE.keys() <= written["conditions"].keys()
+    assert (written["table"], written["runs"]) == (rows, runs), "what the figures are made of is kept"
     assert cells(table.render({"gang": written}), "a gang")[1:4] == ["1.00 ms", "≤ 2.00 ms", "met"]

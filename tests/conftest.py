@@ -8,6 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import migrated
 from tests.environment import HAS_SERVERS
 
 # On two shared cores a deadline would test the machine. `ci` is the same run every time; `full` looks for new examples.
@@ -34,6 +35,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "or `.venv/bin/python -m sandbox.servers run --unsafe-fast --owner -- .venv/bin/python -m pytest ...`; "
             "`pytest -m serverless` runs those that need neither."
         )
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings(
+    django_db_modify_db_settings_parallel_suffix: None, pytestconfig: pytest.Config
+) -> None:
+    """Each test database is a copy of the migrated one."""
+    from django.db import connection
+
+    cache = pytestconfig.cache
+    kept = cache.mkdir("migrated") if cache is not None else pytestconfig.rootpath / ".data"
+    connection.settings_dict["TEST"]["TEMPLATE"] = migrated.template(os.environ["DATABASE_URL"], kept)
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from django.db import connection
 from django.db.models import QuerySet
 
+from marketplace import prepared
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing
 from marketplace.services import availability, catalogue
@@ -64,6 +64,15 @@ _COLUMN = {
     "notice": "eviction_notice_s",
     "term": "min_term_hours",
 }
+_HEARD = """
+SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id
+WHERE h.listing_id = ANY (%s) AND s.mode <> 'off' AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s))
+  AND h.back_at IS NULL GROUP BY 1
+UNION ALL
+SELECT x.listing_id, min(h.beat_at) FROM marketplace_resale x
+JOIN marketplace_reservationblock b ON b.reservation_id = x.reservation_id
+JOIN marketplace_host h ON h.id = b.host_id WHERE x.listing_id = ANY (%s) GROUP BY 1
+"""
 SORTS = ("price", "-price", "newest", "oldest", *(sign + name for name in _COLUMN for sign in ("", "-")))
 
 
@@ -193,17 +202,7 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -
 
 def _heard(listing_ids: list[int], now: datetime) -> dict[int, datetime]:
     """The oldest last beat of each listing's working hosts: the columns do not follow beats, which come every few seconds."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT h.listing_id, min(h.beat_at) FROM marketplace_host h JOIN marketplace_site s ON s.id = h.site_id"
-            " WHERE h.listing_id = ANY (%s) AND s.mode <> 'off'"
-            " AND (h.state = 'active' OR (h.state = 'draining' AND h.leaves_at > %s)) AND h.back_at IS NULL GROUP BY 1"
-            " UNION ALL SELECT x.listing_id, min(h.beat_at) FROM marketplace_resale x"
-            " JOIN marketplace_reservationblock b ON b.reservation_id = x.reservation_id"
-            " JOIN marketplace_host h ON h.id = b.host_id WHERE x.listing_id = ANY (%s) GROUP BY 1",
-            [listing_ids, now, listing_ids],
-        )
-        return dict(cursor.fetchall())
+    return dict(prepared.rows(_HEARD, [listing_ids, now, listing_ids]))
 
 
 def _encode(sort: str, value: int, pk: int) -> str:

@@ -210,7 +210,7 @@ class Promises:
             return "a host or site failed"
         if any(b["state"] in {"draining", "maintenance"} for b in blocks):
             return "its host is in maintenance"
-        calls = rows(
+        calls = c["kind"] == "flexible" and rows(  # who reserved keeps what he has through every call
             f"SELECT 1 FROM marketplace_curtailment WHERE site_id = {c['site_id']} AND state IN ('active', 'restoring', 'completed')"
             f" AND starts_at <= '{(at + CLAIM_WITHIN).isoformat()}' AND ends_at > '{at.isoformat()}'"
         )

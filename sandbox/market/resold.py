@@ -122,7 +122,7 @@ class Resold:
     def _closed_out(self, contract: int) -> bool:
         name = ids.encode("ctr", contract)
         return bool(
-            rows(f"SELECT 1 FROM marketplace_auditevent WHERE action = 'contract.closed_out' AND subject = '{name}'")
+            rows(f"SELECT 1 FROM marketplace_auditevent WHERE verb = 'contract.closed_out' AND subject = '{name}'")
         )
 
     def _met(self, now: datetime) -> list[str]:

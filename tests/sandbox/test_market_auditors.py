@@ -7,9 +7,10 @@ import pytest
 from benchmarks.auditor import Auditor as Safety
 from billing import commitments
 from billing import resales as money
-from marketplace.models import Maintenance, Resale, ReservationBlock, ScreeningEvent, StandingBid
-from marketplace.services import maintenance
+from marketplace.models import Contract, Maintenance, Resale, ReservationBlock, ScreeningEvent, StandingBid
+from marketplace.services import contracts, maintenance
 from marketplace.services.maintenance import planning, taking
+from marketplace.tenancy import Actor
 from sandbox.market import books
 from sandbox.market.held import Held
 from sandbox.market.maintained import Maintained
@@ -26,6 +27,8 @@ from tests.marketplace.reselling import ASK, Desk
 
 pytestmark = pytest.mark.django_db(transaction=True)
 __all__ = ["_stripe_process", "buyer", "market", "stripe_api"]
+
+STAFF = Actor(kind="staff")
 
 
 class Quiet:
@@ -104,6 +107,15 @@ def test_a_window_that_is_sold_twice_is_found(promises: Promises):
     assert any("is promised to contracts" in said for said in Safety().audit(NOW))
     held = {c["id"]: c for c in _contracts()}
     assert any("offered or sold on" in said for said in promises._held(held, NOW))
+
+
+def test_a_window_that_ends_early_is_found_unless_we_ended_its_buyer(promises: Promises):
+    desk = Desk()
+    ended, early = (desk.buy(desk.buyer(), desk.offer(gpus=1), 1) for _ in range(2))
+    contracts.close_out(STAFF, ended.organization_id, now=ended.starts_at + timedelta(hours=1), reason="screening")
+    assert Resold(promises).look(NOW + timedelta(days=9)) == []
+    Contract.objects.filter(pk=early.pk).update(state="ended", ended_at=early.starts_at + timedelta(hours=1))
+    assert any("its buyer's contract ended" in said for said in Resold(promises).look(NOW + timedelta(days=9)))
 
 
 def test_a_bid_that_pays_more_than_its_limit_and_one_nobody_looks_at_are_found(promises: Promises):

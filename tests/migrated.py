@@ -31,14 +31,14 @@ def template(server: str, cache: Path) -> str:
             owner.execute(SQL("CREATE DATABASE {}").format(Identifier(making)))
             target = server.rpartition("/")[0] + f"/{making}"
             if kept.exists():
-                _tool("psql", target, "--set=ON_ERROR_STOP=1", "--single-transaction", f"--file={kept}")
+                _tool("psql", target, "--quiet", "--set=ON_ERROR_STOP=1", "--single-transaction", f"--file={kept}")
             else:
                 command = [sys.executable, "manage.py", "migrate", "--verbosity=0", "--skip-checks"]
                 subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": target}, check=True)
                 for old in cache.glob("*.sql"):
                     old.unlink(missing_ok=True)
                 part = kept.with_suffix(f".{os.getpid()}")
-                _tool("pg_dump", target, f"--file={part}")
+                _tool("pg_dump", target, "--no-sync", f"--file={part}")
                 part.rename(kept)
             owner.execute(SQL("ALTER DATABASE {} RENAME TO {}").format(Identifier(making), Identifier(TEMPLATE)))
     return TEMPLATE
@@ -54,9 +54,9 @@ def _key() -> str:
 
 def _tool(name: str, url: str, *arguments: str) -> None:
     parts = conninfo_to_dict(url)
-    env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGPASSWORD": str(parts.pop("password", ""))}
-    where = [f"--{k}={parts[p]}" for k, p in (("host", "host"), ("port", "port"), ("username", "user"), ("dbname", "dbname"))]
-    done = subprocess.run([binaries() / name, *where, "--quiet" if name == "psql" else "--no-sync", *arguments],
-                          env=env, capture_output=True, text=True)  # fmt: skip
+    env = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGPASSWORD": str(parts["password"])}
+    where = [f"--host={parts['host']}", f"--port={parts['port']}", f"--username={parts['user']}"]
+    command = [binaries() / name, *where, f"--dbname={parts['dbname']}", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")

@@ -99,6 +99,32 @@ def booked_meanwhile(world: World, dice: random.Random, surgeon: Surgeon) -> Sai
     yield "book", ends[1]
 
 
+def who_gives_way(world: World, dice: random.Random, surgeon: Surgeon) -> Said:
+    """Spot work stands wherever a job could go: its plan puts it there, and only the fit rule run again at the commit says that
+    the GPUs are not free yet. The commit is made in peace, or a site loop goes between its statements.
+    """
+    contract = dice.choice(list(_by_the_hour()))
+    spot = Contract.objects.filter(state="active", kind="spot", listing=contract.listing_id).order_by("pk").first()
+    if spot is None:
+        return
+    _submit(world, spot, gpus=1, replicas=spot.gpu_count, ram_mib=512)
+    yield "cycle", plain(lambda: cycle.run(world.cell.pk, now=world.now))
+    _submit(world, contract, gpus=1, replicas=dice.randrange(1, contract.gpu_count + 1), ram_mib=512)
+    planned = plain(lambda: Held(world))
+    yield "plan", planned
+    if planned.answer is None:
+        return
+    commits = _commit(world, planned.answer)
+    if dice.random() < 0.5:
+        yield "commit", plain(commits)
+        return
+    site = contract.listing.site_id
+    at = At(dice.randrange(1, STATEMENTS), dice.random() < 0.5)
+    ends = surgeon.beside(commits, lambda: site_loop.run(site, now=world.now), at)
+    yield "commit", ends[0]
+    yield "site loop", ends[1]
+
+
 def watts_for_some(world: World, dice: random.Random, surgeon: Surgeon) -> Said:
     """A job for each host of a site, all of them waiting for watts that miners hold; then there are watts for some, and not for all."""
     yards = [y for y in world.yards if len(y.machines) > 1 and len(y.asics) > 2]
@@ -149,7 +175,7 @@ def _cap(yard: Yard, node: PowerNode, watts: int) -> None:
     yard.nodes[node.name].cap_w = watts
 
 
-OPENINGS = (two_planners, booked_meanwhile, watts_for_some)
+OPENINGS = (two_planners, booked_meanwhile, who_gives_way, watts_for_some)
 
 
 def _by_the_hour() -> Any:

@@ -2,8 +2,11 @@
 cycle, and the harness itself: its faults are real, and its auditor names what is wrong.
 """
 
+from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from django.db import connection, transaction
 from django.utils import timezone
@@ -18,6 +21,7 @@ from marketplace.services import contracts, jobs, power, quotes
 from marketplace.services.jobs import CYCLE
 from marketplace.services.power import grants
 from scheduler import commit, cycle, fleet, site_loop
+from scheduler.core import recheck
 from tests import factories as f
 from tests.factories import NOW
 from tests.races.market import Market
@@ -58,6 +62,33 @@ def without_the_cells_lock(monkeypatch):
     )
 
 
+def without_the_fence(monkeypatch):
+    """Every plan is of the cell's newest generation."""
+    commits = commit.commit
+
+    def unfenced(taken, made, *, now):
+        newest = Cell.objects.values_list("generation", flat=True).get(pk=taken.cell.pk)
+        return commits(replace(taken, generation=newest), made, now=now)
+
+    monkeypatch.setattr(commit, "commit", unfenced)
+
+
+def without_the_second_look(monkeypatch):
+    """The fit rule is not run again on the locked rows: what was planned is taken off, whatever is left."""
+
+    def admit(state, batch):
+        reasons, watts = np.zeros(len(batch.of), np.int64), np.zeros(len(batch.host), np.int64)
+        for j, (begin, end) in enumerate(pairwise(batch.first.tolist())):
+            for p in range(begin, end):
+                h, mask, q = batch.host[p], int(batch.mask[p]), batch.classes[batch.of[j]]
+                watts[p] = recheck.delta_kernel(state.rows[h], mask)
+                recheck._take(state, h, q, mask, max(batch.vram[p], q[recheck.Q_VRAM]), watts[p], 1)
+                state.rows[h, recheck.ACTIVE] |= mask
+        return reasons, watts
+
+    monkeypatch.setattr(recheck, "admit", admit)
+
+
 def same_watts_to_all(monkeypatch):
     def book(ledger, node_id, delta_w, kind):
         for n in ledger.tree.paths[ledger.tree.index[node_id]]:
@@ -79,6 +110,8 @@ def watts_twice(monkeypatch):
     ("opening", "broken", "words"),
     [
         ("booked_meanwhile", without_the_cells_lock, "came onto GPUs"),
+        ("two_planners", without_the_fence, "milli-GPU of"),
+        ("who_gives_way", without_the_second_look, "host_gpu_no"),  # the database itself refuses the whole cycle
         ("watts_for_some", same_watts_to_all, "sold of"),
         ("watts_for_some", watts_twice, "was raised to"),
     ],
@@ -108,34 +141,71 @@ def test_the_same_seed_is_the_same_run(surgeon):
 
 
 # --- a worker dies at every statement
-def test_a_worker_killed_at_any_statement_of_a_cycle_leaves_all_or_nothing(surgeon):
+def gap(number):
+    """Between a call's statements: behind statement `number`, or before the first."""
+    return At(number, after=True) if number else At(1, after=False)
+
+
+def room_is_free(market):
+    """Two hosts, nobody there."""
+    return market.submit(gpus=4, replicas=2), {("queued", 0, 0), ("placed", 1, 2)}
+
+
+def a_gang_gives_way(market):
+    """Spot work stands where the job will: the cycle asks it to leave, the job waits for that."""
+    night_owls = f.organization()
+    owls = f.contract(market.contract.listing, night_owls, kind="spot", gpu_count=64, limit_price=9_000_000)
+    spec = {"command": ["true"], "gpus": 8, "replicas": 2, "vcpu_milli": 1000, "ram_mib": 1024}
+    victim = jobs.submit(f.actor(night_owls), owls, spec, now=NOW)
+    market.cycle()
+    market.report(victim, "running")
+    OutboxMessage.objects.all().delete()
+    return market.submit(gpus=8, replicas=2), {("queued", 0, 0)}
+
+
+# What `make test` runs is every other gap of one scene; `full` runs every gap of both.
+SWEEPS = [
+    pytest.param(room_is_free, 0, 2, id="every other gap"),
+    pytest.param(room_is_free, 0, 1, id="every gap", marks=pytest.mark.full),
+    pytest.param(a_gang_gives_way, 0, 1, id="every gap of an eviction", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("scene", "first", "step"), SWEEPS)
+def test_a_worker_killed_between_any_two_statements_of_a_cycle_leaves_all_or_nothing(surgeon, scene, first, step):
     market = Market(hosts=2, miners=3)
     auditor = Auditor()
-    statement, ends = 0, set()
+    number, ends = first, set()
     while True:
-        statement += 2
-        job = market.submit(gpus=4, replicas=2)
-        ended = surgeon.killed(market.cycle, At(statement, after=statement % 4 == 0))
+        job, may_be = scene(market)
+        ended = surgeon.killed(market.cycle, gap(number))
         assert ended.error == ""
         assert auditor.audit(NOW) == []
         job.refresh_from_db()
-        ends.add(job.state)
-        assert (job.state, job.attempt, job.placements.count()) in {("queued", 0, 0), ("placed", 1, 2)}
+        assert (job.state, job.attempt, job.placements.count()) in may_be
+        spot = Job.objects.filter(contract__kind="spot").exclude(state="cancelled")
+        ends |= set(spot.values_list("state", flat=True)) or {job.state}
         with transaction.atomic():  # whoever died holds nothing
             acquire((Lock.CELL, market.cell.pk), (Lock.SITE, market.site.pk), timeout_ms=200)
         if job.state == "queued":
             assert OutboxMessage.objects.filter(topic=CYCLE).exists()
             market.cycle()
-            job.refresh_from_db()
+        for victim in Job.objects.filter(state="preempting"):
+            market.report(victim, "exited", exit_code=0, reason="drained")
+            market.cycle()
+        job.refresh_from_db()
         assert (job.state, job.attempt) == ("placed", 1)
         market.report(job, "running")
         market.report(job, "exited", exit_code=0)
+        for other in Job.objects.filter(state="requeued"):
+            jobs.cancel(f.actor(other.organization), other, now=NOW)
         OutboxMessage.objects.all().delete()
         if not ended.struck:
             break
-    assert ends == {"queued", "placed"}
-    assert statement > 20
-    assert set(Job.objects.values_list("state", flat=True)) == {"succeeded"}
+        number += step
+    assert ends == ({"running", "preempting"} if scene is a_gang_gives_way else {"queued", "placed"})
+    assert number > 20
+    assert set(Job.objects.exclude(contract__kind="spot").values_list("state", flat=True)) == {"succeeded"}
     market.sound()
 
 

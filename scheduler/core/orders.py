@@ -119,14 +119,18 @@ def suits(bid: Bid, ask: Ask) -> bool:
         and (ask.only is None or bid.buyer in ask.only)
         and bid.buyer != ask.never
         and ask.shortest <= bid.duration <= ask.longest
-        and (ask.window is None or ask.window[1] - ask.window[0] == bid.duration)
+        and (ask.window is None or _covers(*ask.window, bid))
     )
 
 
+def _covers(start: int, end: int, bid: Bid) -> bool:
+    return end - start == bid.duration and bid.earliest <= start <= bid.latest
+
+
 def starts(bid: Bid, ask: Ask, pool: Pool, now: int) -> Iterator[int]:
-    """When it could begin, the earliest first: room appears only where the range begins and where claims end."""
+    """When it could begin where it suits, the earliest first: room appears only where the range begins and where claims end."""
     if ask.window is not None:
-        if bid.earliest <= ask.window[0] <= bid.latest and ask.window[0] > now:
+        if ask.window[0] > now:
             yield ask.window[0]
         return
     first = _minute(max(bid.earliest, now))

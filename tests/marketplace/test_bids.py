@@ -201,6 +201,26 @@ def test_a_line_too_long_for_one_look_is_served_from_its_best_end(desk, monkeypa
     assert Quote.objects.latest("pk").bid == best
 
 
+def test_bids_that_nothing_can_meet_keep_nobody_from_what_there_is(desk, monkeypatch):
+    monkeypatch.setattr(bids, "LINE", 2)
+    monkeypatch.setattr(bids, "LINES", 3)
+    for _ in range(4):
+        bid(desk, gpu_count=1024, limit_price=9_000_000)
+    row = bid(desk)
+    desk.offer()
+    assert look(desk) == bids.Looked(bids=5, quoted=1)
+    assert Quote.objects.latest("pk").bid == row
+
+
+def test_offers_that_suit_nobody_keep_nobody_from_those_that_do(desk, monkeypatch):
+    monkeypatch.setattr(bids, "OFFERS", 1)
+    row = bid(desk)
+    desk.offer(gpus=1, start=START + 5 * DAY, end=START + 6 * DAY, price=ASK - 9)
+    dearer = desk.offer(gpus=row.gpu_count)
+    assert look(desk).quoted == 1
+    assert Quote.objects.latest("pk").listing_id == dearer.listing_id
+
+
 def test_parts_and_all_or_nothing(desk):
     bid(desk, gpu_count=6, limit_price=1_900_000)
     row = bid(desk, gpu_count=6, min_gpus=2)

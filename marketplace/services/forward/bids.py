@@ -11,6 +11,7 @@ the next.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from django.db import transaction
@@ -25,14 +26,16 @@ from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward.topics import TOLD, nudge_book
 from marketplace.tenancy import SYSTEM, Actor
 from scheduler.core import orders
-from scheduler.core.capacity import LEVELS
+from scheduler.core.capacity import LEVELS, Hosts, Pool
 
-LINE = 200  # bids of a book that one look serves: the first of its line
-OFFERS = 60  # of a book that are loaded for them: the cheapest
+LINE = 200  # bids of a book that are matched together, the first of its line; the next so many where these find nothing
+LINES = 10  # of a book in one look: bids that nothing can meet do not keep those behind them from what there is
+OFFERS = 60  # whose room is loaded for them: the cheapest of those that suit one of them
 BATCH = 500
 MOST_OPEN = 50  # bids of one organization
 REST = timedelta(hours=1)
 AHEAD = timedelta(days=365)
+UNSEEN = Pool.build(Hosts.of(()))  # the room of an ask that nobody has looked at
 CONSENT = "I agree that each quote of this bid is accepted for us at once, at up to the limit, with the terms of service {version}."
 
 
@@ -196,23 +199,25 @@ def run(livemode: bool, gpu_model_id: int, region: str, *, now: datetime) -> Loo
     bids = _line(livemode, gpu_model_id, region, now)
     if not bids:
         return Looked()
-    offers = _offers(livemode, gpu_model_id, region, max(bid.limit_price for bid, _ in bids))
-    asks = _asks(offers, now)
-    wanted = [_as_order(bid, gpus) for bid, gpus in bids]
-    StandingBid.objects.filter(pk__in=[bid.pk for bid, _ in bids]).update(tried_at=now)
-    ends = [_quote(match, now) for match in orders.match(wanted, asks, seconds(now))]
-    return Looked(len(bids), ends.count("quoted"), ends.count("bought"), ends.count("refused"))
+    offers = _offers(livemode, gpu_model_id, region, max(bid.limit for bid in bids))
+    StandingBid.objects.filter(pk__in=[bid.id for bid in bids]).update(tried_at=now)
+    for first in range(0, len(bids), LINE):
+        line = bids[first : first + LINE]
+        if found := orders.match(line, _asks(offers, line, now), seconds(now)):
+            ends = [_quote(match, now) for match in found]
+            return Looked(len(bids), ends.count("quoted"), ends.count("bought"), ends.count("refused"))
+    return Looked(len(bids))
 
 
-def _line(livemode: bool, gpu_model_id: int, region: str, now: datetime) -> list[tuple[StandingBid, int]]:
-    """The first of the line, with the GPUs each still looks for: less what its firm quotes may take."""
+def _line(livemode: bool, gpu_model_id: int, region: str, now: datetime) -> list[orders.Bid]:
+    """The first of the line, for the GPUs each still looks for: less what its firm quotes may take."""
     rows = StandingBid.objects.filter(
         Q(rests_until=None) | Q(rests_until__lte=now), livemode=livemode, gpu_model=gpu_model_id, region=region, state="open",
         expires_at__gt=now, latest__gt=now,
     )  # fmt: skip
-    line = list(rows.order_by("-limit_price", "created_at", "id")[:LINE])
+    line = list(rows.order_by("-limit_price", "created_at", "id")[: LINE * LINES])
     asked = pending([row.pk for row in line], now)
-    return [(row, left) for row in line if (left := row.wanted - asked.get(row.pk, 0)) > 0]
+    return [_as_order(row, left) for row in line if (left := row.wanted - asked.get(row.pk, 0)) > 0]
 
 
 def pending(bid_ids: Sequence[int], now: datetime) -> dict[int, int]:
@@ -229,43 +234,49 @@ def _as_order(bid: StandingBid, gpus: int) -> orders.Bid:
     )  # fmt: skip
 
 
-def _offers(livemode: bool, gpu_model_id: int, region: str, most: int) -> list[tuple[Listing, str, int]]:
-    """(listing, kind, price) of what somebody's limit reaches, the cheapest first."""
+def _offers(livemode: bool, gpu_model_id: int, region: str, most: int) -> list[tuple[orders.Ask, Listing]]:
+    """What somebody's limit reaches, the cheapest first, as asks whose room nobody has looked at."""
     rows = Listing.objects.filter(
         Q(reserved_price__lte=most) | Q(flexible_price__lte=most), state=Listing.State.PUBLISHED, gpu_model=gpu_model_id,
         site__region=region, site__cell__livemode=livemode,
     ).select_related("site", "resale").prefetch_related("partners")  # fmt: skip
     found = [
-        (row, kind, price)
+        (_as_ask(row, kind, price), row)
         for row in rows
         for kind, price in (("reserved", row.reserved_price), ("flexible", row.flexible_price))
         if price is not None and price <= most
     ]
-    return sorted(found, key=lambda offer: (offer[2], offer[0].pk))[:OFFERS]
+    return sorted(found, key=lambda offer: (offer[0].price, offer[0].since, offer[0].id))
 
 
-def _asks(offers: Iterable[tuple[Listing, str, int]], now: datetime) -> list[orders.Ask]:
-    """One ask for each offer, with twice the listing's id (and one more: flexible); kinds of one listing sell the same capacity."""
+def _as_ask(listing: Listing, kind: str, price: int) -> orders.Ask:
+    """With twice the listing's id (and one more: flexible); kinds of one listing sell the same capacity."""
+    resale = listing.resale if listing.is_resale else None
+    only = None
+    if listing.visibility == Listing.Visibility.PARTNERS:
+        only = frozenset([listing.organization_id, *(partner.pk for partner in listing.partners.all())])
+    return orders.Ask(
+        id=2 * listing.pk + (kind == "flexible"),
+        since=seconds(listing.published_at or listing.created_at), price=price, kind=kind, shelf=listing.pk,
+        pool=UNSEEN, chunk=1, least=listing.min_gpus, lead=availability.lead_s(listing),
+        site=listing.site_id, shortest=listing.min_term_hours * 3600, longest=listing.max_term_days * 86_400,
+        window=None if resale is None else (seconds(resale.starts_at), seconds(resale.ends_at)), only=only,
+        never=0 if resale is None else resale.organization_id,
+    )  # fmt: skip
+
+
+def _asks(offers: Iterable[tuple[orders.Ask, Listing]], bids: Sequence[orders.Bid], now: datetime) -> list[orders.Ask]:
+    """The first of those that suit one of the bids, with their room."""
+    suitable = (
+        (ask, row) for ask, row in offers if any(ask.price <= bid.limit and orders.suits(bid, ask) for bid in bids)
+    )
     asks: list[orders.Ask] = []
     markets: dict[int, availability.Market] = {}
-    for listing, kind, price in offers:
+    for ask, listing in islice(suitable, OFFERS):
         if listing.pk not in markets:
             markets[listing.pk] = availability.load([listing], now)
         market = markets[listing.pk]
-        resale = listing.resale if listing.is_resale else None
-        only = None
-        if listing.visibility == Listing.Visibility.PARTNERS:
-            only = frozenset([listing.organization_id, *(partner.pk for partner in listing.partners.all())])
-        asks.append(
-            orders.Ask(
-                id=2 * listing.pk + (kind == "flexible"),
-                since=seconds(listing.published_at or listing.created_at), price=price, kind=kind, shelf=listing.pk,
-                pool=market.pool, chunk=market.chunks[listing.pk], least=listing.min_gpus, lead=availability.lead_s(listing),
-                site=listing.site_id, shortest=listing.min_term_hours * 3600, longest=listing.max_term_days * 86_400,
-                window=None if resale is None else (seconds(resale.starts_at), seconds(resale.ends_at)), only=only,
-                never=0 if resale is None else resale.organization_id,
-            )
-        )  # fmt: skip
+        asks.append(ask._replace(pool=market.pool, chunk=market.chunks[listing.pk]))
     return asks
 
 

@@ -11,15 +11,18 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from django.db import transaction
+from django.db.models import Avg, Min
 
 from marketplace.errors import MarketError
-from marketplace.models import ConversionPlan, Miner, PowerNode, Site
+from marketplace.models import ConversionPlan, FeedValue, Miner, PowerNode, Site
 from marketplace.services import audit, feeds
 from marketplace.tenancy import Actor
+from scheduler.core import tariffs
 from scheduler.core.conversion.defaults import DEFAULTS, Assumption
 from scheduler.core.conversion.inputs import Batch, ConversionError, Hall, Lease, Market, Rental
 from scheduler.core.conversion.inputs import Site as Inputs
@@ -28,6 +31,7 @@ from scheduler.core.conversion.schedule import plan
 from scheduler.core.conversion.sensitivity import tornado
 
 COOLING = ("liquid", "air")
+WEEK_HOURS = 168
 INCOME = ("lease", "rental")
 MARKET = (
     "hashprice", "hashprice_permille_month", "energy_uusd_mwh", "energy_permille_year", "pool_fee_ppm", "mining_cost_uusd_mwh",
@@ -129,15 +133,14 @@ class _Values:
 
     def __init__(self, site: Site, now: datetime) -> None:
         self.assumptions: dict[str, Assumption] = {}
-        prices, day = feeds.prices(site, now=now), f"{now:%F}"
-        self.known: dict[str, tuple[int, str]] = {
-            "mining_pue_permille": (site.miner_pue_permille, f"{site.name}, as its operator says"),
-            "energy_uusd_mwh": (site.energy_price_microusd_per_kwh * 1000, f"Tariff of {site.name}, as its operator says"),
-        }  # fmt: skip
+        prices = feeds.prices(site, now=now)
+        self.known: dict[str, tuple[int, str, str]] = {
+            "mining_pue_permille": (site.miner_pue_permille, f"{site.name}, as its operator says", "high"),
+            "energy_uusd_mwh": _usual_energy(site, now),
+        }
         if prices:
-            self.known["hashprice"] = prices.hashprice_uusd, "This market's own feed"
-            self.known["energy_uusd_mwh"] = prices.energy_uusd_mwh, "This site's energy feed or tariff"
-        self.day = day
+            self.known["hashprice"] = prices.hashprice_uusd, "This market's own feed", "high"
+        self.day = f"{now:%F}"
 
     def of(self, name: str, given: Mapping[str, Any], *, default: str = "", label: str = "") -> int:
         value = given.get(name)
@@ -146,12 +149,30 @@ class _Values:
         if value is not None:
             found = Assumption(label or key, value, standard.unit, "Given", self.day, "given")
         elif key in self.known:
-            known, source = self.known[key]
-            found = Assumption(label or key, known, standard.unit, source, self.day, "high")
+            known, source, confidence = self.known[key]
+            found = Assumption(label or key, known, standard.unit, source, self.day, confidence)
         else:
             found = Assumption(label or key, *list(asdict(standard).values())[1:])
         self.assumptions[found.name] = found
         return int(found.value)
+
+
+def _usual_energy(site: Site, now: datetime) -> tuple[int, str, str]:
+    """(micro-USD of a MWh over all hours, source, confidence). A plan is for years: not this interval's price but the mean of what
+    the zone's feed has shown, where that is a week at least, else the site's own price; with what the tariff adds in a week's mean.
+    """
+    hours = [now.astimezone(ZoneInfo(site.timezone)) + timedelta(hours=n) for n in range(WEEK_HOURS)]
+    parts = tariffs.parse(site.tariff)
+    added = sum(tariffs.added_uusd_mwh(parts, hour) for hour in hours) // WEEK_HOURS
+    for zone in dict.fromkeys((site.region, "")):
+        shown = FeedValue.objects.filter(
+            kind=FeedValue.Kind.ENERGY, scope=zone, observed_at__lte=now, observed_at__gt=now - timedelta(days=365)
+        ).aggregate(mean=Avg("value"), since=Min("observed_at"))
+        days = (now - shown["since"]).days if shown["since"] else 0
+        if days >= WEEK_HOURS // 24:
+            source = f"Mean of the energy feed's last {days} days, with the site's tariff"
+            return int(shown["mean"]) + added, source, "high" if days >= 360 else "medium"
+    return site.energy_price_microusd_per_kwh * 1000 + added, f"Tariff of {site.name}, as its operator says", "medium"
 
 
 def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs, Sequence[Assumption], dict[str, Any]]:

@@ -2,10 +2,13 @@
 
 import csv
 import io
+from datetime import timedelta
 
 import pytest
+from django.utils import timezone
 
 from marketplace.models import AuditEvent, ConversionPlan, PowerNode
+from marketplace.services import feeds
 from scheduler.core.conversion.defaults import DEFAULTS
 from tests import factories as f
 
@@ -47,6 +50,18 @@ def test_a_plan_of_nothing_but_a_name_reads_the_site(site, api):
     assert all(a["source"] and a["date"] and a["confidence"] for a in body["assumptions"])
     assert body["months"][0]["hashing_w"] > 0
     assert AuditEvent.objects.get(verb="conversion.planned").subject == body["id"]
+
+
+def test_a_plan_for_years_takes_no_price_of_an_hour(site, api):
+    now = timezone.now()
+    for days, dollars in ((10, 30), (5, 50), (0, 4000)):
+        at = now - timedelta(days=days)
+        feeds.store(
+            "energy_microusd_per_mwh", dollars * 10**6, source="grid", observed_at=at, now=at, scope=site.region
+        )
+    said = {a["name"]: a for a in make(api, site).json()["assumptions"]}["energy_uusd_mwh"]
+    assert said["value"] == 1_360_000_000
+    assert (said["source"][:42], said["confidence"]) == ("Mean of the energy feed's last 10 days, wi", "medium")
 
 
 def test_given_values_are_used_and_marked_as_given(site, api):

@@ -109,7 +109,7 @@ def lines(
         term=term(contract.starts_at),
         price=priced(rate),
         overage=priced(overage),
-        curtailed=curtailed(contract, month) if contract.kind == "flexible" else (),
+        curtailed=curtailed(contract, month) if gives_way(contract) else (),
         sold=tuple(
             rating.Added(
                 row.gpu_count * 1000, metering.interval(row.starts_at, _sold_until(contract, row)), priced(rate)
@@ -155,6 +155,11 @@ def term_end(contract: Contract, otherwise: int) -> int:
     ends = [contract.ends_at] if contract.state == Contract.State.DEFAULTED else [contract.ends_at, contract.ended_at]
     known = [metering.floor_second(moment) for moment in ends if moment is not None]
     return min(known, default=otherwise)
+
+
+def gives_way(contract: Contract) -> bool:
+    """May calls of the grid take jobs of it?"""
+    return contract.kind == "flexible" or contract.emergency_notice_s is not None
 
 
 def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:

@@ -6,7 +6,8 @@ does not change a line, because they are summed first.
 
 Kinds: `on_demand` and `spot` bill running seconds (spot with one price version per clearing price); `reserved` bills
 its commitment whether used or not, prorated by seconds, and what goes beyond the month's commitment as overage at the
-on-demand price; `flexible` is `reserved` less the curtailed time. What of a commitment could not be had is `credit`.
+on-demand price; `flexible` is `reserved` less the curtailed time, and so
+is what leaves in a grid emergency. What of a commitment could not be had is `credit`.
 What was paid at signing (`upfront`) is drawn down by the commitment, first things first, and what is left of it at the
 end is given back.
 """
@@ -95,7 +96,7 @@ class Commitment:
     `missed` and does not owe.
 
     `sold` is somebody else's to use: it stays due, to the end of its own window, and is no part of what may be drawn down.
-    `curtailed` is empty for a reserved contract. `overage` prices what goes beyond the month's commitment.
+    `curtailed` is empty for a reserved contract that names no emergency. `overage` prices what goes beyond the month's commitment.
     """
 
     contract: int

@@ -75,8 +75,8 @@ class ContractAdmin(look.Shown, TenantAdmin):
     )  # fmt: skip
     fields = (
         "shown_id", "shown_buyer", "listing", "site", "kind", "gpu_model", "gpu_count", "starts_at", "ends_at", "shown_price",
-        "fee_permille", "eviction_notice_s", "flexible_hours_per_month", "flexible_notice_s", "listing_version", "shown_state",
-        "created_at", "ended_at",
+        "fee_permille", "eviction_notice_s", "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "listing_version",
+        "shown_state", "created_at", "ended_at",
     )  # fmt: skip
     readonly_fields = ("shown_id", "shown_buyer", "shown_price", "shown_state")
 

@@ -92,8 +92,8 @@ class ListingForm(DeskForm):
         fields = (
             "site", "title", "description", "gpu_model", "visibility", "currency", "min_gpus", "min_term_hours", "max_term_days",
             "upfront_permille", "eviction_notice_s",
-            "flexible_hours_per_month", "flexible_notice_s", "maintenance_hours_per_month", "available_from", "available_until",
-            "interconnect", "fabric_gbps",
+            "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "maintenance_hours_per_month", "available_from",
+            "available_until", "interconnect", "fabric_gbps",
         )  # fmt: skip
 
         labels = {
@@ -105,6 +105,7 @@ class ListingForm(DeskForm):
             "eviction_notice_s": "Notice before eviction (spot), s",
             "flexible_hours_per_month": "Curtailment (flexible), hours a month",
             "flexible_notice_s": "Notice before curtailment (flexible), s",
+            "emergency_notice_s": "Notice before firm jobs leave in a grid emergency, s (empty: never)",
             "maintenance_hours_per_month": "Maintenance that firm contracts bear, hours a month",
             "fabric_gbps": "Fabric, Gb/s",
         }
@@ -171,7 +172,8 @@ class ListingAdmin(look.Shown, TenantAdmin):
         ("Prices", {"fields": ("currency", ("on_demand_price", "reserved_price"), ("flexible_price", "spot_floor"))}),
         ("Terms", {"fields": (
             ("min_gpus", "min_term_hours"), ("max_term_days", "upfront_permille"),
-            "eviction_notice_s", ("flexible_hours_per_month", "flexible_notice_s"), "maintenance_hours_per_month",
+            "eviction_notice_s", ("flexible_hours_per_month", "flexible_notice_s"),
+            ("emergency_notice_s", "maintenance_hours_per_month"),
             ("available_from", "available_until"),
         )}),
         ("Shown to buyers", {"fields": ("visibility", "partner_ids", ("interconnect", "fabric_gbps"))}),

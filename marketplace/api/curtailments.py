@@ -26,7 +26,11 @@ class CurtailmentRequest(Shape):
     ends_at = serializers.DateTimeField()
     reference = serializers.CharField(max_length=80)
     mandatory = serializers.BooleanField(required=False, default=True)
-    emergency = serializers.BooleanField(required=False, default=False)
+    emergency = serializers.BooleanField(
+        required=False,
+        default=False,
+        help_text="the grid's own: contracts that name emergencies give way too, last of all",
+    )
 
 
 class CurtailmentResource(Resource):

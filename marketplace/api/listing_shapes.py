@@ -101,6 +101,11 @@ class TermsShape(Shape):
     eviction_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
     flexible_hours_per_month = serializers.IntegerField(min_value=0, max_value=720, required=False)
     flexible_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
+    emergency_notice_s = serializers.IntegerField(
+        min_value=0, max_value=86_400, required=False, allow_null=True,
+        help_text="in a grid emergency jobs of on-demand, reserved and flexible contracts may be asked to leave, last of all, so long "
+        "after it was announced; reserved time that it takes is not charged. null: never",
+    )  # fmt: skip
     maintenance_hours_per_month = serializers.IntegerField(
         min_value=0, max_value=744, required=False,
         help_text="of announced maintenance that a reserved or flexible contract bears; beyond it the time is not charged",

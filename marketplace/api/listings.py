@@ -82,6 +82,7 @@ class ListingResource(Resource):
                 "eviction_notice_s": row.eviction_notice_s,
                 "flexible_hours_per_month": row.flexible_hours_per_month,
                 "flexible_notice_s": row.flexible_notice_s,
+                "emergency_notice_s": row.emergency_notice_s,
                 "maintenance_hours_per_month": row.maintenance_hours_per_month,
                 "available_from": row.available_from,
                 "available_until": row.available_until,

@@ -96,7 +96,7 @@ class CurtailmentShape(serializers.Serializer):
     ends_at = serializers.DateTimeField()
     ended_at = serializers.DateTimeField(allow_null=True, help_text="since then its limit does not stand any more")
     mandatory = serializers.BooleanField(help_text="economic otherwise: machines sleep, no job is touched")
-    emergency = serializers.BooleanField()
+    emergency = serializers.BooleanField(help_text="contracts that name emergencies give way too, last of all")
     grid_source = serializers.CharField(allow_null=True, help_text="the source that made it")
     state = serializers.ChoiceField(Curtailment.State.choices)
     actions = serializers.ListField(child=serializers.CharField())
@@ -117,7 +117,10 @@ class TouchedJobShape(serializers.Serializer):
     job = serializers.CharField()
     contract = serializers.CharField()
     kind = serializers.CharField()
-    what = serializers.ChoiceField(["left", "held_lower"])
+    what = serializers.ChoiceField(
+        ["left", "left_in_emergency", "held_lower"],
+        help_text="left_in_emergency: firm, and its contract names emergencies",
+    )
     at = serializers.DateTimeField()
 
 

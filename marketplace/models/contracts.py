@@ -57,6 +57,9 @@ class Contract(TenantModel):
     eviction_notice_s = models.PositiveIntegerField(default=120)
     flexible_hours_per_month = models.PositiveIntegerField(default=0)
     flexible_notice_s = models.PositiveIntegerField(default=600)
+    emergency_notice_s = models.PositiveIntegerField(
+        null=True, blank=True, help_text="as its listing said when it was signed; empty: it never leaves for a call"
+    )
     listing_version = models.PositiveIntegerField()
     terms = models.JSONField(help_text="the order form as agreed: every field of the listing and quote")
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)

@@ -71,6 +71,10 @@ class Listing(TenantModel):
     eviction_notice_s = models.PositiveIntegerField(default=120)
     flexible_hours_per_month = models.PositiveIntegerField(default=40)
     flexible_notice_s = models.PositiveIntegerField(default=600)
+    emergency_notice_s = models.PositiveIntegerField(
+        null=True, blank=True,
+        help_text="in a grid emergency firm jobs may be asked to leave, last of all, so long after it was announced; empty: never",
+    )  # fmt: skip
     maintenance_hours_per_month = models.PositiveIntegerField(
         default=4,
         help_text="of announced maintenance that a firm contract bears; beyond it reserved time is not charged",

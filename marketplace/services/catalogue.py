@@ -83,6 +83,8 @@ _LISTING: Final = {
     "eviction_notice_s": "l.eviction_notice_s",
     "flexible_hours_per_month": "l.flexible_hours_per_month",
     "flexible_notice_s": "l.flexible_notice_s",
+    "emergency_clause": "(l.emergency_notice_s IS NOT NULL)::int",
+    "emergency_notice_s": "coalesce(l.emergency_notice_s, -1)",
     "available_from": _epoch("l.available_from", -1),
     "available_until": _epoch("l.available_until", -1),
     "is_resale": "l.is_resale::int",

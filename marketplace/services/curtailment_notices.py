@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from django.db.models import Q
+
 from marketplace import outbox
 from marketplace.models import Contract, ContractEvent, Curtailment, CurtailmentNotice, Host
 from marketplace.services import curtailment_reports, mails, sheds
@@ -18,7 +20,7 @@ What = CurtailmentNotice.What
 
 
 def announced(row: Curtailment, *, now: datetime) -> None:
-    """Flexible contracts whose hosts hang under the node of a mandatory call: their notice counts from here."""
+    """Contracts that may give way to a mandatory call, their hosts under its node: their notice counts from here."""
     if row.mandatory:
         _write(row, dict.fromkeys(_concerned(row), 0), What.ANNOUNCED, now)
 
@@ -39,7 +41,10 @@ def over(row: Curtailment, *, now: datetime) -> None:
 
 def _concerned(row: Curtailment) -> list[int]:
     hosts = Host.objects.filter(power_node__in=curtailment_reports.below(row.node)).exclude(listing=None)
-    rows = Contract.objects.filter(listing__in=hosts.values("listing"), state__in=LIVE, kind="flexible")
+    named = Q(kind="flexible")
+    if row.emergency:
+        named |= Q(emergency_notice_s__isnull=False)
+    rows = Contract.objects.filter(named, listing__in=hosts.values("listing"), state__in=LIVE)
     return list(rows.order_by("pk").values_list("pk", flat=True))
 
 
@@ -99,10 +104,19 @@ def sentence(notice: CurtailmentNotice) -> str:
         if not notice.curtailed_s:
             return f"{name}: nothing of it was touched."
         return f"{name}: its jobs left for the call and queue again; {minutes} minutes are not billed."
-    notice_s = notice.contract.flexible_notice_s
+    flexible, emergency_s = notice.contract.kind == "flexible", notice.contract.emergency_notice_s
+    named = notice.curtailment.emergency and emergency_s is not None
+    notices = [notice.contract.flexible_notice_s] if flexible else []
+    notice_s = min([*notices, *([emergency_s or 0] if named else [])], default=0)
+    ahead = f"{notice_s} seconds" if notice_s < 120 else f"{notice_s // 60} minutes"
+    last = (
+        ""
+        if flexible
+        else "the grid has declared an emergency, which it names. Last of all, where nothing else is left, "
+    )
     return (
-        f"{name}: its jobs may be asked to leave from {max(notice.curtailment.starts_at, notice.at):%-d %b %H:%M} UTC on, not before "
-        f"{notice_s // 60} minutes after this. They get their checkpoint grace and queue again; that time is not billed."
+        f"{name}: {last}its jobs may be asked to leave from {max(notice.curtailment.starts_at, notice.at):%-d %b %H:%M} UTC on, not "
+        f"before {ahead} after this. They get their checkpoint grace and queue again; that time is not billed."
     )
 
 

@@ -15,6 +15,7 @@ from django.db.models import Q, Sum
 
 from marketplace import ids
 from marketplace.models import (
+    Contract,
     Curtailment,
     CurtailmentReport,
     JobEvent,
@@ -158,7 +159,7 @@ def touched(row: Curtailment) -> list[dict[str, Any]]:
     words = f"curtailment {row.public_id}"
     left = PlacementEvent.objects.filter(to_state="draining", reason=words).select_related("placement__contract")
     held = JobEvent.objects.filter(reason__startswith=f"{words}: ").select_related("job__contract")
-    told = [(e.at, e.placement.job_id, e.placement.contract, "left") for e in left]
+    told = [(e.at, e.placement.job_id, e.placement.contract, _left(e.placement.contract)) for e in left]
     told += [(e.at, e.job_id, e.job.contract, "held_lower") for e in held]
     seen: dict[tuple[int, str], dict[str, Any]] = {}
     for at, job, contract, what in sorted(told, key=lambda t: (t[0], t[1])):
@@ -170,6 +171,10 @@ def touched(row: Curtailment) -> list[dict[str, Any]]:
             },
         )  # fmt: skip
     return list(seen.values())
+
+
+def _left(contract: Contract) -> str:
+    return "left" if contract.kind in {"spot", "flexible"} else "left_in_emergency"
 
 
 def _readings(node: PowerNode, start: datetime, end: datetime) -> Iterable[tuple[datetime, int]]:

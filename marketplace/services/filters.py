@@ -41,6 +41,8 @@ NUMBERS: Final = {
     "eviction_notice_s": "eviction_notice_s",
     "flexible_hours_per_month": "flexible_hours_per_month",
     "flexible_notice_s": "flexible_notice_s",
+    "emergency_clause": "emergency_clause",
+    "emergency_notice_s": "emergency_notice_s",
     **{name: name for name in PRICES.values()},
 }
 COMPARABLE: Final = ("price", *NUMBERS, *TEXTS)  # `price`: of any kind asked for

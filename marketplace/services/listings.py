@@ -35,8 +35,10 @@ from scheduler.core import economics
 EDITABLE = (
     "title", "description", "visibility", "gpu_model_id", "currency", "on_demand_price", "reserved_price", "flexible_price",
     "spot_floor", "min_gpus", "min_term_hours", "max_term_days", "upfront_permille", "eviction_notice_s", "flexible_hours_per_month",
-    "flexible_notice_s", "maintenance_hours_per_month", "available_from", "available_until", "interconnect", "fabric_gbps",
+    "flexible_notice_s", "emergency_notice_s", "maintenance_hours_per_month", "available_from", "available_until", "interconnect",
+    "fabric_gbps",
 )  # fmt: skip
+MOST_NOTICE_S = 86_400
 PRICES = ("on_demand_price", "reserved_price", "flexible_price", "spot_floor")
 SHARED_RUNTIMES = frozenset({"process", "virtual"})  # no isolation between tenants: for test cells, or named partners
 ACTIONS = {"published": "publish", "paused": "pause", "retired": "retire"}
@@ -239,6 +241,8 @@ def _check_terms(listing: Listing) -> None:
         wrong["/upfront_permille"] = "at most 1000: all of the commitment"
     if listing.flexible_hours_per_month > 720:
         wrong["/flexible_hours_per_month"] = "at most 720"
+    if (listing.emergency_notice_s or 0) > MOST_NOTICE_S:
+        wrong["/emergency_notice_s"] = f"at most {MOST_NOTICE_S}, or empty: firm contracts never leave"
     opens, closes = listing.available_from, listing.available_until
     if opens and closes and opens >= closes:
         wrong["/available_until"] = "after available_from"

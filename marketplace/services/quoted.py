@@ -7,7 +7,7 @@ from marketplace.models import Listing, Quote
 
 FROZEN = (
     "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
-    "flexible_hours_per_month", "flexible_notice_s", "upfront_permille", "maintenance_hours_per_month",
+    "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "upfront_permille", "maintenance_hours_per_month",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """A grid call that hashing alone cannot meet: what it takes of jobs, in the order of `scheduler.core.curtail`.
 
-Spot leaves first, then flexible after its notice, then GPUs are held lower, and firm leaves only where its contract names such an
-emergency. A drain's reason names the call: by it billing gives a contract its hours back. Economic calls touch no job.
+Spot leaves first, then flexible after its notice, then GPUs are held lower, and firm leaves only in an emergency, where its contract
+names one (`emergency_notice_s`) and that notice is over. A drain's reason names the call: by it billing gives a contract its hours
+back. Economic calls touch no job.
 
 A flexible contract gives way for as many hours of a UTC month as it was signed with. A call whose hours there are not left any more
 finds it firm.
@@ -42,11 +43,10 @@ def relieve(site_id: int, *, now: datetime) -> list[int]:
     work = []
     for placement in live.select_related("contract"):
         path = ledger.tree.paths[ledger.tree.index[hosts[placement.host_id].power_node_id]]
-        call = next((at[n] for n in path if n in at and need[n] > 0), None)
-        rank = curtail.STAYS if call is None else _rank(placement.contract, call, now, willing)
+        ranks = {n: _rank(placement.contract, at[n], now, willing) for n in path if n in at and need[n] > 0}
         since = int(placement.created_at.timestamp() * 1_000_000)
         gpus = frozenset(placement.gpu_indices)
-        work.append(curtail.Work(placement.pk, placement.job_id, placement.host_id, gpus, rank, since))
+        work.append(curtail.Work(placement.pk, placement.job_id, placement.host_id, gpus, curtail.STAYS, since, ranks))
     found = curtail.relief(ledger.tree, need, {pk: _shape(ledger, h) for pk, h in hosts.items()}, work, may_cap=True)
     asked: dict[int, list[int]] = defaultdict(list)
     for job, node in found.leave:
@@ -95,17 +95,15 @@ def _missing(ledger: Ledger, calls: dict[int, Curtailment]) -> core.Ints:
 
 
 def _rank(contract: Contract, call: Curtailment, now: datetime, willing: dict[tuple[int, int], bool]) -> int:
-    """Of curtail's ranks. An emergency waits for nobody's notice: what is missing meanwhile comes from other work's GPUs."""
-    if contract.kind == "spot":
-        return curtail.SPOT
-    if contract.kind == "flexible":
-        key = (contract.pk, call.pk)
-        if key not in willing:
-            willing[key] = _hours_left(contract, call, now)
-        if willing[key]:
-            due = now >= call.created_at + timedelta(seconds=contract.flexible_notice_s)
-            return curtail.FLEXIBLE if due else curtail.STAYS if call.emergency else curtail.SOON
-    return curtail.STAYS
+    """`curtail.rank` of its jobs. Who signed after the call was announced is told by signing."""
+    told = now - max(call.created_at, contract.created_at)
+    key = (contract.pk, call.pk)
+    if contract.kind == "flexible" and key not in willing:
+        willing[key] = _hours_left(contract, call, now)
+    agreed = curtail.Agreed(
+        contract.kind, willing.get(key, False), contract.flexible_notice_s, contract.emergency_notice_s
+    )
+    return curtail.rank(curtail.Call(call.mandatory, call.emergency), agreed, int(told.total_seconds()))
 
 
 def calls_of(contract: Contract) -> set[int]:

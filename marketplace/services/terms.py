@@ -7,6 +7,10 @@ Early termination, as the terms of every contract say:
                       on stays due to the end of its own window.
   bought from a holder  paid whole at signing, so there is no early end: it can be sold on.
 
+In a grid emergency a contract whose listing said so (`emergency_notice_s`) gives way, last of all: after hashing, spot and flexible
+work, and after GPUs were held lower; not before its notice, with checkpoint grace. Reserved time that such a call takes is not charged.
+All others stay.
+
 Maintenance of GPUs that a reserved or flexible contract holds: where no others stand in, announced work may take them for
 `maintenance_hours_per_month` hours of a UTC month; what it takes beyond that, and all that emergencies and late extensions take, is
 not charged. (A contract from before this rule bears none.)
@@ -68,6 +72,11 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "eviction_notice_s": frozen["eviction_notice_s"],
         "flexible_hours_per_month": frozen["flexible_hours_per_month"] if quote.kind == Kind.FLEXIBLE else 0,
         "flexible_notice_s": frozen["flexible_notice_s"],
+        "grid_emergency": {"rule": "leaves_last", "notice_s": notice_s, "time_taken": "not_charged"}
+        if (notice_s := emergency_notice_s(quote)) is not None
+        else {"rule": "stays"}
+        if quote.kind != Kind.SPOT
+        else None,
         "early_termination": {"rule": "at_once"}
         if quote.kind not in HOLDING
         else {"rule": BOUGHT}
@@ -87,6 +96,11 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "price_rise": {"rule": "with_consent", "notice_days": PRICE_NOTICE_DAYS} if quote.ends_at is None else None,
         "default": {"rule": "ended_when_unpaid", "after_days": DEFAULT_AFTER_DAYS},
     }
+
+
+def emergency_notice_s(quote: Quote) -> int | None:
+    """Of the contract to be; None: it names no emergency in which it leaves. Spot has its own notice always."""
+    return None if quote.kind == Kind.SPOT else quote.terms.get("emergency_notice_s")
 
 
 def termination(contract: Contract, now: datetime) -> datetime:

@@ -19,6 +19,9 @@ SORT_WORDS = {
 }  # fmt: skip
 
 
+FIRM = "emergency_clause=0"  # the comparison that a tick stands for
+
+
 class SearchForm(forms.Form):
     """The market's filters. Facets come as repeated parameters."""
 
@@ -35,6 +38,7 @@ class SearchForm(forms.Form):
     fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
     carbon_max_g = forms.IntegerField(label="Carbon up to, g/kWh", required=False, min_value=0, max_value=10_000)
     verified = forms.BooleanField(label="Verified by benchmark only", required=False)
+    never_leaves = forms.BooleanField(label="Firm in grid emergencies too", required=False)
     reliability_min = forms.DecimalField(
         label="Reliability from, %", required=False, min_value=0, max_value=100, max_digits=4, decimal_places=1
     )
@@ -66,7 +70,9 @@ class SearchForm(forms.Form):
             reliability_min=None if asked["reliability_min"] is None else int(asked["reliability_min"] * 10),
             kind=asked["kind"] or None,
             resale={"yes": True, "no": False}.get(asked["resale"]),
-            where=search.comparisons(asked["where"]),
+            where=tuple(
+                dict.fromkeys(search.comparisons(asked["where"] + ("," + FIRM if asked["never_leaves"] else "")))
+            ),
         )
 
     @staticmethod
@@ -85,7 +91,8 @@ class SearchForm(forms.Form):
             "verified": "on" if wanted.verified else None,
             "resale": None if wanted.resale is None else "yes" if wanted.resale else "no",
             "reliability_min": None if wanted.reliability_min is None else f"{Decimal(wanted.reliability_min) / 10:f}",
-            "where": ",".join(str(each) for each in wanted.where), "sort": sort if sort != "price" else None,
+            "never_leaves": "on" if FIRM in map(str, wanted.where) else None,
+            "where": ",".join(text for text in map(str, wanted.where) if text != FIRM), "sort": sort if sort != "price" else None,
         }  # fmt: skip
         query.update({name: str(value) for name, value in given.items() if value not in {None, ""}})
         return query

@@ -92,7 +92,7 @@ class Owes:
             *((a["added_gpus"], _second(a["effective_at"]), term) for a in added),
             *((gpus, max(a, term), b) for gpus, a, b in self.sold if b > max(a, term)),  # stays due after an early end
         ]
-        self.calls = _curtailed(c) if c["kind"] == "flexible" else []
+        self.calls = _curtailed(c) if c["kind"] == "flexible" or c["emergency_notice_s"] is not None else []
 
     def due(self) -> list[Part]:
         """What is due by now, curtailed seconds not yet taken out."""

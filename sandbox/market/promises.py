@@ -24,7 +24,16 @@ KEPT = timedelta(days=1)  # so long after its window an offer is still looked at
 OWN = ("cancelled", "the contract ended", "a replica ended")
 # Why work that is firm may be asked to go.
 FIRM = (*OWN, "host drained", "drained:", "not_started", "moved", "host", "site", "a replica", "lease")
-FROZEN = ("terms", "fee_permille", "kind", "currency", "eviction_notice_s", "flexible_notice_s", "overage_price")
+FROZEN = (
+    "terms",
+    "fee_permille",
+    "kind",
+    "currency",
+    "eviction_notice_s",
+    "flexible_notice_s",
+    "emergency_notice_s",
+    "overage_price",
+)
 PRICE_NOTICE = timedelta(days=30)
 STAYS_DUE, STAYS_DUE_AT_LEAST = 4, timedelta(hours=24)
 DUNNING = {"notify": 3, "suspend": 14, "default": 28}
@@ -249,8 +258,9 @@ class Promises:
                         f"placement {e['placement']} left {e['at']:%F %T} for {why}, announced {call['created_at']:%F %T}"
                     )
             elif c["kind"] in {"on_demand", "reserved"}:
-                self.count("firm: asked to go only for cause", "broken" if curtailed else "kept")
-                if curtailed or not why.startswith(FIRM):
+                agreed = curtailed and _named(c, calls[why.split()[1]], e["at"])
+                self.count("firm: asked to go only for cause", "broken" if curtailed and not agreed else "kept")
+                if not agreed and (curtailed or not why.startswith(FIRM)):
                     found.append(f"placement {e['placement']} of a {c['kind']} contract was asked to go: {why!r}")
             if why.startswith("drained:") and "mnt_" not in why and (told := self.leaves.get(e["host_id"])):
                 self.count("maintenance: not before its hour", "broken" if e["at"] < told else "kept")
@@ -277,6 +287,12 @@ class Promises:
                     f"invoice {s['number']}: {s['action']} at {s['taken_at']:%F %T}, issued {s['finalized_at']:%F %T}"
                 )
         return found
+
+
+def _named(c: Row, call: Row, at: datetime) -> bool:
+    """An emergency, of a kind that the contract names, and its notice was over."""
+    notice = c["emergency_notice_s"]
+    return call["emergency"] and notice is not None and at >= call["created_at"] + timedelta(seconds=notice)
 
 
 def _why(job: int) -> str:

@@ -4,11 +4,12 @@ Pure: seconds and watts are integers, sums up the tree mW, money millionths of a
 
     hashing (the site's loop) -> spot -> flexible (its notice over) -> GPUs held lower -> firm, where its contract names such a call
 
-`relief` says what of jobs has to go, when all machines that may sleep are not enough: never more than is missing, nothing of a
-later rank while an earlier one could give the watts at the same nodes, of one rank the newest first.
+`rank` says what of this a job's contract agreed to. `relief` says what of jobs has to go, when all machines that may sleep are not
+enough: never more than is missing, nothing of a later rank while an earlier one could give the watts at the same nodes, of one rank
+the newest first.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,43 @@ from scheduler.core.power_tree import HOST, Ints, PowerTree
 
 SPOT, FLEXIBLE, SOON, FIRM, STAYS = range(5)
 """Ranks of work: SOON will leave once its notice is over (its watts are counted on); STAYS may only be held lower."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of a call decides who leaves for it: for an economic one nobody, for an emergency also whoever agreed to that."""
+
+    mandatory: bool = True
+    emergency: bool = False
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What of its contract decides. `hours_left`: a flexible one has hours left this month for the call. `emergency_notice_s`: what it
+    wants to be told ahead of leaving in an emergency; None: its contract names none, so it never leaves.
+    """
+
+    kind: str
+    hours_left: bool = False
+    flexible_notice_s: int = 0
+    emergency_notice_s: int | None = None
+
+
+def rank(call: Call, agreed: Agreed, told_s: int) -> int:
+    """Of a job, `told_s` seconds after its contract was told of the call. An emergency does not wait for a flexible contract's notice:
+    what is missing meanwhile comes from other work's GPUs.
+    """
+    if not call.mandatory:
+        return STAYS
+    if agreed.kind == "spot":
+        return SPOT
+    if agreed.kind == "flexible" and agreed.hours_left:
+        if told_s >= agreed.flexible_notice_s:
+            return FLEXIBLE
+        if not call.emergency:
+            return SOON
+    named = call.emergency and agreed.emergency_notice_s is not None and told_s >= agreed.emergency_notice_s
+    return FIRM if named else STAYS
 
 
 @dataclass(frozen=True)
@@ -43,7 +81,9 @@ class HostShape:
 
 @dataclass(frozen=True)
 class Work:
-    """One placement. `job`: those of one job leave together. `since`: of two of a rank the later leaves first."""
+    """One placement. `job`: those of one job leave together. `since`: of two of a rank the later leaves first. `ranks`: by position of
+    the node where it is another one than `rank`: calls differ.
+    """
 
     key: Hashable
     job: Hashable
@@ -51,6 +91,10 @@ class Work:
     gpus: frozenset[int]
     rank: int
     since: int
+    ranks: Mapping[int, int] = field(default_factory=dict)
+
+    def rank_at(self, node: int) -> int:
+        return self.ranks.get(node, self.rank)
 
 
 @dataclass(frozen=True)
@@ -69,20 +113,34 @@ class _State:
     hosts: Mapping[Hashable, HostShape]
     stay: dict[Hashable, list[Work]]
     booked: dict[Hashable, int]
+    caps: dict[Hashable, int] = field(default_factory=dict)
+    gone: set[Hashable] = field(default_factory=set)
 
-    def node(self, host: Hashable) -> int | None:
-        """The nearest node above the host that still lacks watts."""
-        return next((n for n in self.tree.paths[self.hosts[host].node] if self.need[n] > 0), None)
+    def node(self, work: Work, rank: int) -> int | None:
+        """The nearest node above it that still lacks watts and for which it is of this rank."""
+        path = self.tree.paths[self.hosts[work.host].node]
+        return next((n for n in path if self.need[n] > 0 and work.rank_at(n) == rank), None)
 
-    def lower(self, host: Hashable, gpu_w: int | None = None) -> None:
-        """Take from `need` what the host gives up as it now stands."""
-        shape, works = self.hosts[host], self.stay.get(host, [])
+    def target(self, host: Hashable, without: Collection[Hashable] = ()) -> int:
+        """W that the host needs, after these jobs too."""
+        works = [w for w in self.stay.get(host, []) if w.job not in without]
         active = len({i for w in works for i in w.gpus})
-        target = min(self.booked[host], shape.needs_w(active, works=bool(works), gpu_w=gpu_w))
+        needs = self.hosts[host].needs_w(active, works=bool(works), gpu_w=self.caps.get(host))
+        return min(self.booked[host], needs)
+
+    def lower(self, host: Hashable) -> None:
+        """Take from `need` what the host gives up as it now stands."""
+        target = self.target(host)
         freed = self.booked[host] - target
-        for n in self.tree.paths[shape.node]:
+        for n in self.tree.paths[self.hosts[host].node]:
             self.need[n] = max(0, int(self.need[n]) - freed * int(self.tree.k[n, HOST]))
         self.booked[host] = target
+
+    def leaves(self, job: Hashable, rows: Sequence[Work]) -> None:
+        self.gone.add(job)
+        for host in {w.host for w in rows if w.job == job}:
+            self.stay[host] = [w for w in self.stay[host] if w.job != job]
+            self.lower(host)
 
 
 def relief(
@@ -101,30 +159,39 @@ def relief(
     _leave(state, rows, SPOT, leave)
     _leave(state, rows, FLEXIBLE, leave)
     _leave(state, rows, SOON, [])
-    caps = _caps(state) if may_cap else {}
-    _leave(state, rows, FIRM, leave)
-    return Relief(tuple(leave), caps, {int(n): int(state.need[n]) for n in np.flatnonzero(state.need > 0)})
+    if may_cap:
+        _caps(state)
+    _leave_last(state, rows, leave)
+    return Relief(tuple(leave), state.caps, {int(n): int(state.need[n]) for n in np.flatnonzero(state.need > 0)})
 
 
 def _leave(state: _State, rows: Sequence[Work], rank: int, leave: list[tuple[Hashable, int]]) -> None:
-    gone: set[Hashable] = set()
     for w in rows:
-        if w.rank != rank or w.job in gone:
+        node = None if w.job in state.gone else state.node(w, rank)
+        if node is None or not state.hosts[w.host].cap_control:
             continue
-        node = state.node(w.host)
-        if node is None or state.hosts[w.host].cap_control is False:
-            continue
-        gone.add(w.job)
         leave.append((w.job, node))
-        for host in {x.host for x in rows if x.job == w.job}:
-            state.stay[host] = [x for x in state.stay[host] if x.job != w.job]
-            state.lower(host)
+        state.leaves(w.job, rows)
 
 
-def _caps(state: _State) -> dict[Hashable, int]:
+def _leave_last(state: _State, rows: Sequence[Work], leave: list[tuple[Hashable, int]]) -> None:
+    """FIRM, and none in vain: a GPU at its floor draws what an idle one does, so a host held there gives watts only when all of its
+    jobs go. Where one of them stays, so do the others.
+    """
+    for w in rows:
+        node = None if w.job in state.gone else state.node(w, FIRM)
+        if node is None or not state.hosts[w.host].cap_control:
+            continue
+        beside = list(dict.fromkeys(x.job for x in state.stay[w.host] if x.rank_at(node) == FIRM))
+        going = next((g for g in ([w.job], beside) if state.target(w.host, g) < state.booked[w.host]), [])
+        for job in going:
+            leave.append((job, node))
+            state.leaves(job, rows)
+
+
+def _caps(state: _State) -> None:
     """Deepest node first, every host under it by the same share of what lies between its GPUs' watts and their floor."""
-    caps: dict[Hashable, int] = {}
-    tree = state.tree
+    tree, caps = state.tree, state.caps
     for n in sorted(np.flatnonzero(state.need > 0).tolist(), key=lambda n: (-len(tree.paths[n]), n)):
         if state.need[n] <= 0:  # a node below has given enough
             continue
@@ -141,8 +208,7 @@ def _caps(state: _State) -> dict[Hashable, int]:
         share = min(1000, -(-int(state.need[n]) * 1000 // most))
         for host, (_, now, low) in sorted(room.items(), key=lambda item: str(item[0])):
             caps[host] = now - -(-(now - low) * share // 1000)
-            state.lower(host, caps[host])
-    return caps
+            state.lower(host)
 
 
 # --- what a call delivered

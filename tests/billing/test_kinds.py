@@ -103,9 +103,13 @@ def test_a_reservation_that_nobody_used_is_due_all_the_same(market: World):
     settled(market, invoice)
 
 
-def test_flexible_is_cheaper_and_free_while_it_gave_way(market: World):
-    contract = sign(market, "flexible", 8, start=MONTH, end=MONTH + 2 * DAY)
-    assert contract.price == 1_600_000
+@pytest.mark.parametrize(
+    ("kind", "cents", "terms"), [("flexible", 160, {}), ("reserved", 200, {"emergency_notice_s": 300})]
+)
+def test_what_gives_way_is_free_meanwhile(market: World, kind, cents, terms):
+    """Flexible for any call, reserved for an emergency that its contract names."""
+    contract = sign(market, kind, 8, start=MONTH, end=MONTH + 2 * DAY, **terms)
+    assert contract.price == cents * 10_000
     placement = market.ran(MONTH, 6 * HOUR, gpus=8)
     site = market.host.site
     Curtailment.objects.create(
@@ -119,7 +123,7 @@ def test_flexible_is_cheaper_and_free_while_it_gave_way(market: World):
         reason=f"curtailment {Curtailment.objects.get().public_id}",
     )  # fmt: skip
     invoice = market.close(MONTH + 3 * DAY)
-    assert lines(invoice) == [("commitment", round(8 * (48 - 2.5) * 160))]
+    assert lines(invoice) == [("commitment", round(8 * (48 - 2.5) * cents))]
     collect(invoice)
     settled(market, invoice)
 

@@ -3,8 +3,10 @@
 from datetime import timedelta
 
 import pytest
+from django.db import transaction
 
 from marketplace.models import (
+    AuditEvent,
     Curtailment,
     CurtailmentNotice,
     CurtailmentReport,
@@ -13,11 +15,13 @@ from marketplace.models import (
     Host,
     JobEvent,
     Miner,
+    Placement,
     PowerNode,
     Site,
 )
 from marketplace.services import curtailment_reports, curtailments, feeds, grid
 from marketplace.services.grid import rules
+from scheduler import cycle
 from tests import factories as f
 from tests.faults.yard import Yard
 
@@ -195,3 +199,115 @@ def test_flexible_holders_are_told_before_and_after(yard):
     yard.until(lambda: settled(row), seconds=2000)
     over = CurtailmentNotice.objects.get(contract=flexible, what="over")
     assert over.curtailed_s == 0
+
+
+# --- a grid call: hashing -> spot -> flexible after its notice -> firm not at all
+def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
+    firm = yard.submit(gpus=3)
+    spot = yard.submit(gpus=5, contract=yard.book("spot"))
+    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))
+    for job in (firm, spot, flexible):
+        yard.until(lambda job=job: yard.state(job) == "running", seconds=200)
+    root = PowerNode.objects.get(kind="site")
+    with transaction.atomic():
+        call = curtailments.announce(
+            f.actor(yard.site.organization), root, cap_w=11_000, starts_at=yard.now, ends_at=yard.now + timedelta(minutes=20),
+            reference="EEA3", now=yard.now,
+        )  # fmt: skip
+        Curtailment.objects.update(created_at=yard.now)
+        call.refresh_from_db()
+    yard.until(lambda: yard.state(spot) == "requeued", seconds=200)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=120)
+    moved = {p.job_id: p.events.get(to_state="draining") for p in Placement.objects.exclude(job=firm)}
+    assert moved[flexible.pk].at - call.created_at >= timedelta(seconds=60)  # its notice
+    assert all(e.reason.startswith("curtailment cur_") for e in moved.values())  # by which billing knows
+    yard.until(lambda: yard.physics.true_w[0] <= 11_000, seconds=120)
+    yard.turn(6)
+    assert yard.state(firm) == "running"
+    yard.now = call.ends_at
+    yard.turn()
+    assert Curtailment.objects.get().state == "restoring"
+    yard.now += curtailments.RESTORED
+    yard.turn()
+    assert Curtailment.objects.get().state == "completed"
+    verbs = set(AuditEvent.objects.filter(subject=call.public_id).values_list("verb", flat=True))
+    assert verbs == {f"curtailment.{v}" for v in ("announced", "active", "restoring", "completed")}
+
+
+def test_a_flexible_contract_gives_way_for_its_hours_and_is_firm_after_them(yard):
+    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))  # for an hour a month
+
+    def running():
+        cycle.run(flexible.cell_id, now=yard.now)
+        return yard.state(flexible) == "running"
+
+    def call(reference, minutes, cap_w=7_000):
+        row = curtailments.announce(
+            f.actor(yard.site.organization), PowerNode.objects.get(kind="site"), cap_w=cap_w, starts_at=yard.now,
+            ends_at=yard.now + timedelta(minutes=minutes), reference=reference, now=yard.now,
+        )  # fmt: skip
+        Curtailment.objects.filter(pk=row.pk).update(created_at=yard.now)
+        return row
+
+    yard.until(running, seconds=200)
+    first = call("first", 45)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
+    yard.now = first.ends_at
+    yard.until(running, seconds=300)
+    call("second", 20)  # 15 minutes are left
+    yard.turn(30)
+    assert yard.state(flexible) == "running"
+    call("third", 10, cap_w=6_900)
+    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
+
+
+# --- and firm: last of all, in an emergency that its contract names, after its notice
+def emergency(yard, **more):
+    """Fewer watts than two working hosts at the floor of all their GPUs draw."""
+    row = call(yard, 5_000, minutes=30, **{"emergency": True, **more})
+    row.refresh_from_db()
+    return row
+
+
+def test_firm_leaves_in_an_emergency_that_its_contract_names_last_of_all(yard):
+    named = yard.submit(contract=yard.book("on_demand", emergency_notice_s=120))
+    firm = yard.submit()
+    for job in (named, firm):
+        yard.until(lambda job=job: yard.state(job) == "running", seconds=200)
+    yard.turn(6)
+    row = emergency(yard)
+    told = list(CurtailmentNotice.objects.values_list("contract", "what"))
+    assert told == [(named.contract_id, "announced")], "who is not concerned is not told"
+    yard.until(lambda: yard.state(named) == "requeued", seconds=400)
+    left = Placement.objects.get(job=named).events.get(to_state="draining")
+    assert left.reason == f"curtailment {row.public_id}"
+    assert left.at - row.created_at >= timedelta(seconds=120)
+    assert not Miner.objects.filter(desired_mode__gt=0).exists(), "hashing gave all it had"
+    floor = Host.objects.get(pk=Placement.objects.get(job=firm).host_id)
+    assert floor.call_gpu_w == floor.gpu_min_w, "and GPUs were held lower"
+    yard.turn(12)
+    assert yard.state(firm) == "running"
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    found = {j["job"]: j["what"] for j in CurtailmentReport.objects.get().jobs if j["what"] != "held_lower"}
+    assert found == {named.public_id: "left_in_emergency"}
+    over = CurtailmentNotice.objects.get(contract=named.contract_id, what="over")
+    assert over.curtailed_s == 30 * 60
+
+
+@pytest.mark.parametrize("terms", [{"emergency": False}, {"emergency": False, "mandatory": False}])
+def test_no_other_call_takes_firm_work_whatever_its_contract_says(yard, terms):
+    named = yard.submit(contract=yard.book("on_demand", emergency_notice_s=0))
+    yard.until(lambda: yard.state(named) == "running", seconds=200)
+    emergency(yard, **terms)
+    yard.turn(14)
+    assert yard.state(named) == "running"
+    assert not Placement.objects.exclude(release_requested_at=None).exists()
+
+
+def test_an_emergency_takes_no_firm_work_whose_contract_names_none(yard):
+    firm = yard.submit()
+    yard.until(lambda: yard.state(firm) == "running", seconds=200)
+    emergency(yard)
+    yard.turn(14)
+    assert yard.state(firm) == "running"

@@ -9,10 +9,9 @@ from django.db import transaction
 
 from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
 from marketplace.locks import Lock, acquire
-from marketplace.models import AuditEvent, Curtailment, Miner, Placement, PowerNode, ShedBatch, ShedClaim, Site
-from marketplace.services import curtailments, power
+from marketplace.models import Miner, Placement, PowerNode, ShedBatch, ShedClaim, Site
+from marketplace.services import power
 from scheduler import cycle, site_loop
-from tests import factories as f
 from tests.faults.yard import Yard
 
 pytestmark = pytest.mark.django_db
@@ -313,66 +312,6 @@ def test_power_returns_nothing_is_woken_until_it_is_metered_and_then_group_by_gr
     assert not asleep, "all hash again"
     assert max(steps) == 3500, "one by one: a machine is more than a tenth of this PDU's cap"
     assert sum(1 for watts in steps if watts) >= len(sleepers & set(yard.under(where)))
-
-
-# --- a grid call: hashing -> spot -> flexible after its notice -> firm not at all
-def test_a_grid_call_takes_hashing_then_spot_then_flexible(yard):
-    firm = yard.submit(gpus=3)
-    spot = yard.submit(gpus=5, contract=yard.book("spot"))
-    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))
-    for job in (firm, spot, flexible):
-        yard.until(lambda job=job: yard.state(job) == "running", seconds=200)
-    root = PowerNode.objects.get(kind="site")
-    with transaction.atomic():
-        call = curtailments.announce(
-            f.actor(yard.site.organization), root, cap_w=11_000, starts_at=yard.now, ends_at=yard.now + timedelta(minutes=20),
-            reference="EEA3", now=yard.now,
-        )  # fmt: skip
-        Curtailment.objects.update(created_at=yard.now)
-        call.refresh_from_db()
-    yard.until(lambda: yard.state(spot) == "requeued", seconds=200)
-    yard.until(lambda: yard.state(flexible) == "requeued", seconds=120)
-    moved = {p.job_id: p.events.get(to_state="draining") for p in Placement.objects.exclude(job=firm)}
-    assert moved[flexible.pk].at - call.created_at >= timedelta(seconds=60)  # its notice
-    assert all(e.reason.startswith("curtailment cur_") for e in moved.values())  # by which billing knows
-    yard.until(lambda: yard.physics.true_w[0] <= 11_000, seconds=120)
-    yard.turn(6)
-    assert yard.state(firm) == "running"
-    yard.now = call.ends_at
-    yard.turn()
-    assert Curtailment.objects.get().state == "restoring"
-    yard.now += curtailments.RESTORED
-    yard.turn()
-    assert Curtailment.objects.get().state == "completed"
-    verbs = set(AuditEvent.objects.filter(subject=call.public_id).values_list("verb", flat=True))
-    assert verbs == {f"curtailment.{v}" for v in ("announced", "active", "restoring", "completed")}
-
-
-def test_a_flexible_contract_gives_way_for_its_hours_and_is_firm_after_them(yard):
-    flexible = yard.submit(gpus=8, contract=yard.book("flexible"))  # for an hour a month
-
-    def running():
-        cycle.run(flexible.cell_id, now=yard.now)
-        return yard.state(flexible) == "running"
-
-    def call(reference, minutes, cap_w=7_000):
-        row = curtailments.announce(
-            f.actor(yard.site.organization), PowerNode.objects.get(kind="site"), cap_w=cap_w, starts_at=yard.now,
-            ends_at=yard.now + timedelta(minutes=minutes), reference=reference, now=yard.now,
-        )  # fmt: skip
-        Curtailment.objects.filter(pk=row.pk).update(created_at=yard.now)
-        return row
-
-    yard.until(running, seconds=200)
-    first = call("first", 45)
-    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
-    yard.now = first.ends_at
-    yard.until(running, seconds=300)
-    call("second", 20)  # 15 minutes are left
-    yard.turn(30)
-    assert yard.state(flexible) == "running"
-    call("third", 10, cap_w=6_900)
-    yard.until(lambda: yard.state(flexible) == "requeued", seconds=200)
 
 
 # --- the history of sheds

@@ -194,10 +194,10 @@ class Yard:
 
     # --- its people
 
-    def book(self, kind):
+    def book(self, kind, **terms):
         return f.contract(
-            self.contract.listing, self.contract.organization, kind=kind, gpu_count=16, flexible_notice_s=60,
-            flexible_hours_per_month=1,
+            self.contract.listing, self.contract.organization, kind=kind, gpu_count=16,
+            **{"flexible_notice_s": 60, "flexible_hours_per_month": 1, **terms},
         )  # fmt: skip
 
     def submit(self, gpus=8, contract=None, **more):

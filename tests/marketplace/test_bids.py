@@ -164,6 +164,16 @@ def test_consent_signs_and_is_on_the_record(desk):
     desk.sound(contract.pay_by)
 
 
+def test_consent_does_not_reach_to_an_emergency_clause():
+    """Who gives way in a grid emergency has read so: the bid gets its quote, and a person decides."""
+    desk = Desk(emergency_notice_s=300)
+    row = bid(desk, auto_accept=True)
+    desk.offer()
+    assert look(desk) == bids.Looked(bids=1, quoted=1)
+    made = Quote.objects.get(bid=row)
+    assert (made.state, made.terms["emergency_notice_s"]) == ("open", 300)
+
+
 def test_consent_does_not_reach_over_the_checks_of_a_signature(desk):
     row = bid(desk, auto_accept=True)
     desk.offer()

@@ -294,12 +294,21 @@ def test_an_organization_sees_and_releases_its_own_quotes_alone(site, customer):
 
 @pytest.mark.django_db
 def test_the_contract_is_made_of_what_the_quote_froze(site, customer):
-    listing = offer(site, title="as quoted", eviction_notice_s=120, flexible_notice_s=600, fabric_gbps=400, version=3)
+    listing = offer(
+        site,
+        title="as quoted",
+        eviction_notice_s=120,
+        flexible_notice_s=600,
+        emergency_notice_s=300,
+        fabric_gbps=400,
+        version=3,
+    )
     quote = ask(customer, listing, "flexible")
     later = type(listing).objects.get(pk=listing.pk)
     for name, value in {
-        "title": "another", "eviction_notice_s": 7200, "flexible_notice_s": 5, "flexible_hours_per_month": 700, "fabric_gbps": 0,
-        "flexible_price": 1, "runtime": "virtual", "gpu_model": factories.gpu_model("L40S"), "version": 4, "state": "paused",
+        "title": "another", "eviction_notice_s": 7200, "emergency_notice_s": None, "flexible_notice_s": 5,
+        "flexible_hours_per_month": 700, "fabric_gbps": 0, "flexible_price": 1, "runtime": "virtual",
+        "gpu_model": factories.gpu_model("L40S"), "version": 4, "state": "paused",
     }.items():  # fmt: skip
         setattr(later, name, value)
     later.save()
@@ -309,6 +318,8 @@ def test_the_contract_is_made_of_what_the_quote_froze(site, customer):
     )  # admitted once more
     assert (contract.price, contract.listing_version, contract.gpu_model.name) == (1_600_000, 3, "H100-SXM")
     assert (contract.eviction_notice_s, contract.flexible_notice_s, contract.flexible_hours_per_month) == (120, 600, 40)
+    assert contract.emergency_notice_s == 300
+    assert contract.terms["grid_emergency"] == {"rule": "leaves_last", "notice_s": 300, "time_taken": "not_charged"}
     agreed = {k: contract.terms[k] for k in ("title", "fabric_gbps", "runtime", "site", "gpu_model", "listing_version")}
     assert agreed == {
         "title": "as quoted", "fabric_gbps": 400, "runtime": "process", "site": site.name, "gpu_model": "H100-SXM",

@@ -214,9 +214,10 @@ def test_a_resale_is_taken_for_all_of_its_window_and_not_by_its_own_holder(desk)
 
 
 def test_flexible_stays_flexible():
-    desk = Desk(kind="flexible", flexible_hours_per_month=30)
+    desk = Desk(kind="flexible", flexible_hours_per_month=30, emergency_notice_s=90)
     contract = desk.buy(desk.buyer(), desk.offer(), kind="flexible")
     assert (contract.kind, contract.flexible_hours_per_month, contract.price) == ("flexible", 30, ASK)
+    assert contract.emergency_notice_s == 90, "what its holder had agreed to"
     desk.sound()
 
 

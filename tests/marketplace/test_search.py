@@ -225,6 +225,15 @@ def test_terms_bind_reserved_windows(customer):
     assert titles(customer, Filters(start=NOW + DAY, end=NOW + 2 * DAY, kind="on_demand")) == ["weekly"]
 
 
+def test_who_wants_no_grid_call_at_all_says_so(customer):
+    offer("stays")
+    yields = offer("yields", emergency_notice_s=300)
+    assert titles(customer, Filters(where=search.comparisons("emergency_clause=0"))) == ["stays"]
+    assert titles(customer, Filters(where=search.comparisons("emergency_notice_s>=300"))) == ["yields"]
+    type(yields).objects.filter(pk=yields.pk).update(emergency_notice_s=None)
+    assert sorted(titles(customer, Filters(where=search.comparisons("emergency_clause=0")))) == ["stays", "yields"]
+
+
 def test_who_sees_what(customer):
     """Published and public, or named; of one's own mode; drafts are nobody's offer."""
     offer("public")

@@ -17,6 +17,7 @@ def contract(**changes):
     terms = json.dumps({"maintenance": {"hours_per_month": 4}})
     return {
         "id": 1, "kind": "reserved", "state": "active", "gpu_count": 8, "starts_at": AT, "ends_at": AT + 48 * HOUR, "ended_at": None,
+        "emergency_notice_s": None,
         "billed_through": AT + 24 * HOUR, "terms": terms, **changes,
     }  # fmt: skip
 

@@ -213,6 +213,7 @@ def _create(quote: Quote, listing: Listing, starts_at: datetime, now: datetime) 
         eviction_notice_s=quote.terms["eviction_notice_s"],
         flexible_hours_per_month=quote.terms["flexible_hours_per_month"] if quote.kind == Kind.FLEXIBLE else 0,
         flexible_notice_s=quote.terms["flexible_notice_s"],
+        emergency_notice_s=terms.emergency_notice_s(quote),
         listing_version=quote.listing_version,
         terms=agreed,
         state=Contract.State.PENDING_PAYMENT if upfront else Contract.State.ACTIVE,

@@ -21,7 +21,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, GpuModel, Listing, Organization, Quote, Site, StandingBid
-from marketplace.services import audit, availability, contracts, documents, quotes
+from marketplace.services import audit, availability, contracts, documents, quotes, terms
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward.topics import TOLD, nudge_book
 from marketplace.tenancy import SYSTEM, Actor
@@ -332,9 +332,9 @@ def _check_limit(bid: StandingBid, quote: Quote) -> None:
 
 def _sign(actor: Actor, bid: StandingBid, quote: Quote, now: datetime) -> Contract | None:
     """The contract, where the bidder has agreed to it before; None where a person decides, or where it cannot be signed now: the quote
-    is then firm as any other.
+    is then firm as any other. What gives way in a grid emergency a person has to have read.
     """
-    if not bid.auto_accept:
+    if not bid.auto_accept or terms.emergency_notice_s(quote) is not None:
         return None
     try:
         with transaction.atomic():

@@ -230,7 +230,8 @@ def _listing(contract: Contract, original: Listing, asked: Asked, begin: datetim
         flexible_price=asked.price if contract.kind == "flexible" else None,
         min_gpus=chunk_of(contract), min_term_hours=1, max_term_days=term("max_term_days"), upfront_permille=1000,
         eviction_notice_s=contract.eviction_notice_s, flexible_hours_per_month=contract.flexible_hours_per_month,
-        flexible_notice_s=contract.flexible_notice_s, available_from=begin, available_until=asked.ends_at,
+        flexible_notice_s=contract.flexible_notice_s, emergency_notice_s=contract.emergency_notice_s, available_from=begin,
+        available_until=asked.ends_at,
         interconnect=term("interconnect"), fabric_gbps=term("fabric_gbps"), runtime=term("runtime"), published_at=now,
     )  # fmt: skip
     made.partners.set(original.partners.all())

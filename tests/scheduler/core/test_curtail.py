@@ -1,5 +1,6 @@
 """The order of a call, what it delivered, and when a price makes one."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -38,7 +39,7 @@ def ask(hosts, work, may_cap=True, **watts):
 
 
 def work(key, on, gpus, rank, since=0, job=None):
-    return Work(key, job or key, on, frozenset(gpus), rank, since)
+    return Work(key, key if job is None else job, on, frozenset(gpus), rank, since)
 
 
 def test_spot_leaves_before_flexible_and_the_newest_of_a_rank_first():
@@ -73,8 +74,27 @@ def test_gpus_are_held_lower_before_firm_leaves():
     assert not found.leave
     found = ask({"h": host("a", 4)}, rows, a=2100)
     assert found.caps == {"h": 200}
-    assert [j for j, _ in found.leave] == ["emergency"]
+    assert not found.leave, "in vain: the other's job keeps the host up"
+    assert [j for j, _ in ask({"h": host("a", 2)}, rows[:1], a=1100).leave] == ["emergency"]
     assert ask({"h": host("a", 4)}, rows, may_cap=False, a=1000).leave == (("emergency", TREE.index["a"]),)
+
+
+def test_firm_leaves_only_where_its_host_gives_watts_for_it():
+    """At their floor its GPUs draw what idle ones do: two jobs of one host go together or neither."""
+    beside = [work("one", "h", [0, 1], FIRM, 2), work("two", "h", [2, 3], FIRM, 1)]
+    found = ask({"h": host("a", 4)}, beside, a=2100)
+    assert [j for j, _ in found.leave] == ["one", "two"]
+    for stays in (STAYS, SOON):  # what is to leave soon is gone when firm work is asked
+        mixed = [work("one", "h", [0, 1], FIRM, 2), work("two", "h", [2, 3], stays, 1)]
+        assert [j for j, _ in ask({"h": host("a", 4)}, mixed, a=3800).leave] == ([] if stays == STAYS else ["one"])
+
+
+def test_work_leaves_for_the_call_that_its_contract_names_alone():
+    """The PDU's call is an emergency, the site's is none: what the PDU lacks takes it, what the site lacks does not."""
+    a, site = TREE.index["a"], TREE.index["site"]
+    named = Work("w", "w", "h", frozenset(range(8)), STAYS, 0, {a: FIRM, site: STAYS})
+    assert ask({"h": host("a", 8)}, [named], a=6000).leave == (("w", a),)
+    assert not ask({"h": host("a", 8)}, [named], site=6000).leave
 
 
 def test_a_gang_leaves_together_and_other_pdus_are_left_alone():
@@ -142,7 +162,9 @@ def test_the_order_holds_and_nothing_goes_in_vain(site):
         assert {n: int(after[n]) for n in np.flatnonzero(after > 0)} == found.missing_mw
     for n in np.flatnonzero(after > 0):  # what is still missing, nobody under that node could give
         under = [w for w in leaves if n in TREE.paths[hosts[w.host].node]]
-        assert not [w for w in under if w.rank in {SPOT, FLEXIBLE, FIRM}]
+        assert not [w for w in under if w.rank in {SPOT, FLEXIBLE}]
+        stays = {w.host for w in leaves if w.rank == STAYS}
+        assert not [w for w in under if w.rank == FIRM and w.host not in stays], "their hosts could be emptied"
         assert all(found.caps.get(w.host) == 200 for w in under if w.rank == STAYS)
     if gone:  # without the last that was asked something is missing
         last = found.leave[-1][0]
@@ -152,6 +174,32 @@ def test_the_order_holds_and_nothing_goes_in_vain(site):
         assert (without > 0).any()
     if any(r == FIRM for r in ranks):  # and GPUs at its nodes are at their floor already
         assert found.caps
+
+
+calls = st.builds(curtail.Call, mandatory=st.booleans(), emergency=st.booleans())
+agreed = st.builds(
+    curtail.Agreed, st.sampled_from(["spot", "flexible", "reserved", "on_demand"]), st.booleans(), st.integers(0, 900),
+    st.none() | st.integers(0, 900),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(sites(), calls, st.lists(agreed, min_size=7, max_size=7), st.lists(st.integers(0, 1000), min_size=7, max_size=7))
+def test_firm_work_leaves_in_an_emergency_that_its_contract_names_and_else_never(site, call, contracts, told):
+    """Whatever is missing, of whatever call: by the terms of the job's contract (jobs are 0 to 6), not before its notice."""
+    hosts, rows, watts = site
+    rows = [replace(w, rank=curtail.rank(call, contracts[w.job], told[w.job])) for w in rows]
+    found = ask(hosts, rows, **watts)
+    gone = {job for job, _ in found.leave}
+    assert call.mandatory or not gone, "an economic call takes nobody"
+    for job in gone:
+        terms, since = contracts[job], told[job]
+        if terms.kind == "flexible" and terms.hours_left and since >= terms.flexible_notice_s:
+            continue
+        if terms.kind != "spot":
+            assert call.emergency
+            assert terms.emergency_notice_s is not None
+            assert since >= terms.emergency_notice_s
 
 
 # --- what it delivered

@@ -149,6 +149,7 @@ CELERY_BEAT_SCHEDULE = {
     "maintenance": {"task": "marketplace.tasks.tick_maintenance", "schedule": 5.0, "options": {"expires": 5}},
     "grid": {"task": "marketplace.tasks.tick_grid", "schedule": 5.0, "options": {"expires": 5}},
     "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
+    "pool-payouts": {"task": "marketplace.tasks.pull_payouts", "schedule": 60.0, "options": {"expires": 60}},
     "profit": {"task": "marketplace.tasks.roll_profit", "schedule": 300.0, "options": {"expires": 300}},
     "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
     "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},

@@ -17,6 +17,7 @@ from marketplace.services import (
     grid,
     jobs,
     maintenance,
+    pool_payouts,
     profit,
     reliability,
     saved,
@@ -73,6 +74,17 @@ def hosts_put_back(payload: dict[str, Any]) -> None:
 @shared_task
 def fetch_feeds() -> None:
     feeds.fetch_all(now=timezone.now())
+
+
+@shared_task
+def pull_payouts() -> None:
+    """What pools say that they paid, of every feed that is due."""
+    pool_payouts.tick(timezone.now())
+
+
+@outbox.handler(pool_payouts.TROUBLE)
+def pool_trouble(payload: dict[str, Any]) -> None:
+    pool_payouts.tell_operator(payload["feed"])
 
 
 @shared_task

@@ -7,11 +7,13 @@ The shapes of mempool.space (strings where theirs are strings) and an energy pri
     GET /api/v1/difficulty-adjustment
     GET /api/v1/prices                    {"time", "USD", "EUR", ...}
     GET /api/blocks/tip/height            a number
+    GET /pool/payouts?since=T[&phs=N]     {"payouts": [{"id", "start", "end", "sat", "usd"}]}  of each day that is over, for N PH/s
     GET /energy                           {"source", "prices": [{"zone", "start", "end", "market", "usd_per_mwh"}]}
     POST /control/fault                   {"fault": "" | "zero" | "stale" | "down"}
 
 Values are a pure function of seed and time, so that two runs at one instant agree. `zero` answers a hashrate of 0 (as
-theirs does while its node is down), `stale` answers what was true when it was set, `down` answers 503.
+theirs does while its node is down) and payouts of 0, `stale` answers what was true when it was set, `down` answers 503,
+`restated` answers other figures for payouts that were told before. With a bearer the pool's payouts want that token.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from typing import Any
 
 from sandbox.site.httpd import Httpd, Request
 
-FAULTS = ("", "zero", "stale", "down")
+FAULTS = ("", "zero", "stale", "down", "restated")
+DAY = 86_400
+POOL_FEE = 0.02
 BLOCK_S = 600
 # A plausible state of the network (research/power.md, section 4), from which seeded walks start.
 EPOCH = 1_767_225_600  # 2026-01-01T00:00:00Z
@@ -124,6 +128,20 @@ class Market:
             "CAD": round(usd * 1.38),
         }
 
+    def payouts(self, since: float, at: float, phs: float) -> list[dict[str, Any]]:
+        """FPPS for the UTC days in [since, at), a payout a day: subsidy and fees of the shares at the day's difficulty, less the fee."""
+        rows = []
+        for day in range(int(since // DAY) * DAY, int(at // DAY) * DAY, DAY):
+            paid = self.rewards(day, 144)
+            reward = int(paid["totalReward"]) / 144
+            sat = round(phs * 1e15 * DAY / (self.difficulty(day) * 2**32) * reward * (1 - POOL_FEE))
+            begin, end = (datetime.fromtimestamp(t, UTC) for t in (day, day + DAY))
+            usd = f"{sat * self.price(day + DAY) / 1e8:.2f}"
+            rows.append(
+                {"id": f"{begin:%Y%m%d}", "start": begin.isoformat(), "end": end.isoformat(), "sat": sat, "usd": usd}
+            )
+        return rows
+
     def day_ahead(self, hour: float, zone: str) -> float:
         """USD per MWh of the hour: an evening peak, a solar valley and a swing over days. Raises KeyError for an unknown zone."""
         of_day = (hour % 86_400) / 3600
@@ -153,8 +171,8 @@ class Market:
 
 
 class Feeds:
-    def __init__(self, seed: int = 1, port: int = 0, clock: Callable[[], float] = time.time) -> None:
-        self.market, self.clock = Market(seed), clock
+    def __init__(self, seed: int = 1, port: int = 0, clock: Callable[[], float] = time.time, bearer: str = "") -> None:
+        self.market, self.clock, self.bearer = Market(seed), clock, bearer
         self.fault, self.fault_at = "", 0.0
         self.httpd = Httpd(self.handle, port)
 
@@ -188,9 +206,21 @@ class Feeds:
                 return 200, value | ({"USD": 0, "EUR": 0} if self.fault == "zero" else {})
             case ["api", "blocks", "tip", "height"]:
                 return 200, market.height(at)
+            case ["pool", "payouts"]:
+                return self.payouts(request, at)
             case ["energy"]:
                 return 200, market.energy(at, zero=self.fault == "zero")
         return 404, {"error": {"code": "not_found", "message": request.path}}
+
+    def payouts(self, request: Request, at: float) -> tuple[int, Any]:
+        if self.bearer and request.headers.get("authorization") != f"Bearer {self.bearer}":
+            return 401, {"error": "who are you?"}
+        since = datetime.fromisoformat(request.query.get("since", "1970-01-01T00:00:00Z")).timestamp()
+        rows = self.market.payouts(max(since, at - 60 * DAY), at, float(request.query.get("phs", "1")))
+        if self.fault in {"zero", "restated"}:
+            less = 0 if self.fault == "zero" else 1
+            rows = [row | {"sat": row["sat"] * less - less, "usd": "0" if not less else row["usd"]} for row in rows]
+        return 200, {"payouts": rows}
 
 
 async def serve(feeds: Feeds) -> None:

@@ -32,7 +32,7 @@ from marketplace.models import (
     MaintenanceHost,
     SavedSearch,
 )
-from marketplace.services import conversions, documents, grid, maintenance, saved, verifications
+from marketplace.services import conversions, documents, grid, maintenance, pool_payouts, saved, verifications
 from marketplace.tenancy import ROLES, Actor
 from tests import factories
 from tests.factories import NOW
@@ -149,6 +149,11 @@ class World:
         return grid.add(actor, node, kind="frequency", now=NOW, **values)
 
     @cached_property
+    def pool_feed(self) -> Any:
+        actor = Actor(kind="user", organization_id=self.organization.pk, role="owner", label="x")
+        return pool_payouts.add(actor, self.site, name="a pool", url="https://pool.example/payouts", now=NOW)
+
+    @cached_property
     def conversion(self) -> Any:
         actor = Actor(kind="user", organization_id=self.organization.pk, role="owner", label="x")
         return conversions.make(actor, self.site, name="Plan", now=NOW)
@@ -200,6 +205,7 @@ class World:
                 "invitation",
                 "curtailment",
                 "grid_source",
+                "pool_feed",
                 "conversion",
                 "invoice",
                 "work",
@@ -216,7 +222,7 @@ def _one(parameter: str, attribute: str | None = None) -> Make:
 organization, site, host, miner, agent = (_one(n) for n in ("organization", "site", "host", "miner", "agent"))
 listing, quote, contract, job, placement = (_one(n) for n in ("listing", "quote", "contract", "job", "placement"))
 key, invitation, curtailment, invoice = (_one(n) for n in ("key", "invitation", "curtailment", "invoice"))
-grid_source = _one("grid_source")
+grid_source, pool_feed = _one("grid_source"), _one("pool_feed")
 draft, conversion, search = _one("listing", "draft"), _one("plan", "conversion"), _one("search")
 resale, bid = _one("resale"), _one("bid")
 work, feed = _one("work"), _one("feed")
@@ -334,6 +340,11 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/curtailments/<str:curtailment>/cancel", "POST", "power:write", curtailment),
     R("api/v1/curtailments/<str:curtailment>/report", "GET", "power:read", curtailment),
     R("api/v1/curtailments/<str:curtailment>/seconds.csv", "GET", "power:read", curtailment),
+    R("api/v1/pool-feeds", "GET", "payouts:read"),
+    R("api/v1/pool-feeds", "POST", "payouts:write"),
+    R("api/v1/pool-feeds/<str:pool_feed>", "GET", "payouts:read", pool_feed),
+    R("api/v1/pool-feeds/<str:pool_feed>", "PATCH", "payouts:write", pool_feed),
+    R("api/v1/pool-feeds/<str:pool_feed>", "DELETE", "payouts:write", pool_feed),
     R("api/v1/grid-sources", "GET", "power:read"),
     R("api/v1/grid-sources", "POST", "power:write"),
     R("api/v1/grid-sources/<str:grid_source>", "GET", "power:read", grid_source),

@@ -12,6 +12,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     maintenance,
     miners,
     money,
+    pools,
     power,
     profit,
     screening,

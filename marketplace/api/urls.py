@@ -23,6 +23,7 @@ from marketplace.api import (
     organizations,
     payment_methods,
     payouts,
+    pool_feeds,
     power,
     probe,
     profit,
@@ -41,6 +42,7 @@ from marketplace.api import (
 
 RESOURCES = (  # asked from the first to the last: what is called most stands first
     jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power, profit,
+    pool_feeds,
     curtailments, grid, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward,
     usage, invoices,
     payment_methods, payouts, agent, staff,

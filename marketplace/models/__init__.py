@@ -12,7 +12,7 @@ from marketplace.models.accounts import (
 from marketplace.models.agreements import Amendment, ContractDocument, DocumentFile, TermsAcceptance
 from marketplace.models.contracts import Contract, ContractEvent, Reservation, ReservationBlock
 from marketplace.models.conversions import ConversionPlan
-from marketplace.models.energy import DeviceHour, ProfitHour, Receipt
+from marketplace.models.energy import DeviceHour, PoolFeed, ProfitHour, Receipt
 from marketplace.models.forward import Fill, Resale, StandingBid
 from marketplace.models.grid import CurtailmentNotice, CurtailmentReport, GridSource
 from marketplace.models.jobs import Job, JobEvent
@@ -107,6 +107,7 @@ __all__ = [
     "OutboxMessage",
     "Placement",
     "PlacementEvent",
+    "PoolFeed",
     "PowerGrant",
     "PowerNode",
     "ProfitHour",

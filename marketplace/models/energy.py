@@ -1,5 +1,5 @@
-"""What a site's energy became: by device and hour, by kind and hour, and what pools and grids paid. Written by services.site_minutes
-and services.profit alone.
+"""What a site's energy became: by device and hour, by kind and hour, and what pools and grids paid. Written by services.site_minutes,
+services.profit, services.receipts and services.pool_payouts alone.
 """
 
 from django.contrib.postgres.fields import ArrayField
@@ -11,7 +11,9 @@ from marketplace.tenancy import TenantModel
 
 
 class DeviceHour(models.Model):
-    """Millijoules by device in one hour; sums over the rows of an hour are those of its minutes. `work`: GH/s x ms of miners."""
+    """Millijoules by device in one hour; sums over the rows of an hour are those of its minutes. `ms`: of placements, for how long each
+    was accounted for; empty in hours from before it was kept.
+    """
 
     class Of(models.TextChoices):
         PLACEMENT = "placement"
@@ -23,6 +25,7 @@ class DeviceHour(models.Model):
     of = models.CharField(max_length=12, choices=Of)
     ids = ArrayField(models.BigIntegerField(), default=list)
     mj = ArrayField(models.BigIntegerField(), default=list)
+    ms = ArrayField(models.IntegerField(), default=list)
 
     objects = SiteOwnedQuerySet.as_manager()
 
@@ -83,7 +86,7 @@ class Receipt(TenantModel):
         HASHING = "hashing"
         DEMAND_RESPONSE = "demand_response"
 
-    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="receipts", db_index=False)
+    site = models.ForeignKey(Site, on_delete=models.PROTECT, related_name="receipts", db_index=False)
     kind = models.CharField(max_length=16, choices=Kind)
     source = models.CharField(max_length=40, help_text="the pool, or who runs the programme")
     reference = models.CharField(max_length=80)
@@ -106,3 +109,35 @@ class Receipt(TenantModel):
 
     def __str__(self) -> str:
         return f"{self.source} {self.reference}"
+
+
+class PoolFeed(TenantModel):
+    """Where a pool says what it paid; its payouts become receipts, once by the feed's name and the pool's own id of each."""
+
+    PREFIX = "plf"
+
+    site = models.ForeignKey(Site, on_delete=models.CASCADE, related_name="pool_feeds", db_index=False)
+    name = models.CharField(max_length=40, help_text="The pool: the source of its receipts. It cannot be changed")
+    url = models.CharField(max_length=300)
+    secret = models.BinaryField(null=True, blank=True)
+    enabled = models.BooleanField(default=True)
+    poll_s = models.PositiveIntegerField(default=3600)
+    stale_after_s = models.PositiveIntegerField(default=172_800, help_text="Nothing newer paid for so long, s: overdue")
+    # what was heard
+    asked_at = models.DateTimeField(null=True, blank=True)
+    heard_at = models.DateTimeField(null=True, blank=True, help_text="The newest answer that was understood whole")
+    paid_until = models.DateTimeField(null=True, blank=True, help_text="The end of the newest time that was paid for")
+    error = models.CharField(max_length=400, blank=True)
+    told_at = models.DateTimeField(
+        null=True, blank=True, help_text="Its operator has a mail of the trouble that it is in"
+    )
+    created_by = models.CharField(max_length=120)
+    created_at = models.DateTimeField()
+
+    objects = SiteOwnedQuerySet.as_manager()
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["site", "name"], name="pool_feed_name_once")]
+
+    def __str__(self) -> str:
+        return self.name

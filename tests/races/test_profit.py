@@ -4,8 +4,8 @@ from datetime import timedelta
 
 import pytest
 
-from marketplace.models import ProfitHour, Receipt, Site, SiteMinute
-from marketplace.services import profit, receipts, site_minutes
+from marketplace.models import PoolFeed, ProfitHour, Receipt, Site, SiteMinute
+from marketplace.services import pool_payouts, profit, receipts, site_minutes
 from tests import factories as f
 from tests.factories import NOW
 from tests.threads import at_once
@@ -45,3 +45,25 @@ def test_a_receipt_is_taken_once_and_hours_are_told_once():
     profit.rebuild(site, NOW, NOW + HOUR)
     rows = ProfitHour.objects.filter(kind="hashing")
     assert (len(rows), sum(row.paid_microusd for row in rows)) == (3, 1_000_000)
+
+
+def test_a_pool_is_asked_once_and_its_payouts_taken_once_whoever_else_asks(monkeypatch):
+    """One worker asks; a second one that had asked before (its feed was changed meanwhile) takes nothing twice."""
+    site = f.site()
+    row = pool_payouts.add(f.actor(site.organization), site, name="a pool", url="https://pool.example/", now=NOW)
+    day = {"start": (NOW - 24 * HOUR).isoformat(), "end": NOW.isoformat(), "sat": 5, "usd": "1"}
+    asked = []
+
+    def answer(*_):
+        asked.append(1)
+        return [{"id": str(n), **day} for n in range(5)]
+
+    monkeypatch.setattr(pool_payouts, "_ask", answer)
+    same = [PoolFeed.objects.get(pk=row.pk) for _ in range(4)]
+    taken = at_once([lambda each=each: pool_payouts.pull(each, now=NOW + HOUR) for each in same])
+    assert (sorted(taken), len(asked)) == ([0, 0, 0, 5], 1)
+    said = [pool_payouts.read({"id": str(n), **day}) for n in (5, 6)]
+    pairs = [(each, payout) for payout in said for each in same]
+    taken = at_once([lambda e=e, p=p: pool_payouts._take(e, p, NOW + HOUR) for e, p in pairs])
+    assert sum(taken) in range(2, 9), "who comes second finds the receipt that it would have written"
+    assert Receipt.objects.count() == 7

@@ -1,6 +1,6 @@
 """What every resource stands on: `Resource` (tenancy by `visible_to`), strict shapes, ids, lists, idempotent writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from django.core.exceptions import ValidationError
@@ -123,7 +123,11 @@ class Resource(APIView):
             if name in query:
                 rows = self.narrow(rows, name, lookup, query[name])
         data, more, cursor = pagination.page(rows, query, order=self.order)
+        self.look(data)
         return Response({"data": [self.represent(row) for row in data], "has_more": more, "cursor": cursor})
+
+    def look(self, rows: Sequence[Any]) -> None:
+        """What `represent` needs of a page's rows and is cheaper asked for together."""
 
     def narrow(self, rows: QuerySet[Any], name: str, lookup: str, text: str) -> QuerySet[Any]:
         """`rows` by one filter; a value that cannot be one of the column's is refused by name."""

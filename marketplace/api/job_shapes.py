@@ -105,6 +105,10 @@ class PlacementShape(serializers.Serializer):
     )
     finished_at = serializers.DateTimeField(allow_null=True)
     exit_code = serializers.IntegerField(allow_null=True)
+    energy_wh = serializers.IntegerField(
+        help_text="its part of what its host drew, by its part of the GPUs in use; without cooling"
+    )
+    average_w = serializers.IntegerField(allow_null=True, help_text="of that; null: not accounted for yet")
 
 
 class JobDetailShape(JobShape):

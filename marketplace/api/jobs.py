@@ -1,6 +1,7 @@
 """Jobs: submit (one or a batch), list, show, explain, events, logs, cancel."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from django.http import Http404
@@ -28,7 +29,7 @@ from marketplace.api.job_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Job, Placement
-from marketplace.services import job_rules, job_views, jobs
+from marketplace.services import job_rules, job_views, jobs, placement_energy
 from scheduler import why
 
 MAX_BATCH = 100
@@ -288,7 +289,10 @@ class Placements(Resource):
     filters = {"job": "job", "contract": "contract", "state": "state", "site": "site"}
 
     def represent(self, row: Placement) -> dict[str, Any]:
-        return job_views.placement(row)
+        return job_views.placement(row, self.drew[row.pk])
+
+    def look(self, rows: Sequence[Placement]) -> None:
+        self.drew = placement_energy.of_placements(rows, now=timezone.now())
 
     @extend_schema(
         tags=["jobs"], operation_id="placements_list", responses={200: PlacementPage},

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from django.utils import timezone
+
 from marketplace import ids
 from marketplace.models import Job, JobEvent, LogChunk, Placement
-from marketplace.services import job_rules
+from marketplace.services import job_rules, placement_energy
 from marketplace.services.transitions import legal_actions
 
 MAX_LOG_CHUNKS = 200
@@ -49,12 +51,13 @@ def shown(job: Job) -> dict[str, Any]:
 
 
 def placements(job: Job) -> list[dict[str, Any]]:
-    rows = Placement.objects.filter(job=job).select_related("host", "site").order_by("-attempt", "rank")[:200]
-    return [placement(p) for p in rows]
+    rows = list(Placement.objects.filter(job=job).select_related("host", "site").order_by("-attempt", "rank")[:200])
+    drew = placement_energy.of_placements(rows, now=timezone.now())
+    return [placement(p, drew[p.pk]) for p in rows]
 
 
-def placement(p: Placement) -> dict[str, Any]:
-    """The resource: where a replica ran, and the instants between which it is billed."""
+def placement(p: Placement, drew: placement_energy.Drew) -> dict[str, Any]:
+    """The resource: where a replica ran, the instants between which it is billed, and what it drew."""
     return {
         "id": p.public_id,
         "object": "placement",
@@ -73,6 +76,8 @@ def placement(p: Placement) -> dict[str, Any]:
         "release_requested_at": p.release_requested_at,
         "finished_at": p.finished_at,
         "exit_code": p.exit_code,
+        "energy_wh": drew.wh,
+        "average_w": drew.average_w,
     }
 
 

@@ -87,7 +87,7 @@ def record(site: Site, *, now: datetime) -> None:
             _add_minute(site, _at(minute), ms, seen, used, {"metered_w": metered, "cap_w": cap, **prices})
         for hour, ms in energy.spans(start, end, _HOUR_MS):
             for of, drawn in seen.devices.items():
-                _add_hour(site, _at(hour), of, {pk: w * ms for pk, w in drawn.items()})
+                _add_hour(site, _at(hour), of, drawn, ms)
 
 
 _PARTS = ("placements", "idle", "miners", "cooling_hosts", "cooling_miners", "fixed", "site")  # of Use, in its order
@@ -150,13 +150,16 @@ def _use(site: Site, seen: Drawn, ms: int, *, fixed_w: int = 0, metered_w: int |
     )  # fmt: skip
 
 
-def _add_hour(site: Site, start: datetime, of: str, more: Mapping[int, int]) -> None:
-    """The caller holds the site's row, so nobody else adds to this one."""
-    if not any(more.values()):
+def _add_hour(site: Site, start: datetime, of: str, drawn: Mapping[int, int], ms: int) -> None:
+    """`ms` at these watts. The caller holds the site's row, so nobody else adds to this one."""
+    more = {pk: watts * ms for pk, watts in drawn.items() if watts}
+    if not more or not ms:
         return
     row, _ = DeviceHour.objects.get_or_create(site=site, start=start, of=of)
+    if of == Of.PLACEMENT and len(row.ms) == len(row.ids):  # an hour that began before time was kept goes on without
+        row.ms = energy.merged(row.ids, row.ms, dict.fromkeys(more, ms))[1]
     row.ids, row.mj = energy.merged(row.ids, row.mj, more)
-    row.save(update_fields=["ids", "mj"])
+    row.save(update_fields=["ids", "mj", "ms"])
 
 
 def _ms(at: datetime) -> int:

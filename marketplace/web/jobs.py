@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
-from marketplace.services import job_rules, job_views
+from marketplace.services import job_rules, job_views, placement_energy
 from marketplace.services import jobs as service
 from marketplace.services.availability import HOLDING
 from marketplace.web import charts, costs
@@ -121,9 +121,15 @@ def _live(row: Job) -> dict[str, Any]:
     """What moves while the job lives."""
     now, final = timezone.now(), row.state in Job.FINAL
     rows = Placement.objects.owned_by(row.organization_id).filter(job=row).select_related("host", "site")
+    found = list(rows.order_by("-attempt", "rank")[: SHOWN_PLACEMENTS + 1])
+    drew = placement_energy.of_placements(found, now=now)
     placements = [
-        {"row": p, "devices": charts.devices(p.host.gpu_count, p.gpu_indices, label=_device_words(p))}
-        for p in rows.order_by("-attempt", "rank")[: SHOWN_PLACEMENTS + 1]
+        {
+            "row": p,
+            "drew": drew[p.pk],
+            "devices": charts.devices(p.host.gpu_count, p.gpu_indices, label=_device_words(p)),
+        }
+        for p in found
     ]
     return {
         "row": row,

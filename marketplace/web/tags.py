@@ -197,6 +197,12 @@ def milli(value: int) -> str:
 
 
 @register.filter
+def energy(wh: int) -> str:
+    """`1580` -> `1.58 kWh`."""
+    return f"{watts(wh)}h"
+
+
+@register.filter
 def watts(value: int) -> str:
     """`1580` -> `1.58 kW`."""
     if value < 1000:

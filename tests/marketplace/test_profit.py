@@ -3,6 +3,8 @@
 from datetime import timedelta
 
 import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from billing.core.energy import MJ_PER_MWH
 from marketplace.errors import MarketError
@@ -10,6 +12,7 @@ from marketplace.models import (
     DeviceHour,
     Miner,
     OutboxMessage,
+    Placement,
     PowerNode,
     ProfitHour,
     Receipt,
@@ -17,7 +20,7 @@ from marketplace.models import (
     SiteMinute,
     SpotInterval,
 )
-from marketplace.services import feeds, profit, receipts, site_minutes
+from marketplace.services import feeds, placement_energy, profit, receipts, site_minutes
 from tests import factories as f
 from tests.factories import NOW
 
@@ -200,7 +203,8 @@ def test_demand_response_is_paid_by_the_time(site):
     profit.rebuild(site, NOW, NOW + HOUR)
     found = [rows(site, NOW + n * HOUR)["demand_response"] for n in range(2)]
     assert [(row.revenue_microusd, row.paid_microusd) for row in found] == [(33, 33), (67, 67)]
-    Receipt.objects.all().delete()  # nothing stands behind these hours any more
+    with connection.cursor() as cursor:  # nothing stands behind these hours any more
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE; TRUNCATE marketplace_receipt")
     profit.rebuild(site, NOW, NOW + 2 * HOUR)
     assert not ProfitHour.objects.exists()
 
@@ -239,3 +243,44 @@ def test_a_file_is_taken_whole_or_not_at_all(site):
             take(site, text.replace("a pool,1", "new,1"))
         assert where in refused.value.fields
     assert Receipt.objects.count() == 2
+
+
+# --- what a placement drew, for its customer
+def test_a_placements_energy_is_its_part_of_the_host_hour_by_hour(site):
+    """Two share a host, one ends after ten minutes; the rest of an hour and a half is the other's."""
+    host = f.host(site, measured_w=6_000)
+    contract = f.contract(f.listing(site, hosts=[host]))
+    a, b = (
+        f.placement(f.job(contract, state="running"), host, range(4 * n, 4 * n + 4), state="running") for n in range(2)
+    )
+    other = f.placement(f.job(contract, state="queued"), host, [], state="intended")
+    Placement.objects.update(created_at=NOW)
+    lived(site, NOW, 10)
+    Placement.objects.filter(pk=b.pk).update(state="released", finished_at=NOW + timedelta(minutes=10))
+    lived(site, NOW + timedelta(minutes=10), 80)
+    rows = list(Placement.objects.order_by("pk"))
+    with CaptureQueriesContext(connection) as asked:
+        drew = placement_energy.of_placements(rows, now=NOW + 2 * HOUR)
+    assert len(asked) == 1
+    assert (drew[a.pk].wh, drew[b.pk].wh) == (500 + 8_000, 500)
+    assert (drew[a.pk].average_w, drew[b.pk].average_w) == (round((10 * 3_000 + 80 * 6_000) / 90), 3_000)
+    assert drew[other.pk] == placement_energy.Drew()
+    assert placement_energy.of_placements([], now=NOW) == {}
+    assert profit.uneven(site, NOW, NOW + HOUR) == []
+
+
+def test_an_hour_from_before_time_was_kept_has_energy_and_no_average(site):
+    host = f.host(site, measured_w=6_000)
+    placed = f.placement(
+        f.job(f.contract(f.listing(site, hosts=[host])), state="running"), host, range(8), state="running"
+    )
+    Placement.objects.update(created_at=NOW)
+    lived(site, NOW, 30)
+    DeviceHour.objects.update(ms=[])
+    lived(site, NOW + timedelta(minutes=30), 30)
+    assert placement_energy.of_placements([placed], now=NOW + HOUR)[placed.pk] == placement_energy.Drew(6_000, None)
+    lived(site, NOW + HOUR, 30)
+    placed.refresh_from_db()
+    assert placement_energy.of_placements([placed], now=NOW + 2 * HOUR)[placed.pk] == placement_energy.Drew(
+        9_000, 6_000
+    )

@@ -8,7 +8,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from marketplace.models import BillingStanding, Job, LogChunk
+from marketplace.models import BillingStanding, DeviceHour, Job, LogChunk
 from marketplace.services import jobs
 from marketplace.web import costs
 from scheduler import cycle
@@ -287,6 +287,30 @@ def test_lists_go_on_by_cursor_and_cost_the_same_queries_however_long(market, br
     assert client.get("/jobs?before=nonsense").status_code == 400
 
 
+def test_what_it_drew_stands_beside_each_replica(market, browser):
+    job, placement = running(market)
+    client = browser(market.customer)
+    assert "none yet" in text(client.get(f"/jobs/{job.public_id}"))
+    hour = placement.running_at.replace(minute=0, second=0, microsecond=0)
+    DeviceHour.objects.create(
+        site=placement.site,
+        start=hour + timedelta(hours=1),
+        of="placement",
+        ids=[placement.pk],
+        mj=[1_580_000 * 3_600],
+        ms=[1_800_000],
+    )
+    page = text(client.get(f"/jobs/{job.public_id}"))
+    assert "1.58 kWh" in page
+    assert "3.16 kW on average" in page
+    api = factories.client(market.customer)
+    for found in (
+        api.get(f"/api/v1/jobs/{job.public_id}").json()["placements"],
+        api.get("/api/v1/placements").json()["data"],
+    ):
+        assert [(p["energy_wh"], p["average_w"]) for p in found] == [(1_580, 3_160)]
+
+
 def test_pages_cost_few_queries(market, browser):
     """Committed ceilings, session and membership included. A page that needs more says why here."""
     # A listing: how reliable and verified it is, and its announced works. A contract and what is rated: resold parts, works, credits.
@@ -294,7 +318,7 @@ def test_pages_cost_few_queries(market, browser):
     client = browser(market.customer)
     ceilings = {
         "/": 10, f"/listings/{market.listing.public_id}": 15, "/contracts": 6, f"/contracts/{job.contract.public_id}": 12, "/jobs": 5,
-        "/jobs/new": 5, f"/jobs/{job.public_id}": 13, f"/jobs/{job.public_id}/live": 9, f"/jobs/{job.public_id}/log": 8,
+        "/jobs/new": 5, f"/jobs/{job.public_id}": 14, f"/jobs/{job.public_id}/live": 10, f"/jobs/{job.public_id}/log": 8,
         "/usage": 22, "/invoices": 21, "/team": 7, "/keys": 5,
     }  # fmt: skip
     spent = {}

@@ -184,6 +184,21 @@ agreed = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
+@given(calls, agreed, st.integers(0, 1000))
+def test_a_rank_is_what_the_contract_agreed_to(call, terms, told):
+    rank = curtail.rank(call, terms, told)
+    named = call.emergency and terms.emergency_notice_s is not None and told >= terms.emergency_notice_s
+    assert rank != FIRM or (call.mandatory and named and terms.kind != "spot")
+    assert rank == STAYS or call.mandatory
+    assert rank not in {FLEXIBLE, SOON} or (terms.kind == "flexible" and terms.hours_left)
+    if call.mandatory and named and terms.kind in {"reserved", "on_demand"}:
+        assert rank == FIRM
+    if rank == SOON:
+        assert told < terms.flexible_notice_s
+        assert not call.emergency
+
+
+@settings(max_examples=60, deadline=None)
 @given(sites(), calls, st.lists(agreed, min_size=7, max_size=7), st.lists(st.integers(0, 1000), min_size=7, max_size=7))
 def test_firm_work_leaves_in_an_emergency_that_its_contract_names_and_else_never(site, call, contracts, told):
     """Whatever is missing, of whatever call: by the terms of the job's contract (jobs are 0 to 6), not before its notice."""

@@ -266,6 +266,7 @@ def test_a_placements_energy_is_its_part_of_the_host_hour_by_hour(site):
     assert (drew[a.pk].average_w, drew[b.pk].average_w) == (round((10 * 3_000 + 80 * 6_000) / 90), 3_000)
     assert drew[other.pk] == placement_energy.Drew()
     assert placement_energy.of_placements([], now=NOW) == {}
+    profit.rebuild(site, NOW, NOW + 2 * HOUR)
     assert profit.uneven(site, NOW, NOW + HOUR) == []
 
 

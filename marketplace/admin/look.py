@@ -155,7 +155,7 @@ def operator_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: 
                 m("Curtailments", "bolt", "marketplace_curtailment"),
                 m("Grid signals", "cell_tower", "marketplace_gridsource"),
                 m("Conversion plans", "event_upcoming", "marketplace_conversionplan"),
-                m("Pool payouts", "account_balance_wallet", "marketplace_poolfeed"),
+                m("Pool feeds", "account_balance_wallet", "marketplace_poolfeed"),
                 m("Receipts of pools and grids", "receipt_long", "marketplace_receipt"),
                 m("Maintenance", "engineering", "marketplace_maintenance"),
             ],

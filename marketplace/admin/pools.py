@@ -18,7 +18,7 @@ from marketplace.services import pool_payouts
 
 class PoolFeedForm(DeskForm):
     bearer = forms.CharField(
-        required=False, max_length=400, widget=forms.PasswordInput(attrs={"class": " ".join(widgets.INPUT_CLASSES)}),
+        label="Token", required=False, max_length=400, widget=forms.PasswordInput(attrs={"class": " ".join(widgets.INPUT_CLASSES)}),
         help_text="Sent as a bearer token. Kept sealed and never shown; empty leaves it as it is.",
     )  # fmt: skip
 
@@ -26,7 +26,7 @@ class PoolFeedForm(DeskForm):
         model = PoolFeed
         fields = ("site", "name", *pool_payouts.FIELDS)
         labels = {"name": "Pool", "url": "URL", "poll_s": "Asked every, s", "stale_after_s": "Overdue after, s"}
-        help_texts = {"url": "Asked by GET with `since`; the shape of its answer: docs/power.md."}
+        help_texts = {"url": "Asked by GET, with the time since when; the shape of its answer: docs/power.md."}
 
 
 @admin.register(PoolFeed, site=operator_site)

@@ -151,6 +151,7 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
     search_fields = ("reference",)
     ordering = ("-starts_at", "-id")
     autocomplete_fields = ("node",)
+    readonly_fields = ("shown_cap",)
     above = "desk/curtailment.html"
     moves = (
         Move(
@@ -214,7 +215,7 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
             "node",
             "source",
             "reference",
-            "cap_w",
+            "shown_cap",
             "starts_at",
             "ends_at",
             "ended_at",

@@ -184,7 +184,7 @@ def read(raw: Any) -> Payout:
     if not name or name != str(raw["id"]):
         raise RefusedPayoutError("a payout without an id, or with one of more than 80 characters")
     if not 0 < found.sat <= MOST_SAT or found.microusd == 0:
-        raise RefusedPayoutError(f"payout {name}: pays {found.sat} sat, {found.microusd} millionths of a USD")
+        raise RefusedPayoutError(f"payout {name}: pays {found.sat} sat{', 0 USD' if found.microusd == 0 else ''}")
     return found
 
 

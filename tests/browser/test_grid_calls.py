@@ -44,9 +44,7 @@ def earned(site):
         end=now - timedelta(days=1), amount_microusd=350_000_000, amount_sat=384_600,
     )  # fmt: skip
     feed = pool_payouts.add(actor, site, name="a pool", url="https://pool.example/payouts", now=now - timedelta(days=9))
-    PoolFeed.objects.update(
-        paid_until=now - timedelta(days=1), error="payout 20270302: pays 0 sat, None millionths of a USD"
-    )
+    PoolFeed.objects.update(paid_until=now - timedelta(days=1), error="payout 20270302: pays 0 sat")
     return feed
 
 

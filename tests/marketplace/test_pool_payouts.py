@@ -146,7 +146,7 @@ GOOD = {"id": "7", "start": "2026-11-01T00:00:00Z", "end": "2026-11-02T00:00:00Z
     [
         ({"sat": 0}, "pays 0 sat"), ({"sat": -5}, "pays -5 sat"), ({"sat": "5"}, "sat '5'"), ({"sat": True}, "True"),
         ({"usd": 0.1}, "text"),
-        ({"usd": "0"}, "0 millionths"), ({"usd": "nan"}, "nan"), ({"id": ""}, "without an id"), ({"id": "x" * 81}, "80 characters"),
+        ({"usd": "0"}, "pays 1000 sat, 0 USD"), ({"usd": "nan"}, "nan"), ({"id": ""}, "without an id"), ({"id": "x" * 81}, "80 characters"),
         ({"start": "2026-11-01T00:00:00"}, "offset"), ({"end": "soon"}, "soon"), ({"sat": 22 * 10**14}, "pays 22"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 WRONGS = frozenset(
     {
         "violations", "refused_fitting", "promise_misses", "doubled_or_lost", "lost", "logs_lost", "false_confirms",
-        "over_cap_instants", "firm_jobs_touched",
+        "over_cap_instants", "firm_jobs_touched", "windows_late",
     }
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from scheduler.core import fit_kernels as fit
 from scheduler.core import gang
-from scheduler.core.fit_kernels import REQUEST_WIDTH, fit_kernel, vram_kernel
+from scheduler.core.fit_kernels import REQUEST_WIDTH, claimed_kernel, fit_kernel, vram_kernel
 from scheduler.core.jit import kernel
 from scheduler.core.pack import copy_state
 from scheduler.core.preempt import Held
@@ -363,7 +363,9 @@ class Horizon:
         return Hold(start, self.until(start, duration), q, tuple(map(int, rows)), tuple(masks), keep)
 
     def _late(self, trial: State, row: int, q: I64) -> int:
+        """Its GPUs there, busy ones first. None that is reserved before its end: longer work would be left the ones it needs."""
         active, now_active = int(trial.rows[row, fit.ACTIVE]), int(self.state.rows[row, fit.ACTIVE])
+        active |= int(claimed_kernel(trial.rows[row], q))
         idle = [
             g
             for g in range(int(trial.rows[row, fit.NGPU]))

@@ -23,6 +23,7 @@ FIGURES = {
     "latency": {"p50_ms", "p99_ms"},
     "snapshot": {"cold_s", "refresh_ms", "rss_mib"},
     "philly": {"queueing_delay_vs_easy", "worst_fair_share", "utilisation_vs_easy", "promise_misses"},
+    "windows": {"windows_late", "promise_misses", "admitted"},
     "safety": {"runs", "violations"},
     "dispatch": {"ms_20k", "ms_200k", "gap_pct"},
     "fleet": {"sleep_2000_s", "sleep_20000_s", "false_confirms"},

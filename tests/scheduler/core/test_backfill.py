@@ -89,6 +89,26 @@ def test_no_start_is_promised_on_a_host_that_leaves_before_its_end():
     assert decisions[900].earliest_start == 1000
 
 
+def test_a_hold_is_never_on_gpus_that_are_reserved_before_its_end():
+    """Four of host 0 are reserved from 2000 on. What is promised four for longer needs the two that idle and two that come back."""
+    fleet, running = two_hosts()
+    fleet.claimed_at[0], fleet.claimed_gpus[0] = 2000, 0b1111
+    fleet.flags[1] = 0
+    big, long = (Request(job=job, gpus=n, duration_s=3000) for job, n in ((900, 4), (901, 2)))
+    for r in (big, long):
+        r.stays = bounds(r, 500, *deadlines(fleet), QUIET)[1]
+    _, decisions = decide(fleet, [big], running, 500)
+    assert (decisions[900].earliest_start, decisions[900].held) == (1000, (0,))
+    kept = replace(big, promised_start=1000, promised_hosts=(0,))
+    _, decisions = decide(fleet, [kept, long], running, 500)
+    assert decisions[900].earliest_start == 1000
+    assert not decisions[901].placed, "it would stand on what the promise needs"
+    brief = Request(job=902, gpus=2, duration_s=500)
+    brief.stays = bounds(brief, 500, *deadlines(fleet), QUIET)[1]
+    _, decisions = decide(fleet, [kept, brief], running, 500)
+    assert decisions[902].placed, "it is gone by then"
+
+
 def test_a_promise_moves_to_an_earlier_start_and_never_to_a_later_one():
     fleet, running = two_hosts(first=3000, second=2000)
     back = Request(job=900, gpus=8, promised_start=3000, promised_hosts=(0,))

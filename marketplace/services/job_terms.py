@@ -97,7 +97,7 @@ def check_size(job: Job, terms: Terms) -> None:
     if job.total_gpus > terms.gpu_count:
         raise MarketError(
             "over_ceiling",
-            f"The job asks for {job.total_gpus} GPUs; the contract holds {terms.gpu_count}. Ask for fewer, or extend it.",
+            f"The job asks for {job.total_gpus} GPUs; the contract holds {terms.gpu_count}. Ask for fewer, or book more.",
             {"/replicas": f"at most {terms.gpu_count} GPUs in all"},
         )
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from django.db import connection, transaction
 from django.db.models import F
@@ -18,6 +18,9 @@ from marketplace.services import job_rules, job_terms, replicas, secrets
 from marketplace.services.transitions import transition_many
 from marketplace.tenancy import Actor
 
+# Why a job was asked to stop; `billing.spot` knows them by their first words.
+CANCELLED: Final = "cancelled by the customer"
+CONTRACT_ENDED: Final = "the contract ended"
 # Reasons of a placement's end that are ours or the site's, not the job's: the job gets another try without a charge.
 # (The words are the agent's, docs/agent-protocol.md, and ours.)
 FAULTS = frozenset(
@@ -119,15 +122,15 @@ def cancel(actor: Actor, job: Job, *, now: datetime) -> Job:
         placements.lock_sites(site_ids)
         moved = transition_many(
             Job, [job.pk], expected=(*Job.WAITING, Job.State.DRAFT), to=Job.State.CANCELLED, now=now, actor=actor.label,
-            reason="cancelled by the customer", set_columns={"finished_at": now, "cancel_requested_at": now},
+            reason=CANCELLED, set_columns={"finished_at": now, "cancel_requested_at": now},
         )  # fmt: skip
         if not moved:
             fresh = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
             if fresh.state in Job.FINAL:
                 raise MarketError("illegal_transition", f"The job is {fresh.state} already.")
             if fresh.cancel_requested_at is None:
-                Job.objects.filter(pk=job.pk).update(cancel_requested_at=now)
-                drain_jobs([job.pk], now=now, actor=actor.label, reason="cancelled by the customer")
+                Job.objects.filter(pk=job.pk).update(cancel_requested_at=now, state_reason=CANCELLED)
+                drain_jobs([job.pk], now=now, actor=actor.label, reason=CANCELLED)
     job.refresh_from_db()
     return job
 
@@ -183,10 +186,12 @@ def end_contract(contract_id: int, *, now: datetime) -> None:
         ids = list(jobs.values_list("pk", flat=True))
         transition_many(
             Job, ids, expected=(*Job.WAITING, Job.State.DRAFT), to=Job.State.CANCELLED, now=now, actor="system",
-            reason="the contract ended", set_columns={"finished_at": now},
+            reason=CONTRACT_ENDED, set_columns={"finished_at": now},
         )  # fmt: skip
-        Job.objects.filter(pk__in=ids, state__in=Job.ON_HOSTS, cancel_requested_at=None).update(cancel_requested_at=now)
-        drain_jobs(ids, now=now, actor="system", reason="the contract ended")
+        Job.objects.filter(pk__in=ids, state__in=Job.ON_HOSTS, cancel_requested_at=None).update(
+            cancel_requested_at=now, state_reason=CONTRACT_ENDED
+        )
+        drain_jobs(ids, now=now, actor="system", reason=CONTRACT_ENDED)
 
 
 def settle(job_ids: Iterable[int], *, now: datetime) -> None:

@@ -15,7 +15,7 @@ from marketplace.services.availability import Market
 from marketplace.services.search import Filters
 from marketplace.tenancy import Actor
 from marketplace.web.base import iso_minute
-from marketplace.web.forms import LEVEL_WORDS
+from marketplace.web.tags import LEVEL_WORDS
 from scheduler.core.capacity import LEVELS
 
 DAY = timedelta(days=1)
@@ -73,7 +73,6 @@ def shown(row: Listing, asked: QueryDict, now: datetime, total: int, market: Mar
         **_table(steps, cell, start, hours=hours),
         "form": form,
         "action": reverse("web:listing", args=[row.public_id]),
-        "target": "#free",
         "count": count,
         "level_words": LEVEL_WORDS[level],
         "windows": None

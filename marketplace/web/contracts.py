@@ -14,7 +14,8 @@ from marketplace.services import maintenance, spot
 from marketplace.services.availability import HOLDING
 from marketplace.web import spot as spot_pages
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
-from marketplace.web.forms import LEVEL_WORDS, millionths
+from marketplace.web.forms import millionths
+from marketplace.web.tags import LEVEL_WORDS
 
 SHOWN_JOBS = 10
 

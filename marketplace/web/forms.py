@@ -12,10 +12,8 @@ from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Kind, Listing
 from marketplace.services import job_rules
 from marketplace.tenancy import ROLES, SCOPES, Actor
-from marketplace.web.tags import kind_words, price
+from marketplace.web.tags import LEVEL_WORDS, kind_words, price
 from scheduler.core.capacity import LEVELS
-
-LEVEL_WORDS = {"host": "one host", "leaf": "one leaf switch", "spine": "one fabric", "site": "anywhere at the site"}
 
 
 class Instant(forms.DateTimeField):
@@ -264,7 +262,11 @@ def _pairs(text: str, name: str = r"^[^\W\d]\w*$") -> dict[str, str]:
 class OrganizationForm(forms.Form):
     name = forms.CharField(label="Name", max_length=120, widget=forms.TextInput(attrs={"autocomplete": "organization"}))
     country = forms.RegexField(
-        "^[A-Za-z]{2}$", label="Country", initial="US", help_text="Two letters, as on your invoices."
+        "^[A-Za-z]{2}$",
+        label="Country",
+        initial="US",
+        help_text="Two letters, as on your invoices.",
+        error_messages={"invalid": "Two letters, such as US or DE."},
     )
     currency = forms.ChoiceField(label="Currency", choices=[(c, c) for c in ("USD", "EUR", "GBP")])
     mode = forms.ChoiceField(

@@ -12,8 +12,9 @@ from marketplace.models import Contract, Fill, Quote, Resale, StandingBid
 from marketplace.services.forward import bids, book, resales
 from marketplace.web.base import actor_of, done, failed, iso_minute, listed, page, row_of, visitor
 from marketplace.web.contracts import contract_of
-from marketplace.web.forms import LEVEL_WORDS, refuse
+from marketplace.web.forms import refuse
 from marketplace.web.forward_forms import BidForm, BookForm, ResaleForm
+from marketplace.web.tags import LEVEL_WORDS
 
 SHOWN_MONTHS = 3
 SHOWN_FILLS = 10

@@ -7,7 +7,8 @@ from typing import Any
 from django import forms
 
 from marketplace.services.forward import bids, resales
-from marketplace.web.forms import LEVEL_WORDS, Instant, millionths
+from marketplace.web.forms import Instant, millionths
+from marketplace.web.tags import LEVEL_WORDS
 from scheduler.core.capacity import LEVELS
 
 

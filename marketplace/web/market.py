@@ -1,12 +1,14 @@
 """The market: search with facets, and one listing with its terms, prices and calendar."""
 
 from collections import Counter
+from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 from django.db.models import Min, Q, Sum
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
-from django.urls import path
+from django.urls import path, reverse
 from django.utils import timezone
 from django.utils.cache import patch_vary_headers
 from django.utils.safestring import SafeString
@@ -14,9 +16,10 @@ from django.utils.safestring import SafeString
 from marketplace.errors import MarketError
 from marketplace.models import Host, Kind, Listing
 from marketplace.services import availability, maintenance, search
+from marketplace.services.availability import HOLDING
 from marketplace.tenancy import Actor
 from marketplace.web import calendars, charts, spot, trust
-from marketplace.web.base import page, row_of, visitor
+from marketplace.web.base import iso_minute, page, row_of, visitor
 from marketplace.web.search_forms import SavedForm, SearchForm
 from marketplace.web.tags import kind_words
 from scheduler.core.capacity import LEVELS
@@ -41,11 +44,13 @@ def market(request: HttpRequest) -> HttpResponse:
     asked.setdefault("level", "site")
     form = SearchForm(asked)
     found: search.Result | None = None
+    wanted: search.Filters | None = None
     error: MarketError | None = None
     try:
         if form.is_valid():
+            wanted = form.filters()
             found = search.search(
-                actor, form.filters(), now=now, sort=form.cleaned_data["sort"] or "price", limit=PAGE_SIZE,
+                actor, wanted, now=now, sort=form.cleaned_data["sort"] or "price", limit=PAGE_SIZE,
                 cursor=request.GET.get("cursor") or None, with_facets=True,
             )  # fmt: skip
     except MarketError as refusal:
@@ -55,15 +60,15 @@ def market(request: HttpRequest) -> HttpResponse:
         "save": SavedForm(initial={"cadence": "at_once", "pause_minutes": 60}, auto_id="save_%s"),
         "found": found,
         "error": error,
-        "offers": [_offer(f, actor) for f in found.rows] if found else [],
+        "offers": [_offer(f, actor, wanted, now) for f in found.rows] if found and wanted else [],
         "facets": _facets(request, found.facets) if found else [],
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),
         "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level", "view"} and any(v)),
         "view": request.GET.get("view") if request.GET.get("view") in {"table", "calendar"} else "",
     }
-    if found and context["view"] == "calendar":
-        context["free"] = calendars.market_shown(actor, form.filters(), request.GET, now)
+    if found and wanted and context["view"] == "calendar":
+        context["free"] = calendars.market_shown(actor, wanted, request.GET, now)
     if getattr(request, "htmx", False) and request.htmx.target == "results":  # type: ignore[attr-defined]
         response = render(request, "part/results.html", context)
     else:
@@ -88,9 +93,12 @@ def _hero(actor: Actor) -> dict[str, Any] | None:
     return found
 
 
-def _offer(found: search.Found, actor: Actor) -> dict[str, Any]:
+def _offer(found: search.Found, actor: Actor, wanted: search.Filters, now: datetime) -> dict[str, Any]:
     row, stock = found.listing, found.stock
+    quote, calendar = _carried(row, wanted, now)
     return {
+        "quote": f"{reverse('web:quote-new', args=[row.public_id])}{quote}",
+        "terms": f"{reverse('web:listing', args=[row.public_id])}{calendar}",
         "row": row,
         "stock": stock,
         "checked": found.checked,
@@ -98,6 +106,31 @@ def _offer(found: search.Found, actor: Actor) -> dict[str, Any]:
         "prices": _prices(row),
         "mine": actor.organization_id == row.organization_id,
     }
+
+
+def _carried(row: Listing, wanted: search.Filters, now: datetime) -> tuple[str, str]:
+    """What was searched for, as the query strings that fill in the quote form and the calendar of an offer."""
+    kind = wanted.kind if wanted.kind and row.price_of(wanted.kind) is not None else None
+    block = {"level": wanted.level} if wanted.count is not None else {}
+    start, end = wanted.start, wanted.end
+    if row.is_resale or not end or not start or start <= now or (kind and kind not in HOLDING):
+        start = end = None
+    quote = {
+        "kind": kind,
+        "gpu_count": wanted.count,
+        **block,
+        "starts_at": iso_minute(start),
+        "ends_at": iso_minute(end),
+    }
+    days = round((end - start) / timedelta(days=1)) if start and end else 0
+    shown = {"count": wanted.count, **block, "days": days, "start": f"{start:%F}" if start else ""}
+    return _query(quote), _query(shown)
+
+
+def _query(given: dict[str, Any]) -> str:
+    """`?a=1&b=2` of what has a value, or nothing."""
+    text = urlencode({name: value for name, value in given.items() if value})
+    return f"?{text}" if text else ""
 
 
 def _prices(row: Listing) -> list[tuple[str, str, int]]:
@@ -124,6 +157,7 @@ def _facets(request: HttpRequest, facets: dict[str, dict[str, int]]) -> list[dic
 def _nothing(request: HttpRequest, why: dict[str, Any]) -> dict[str, Any]:
     """Which filter removed the last offers, and links that take one filter off."""
     removed = why["removed_by"]
+    windowed = request.GET.get("start") or request.GET.get("end")
     without = []
     for name, offers in why["without"].items():
         query = request.GET.copy()
@@ -138,7 +172,9 @@ def _nothing(request: HttpRequest, why: dict[str, Any]) -> dict[str, Any]:
         fewer = (largest, query.urlencode())
     return {
         "empty": removed is None,
-        "removed": FILTER_WORDS.get(removed or "", removed),
+        "removed": FILTER_WORDS.get(removed or "", removed)
+        if windowed or removed != "availability"
+        else "number of GPUs",
         "left_before": why["left_before"],
         "without": without,
         "fewer": fewer,
@@ -170,7 +206,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
     loaded = availability.load([row], now)
     stock = {level: availability.stock([row], now=now, level=level, market=loaded)[row.pk] for level in LEVELS}
     free = calendars.shown(row, request.GET, now, stock["site"].total, loaded)
-    if getattr(request, "htmx", False) and request.htmx.target == "free":  # type: ignore[attr-defined]
+    if getattr(request, "htmx", False) and request.htmx.target == "free-days":  # type: ignore[attr-defined]
         return varied(render(request, "part/calendar.html", {"row": row, "free": free}))
     host = row.offered_hosts().order_by("id").first()
     response = render(

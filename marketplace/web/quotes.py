@@ -16,9 +16,9 @@ from marketplace.models import BillingStanding, Kind, Listing, Quote
 from marketplace.services import contracts, documents, maintenance, quotes
 from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
-from marketplace.web.forms import LEVEL_WORDS, QuoteForm, millionths, refuse
+from marketplace.web.forms import QuoteForm, millionths, refuse
 from marketplace.web.market import listing_of
-from marketplace.web.tags import price
+from marketplace.web.tags import LEVEL_WORDS, price
 
 SIGNED = "Signed. The contract is yours; submit a job."
 ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
@@ -156,7 +156,9 @@ def accept(request: HttpRequest, quote: str) -> HttpResponse:
     except MarketError as error:
         row.refresh_from_db()
         return _show(request, row, error=error, options=alternatives(error), status=error.kind.status)
-    signed = "Signed. " + contracts.sentence(made, timezone.now()) if made.upfront_minor else SIGNED
+    now = timezone.now()
+    waits = made.upfront_minor or made.starts_at > now
+    signed = f"Signed. {contracts.sentence(made, now).removeprefix('Signed. ')}" if waits else SIGNED
     return done(request, signed, reverse("web:contract", args=[made.public_id]))
 
 

@@ -13,9 +13,8 @@ from marketplace.models import SavedSearch
 from marketplace.services import filters, saved
 from marketplace.services.search import Filters
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
-from marketplace.web.forms import LEVEL_WORDS
 from marketplace.web.search_forms import SavedForm, SearchForm
-from marketplace.web.tags import kind_words, permille, price
+from marketplace.web.tags import LEVEL_WORDS, kind_words, permille, price
 
 
 @page(GET="searches:read", POST="searches:write")

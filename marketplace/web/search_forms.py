@@ -9,8 +9,8 @@ from django.http import QueryDict
 from billing.core import money
 from marketplace.models import Kind
 from marketplace.services import search
-from marketplace.web.forms import LEVEL_WORDS, Instant, millionths
-from marketplace.web.tags import kind_words
+from marketplace.web.forms import Instant, millionths
+from marketplace.web.tags import LEVEL_WORDS, kind_words
 from scheduler.core.capacity import LEVELS
 
 SORT_WORDS = {
@@ -34,7 +34,7 @@ class SearchForm(forms.Form):
     price_max = forms.DecimalField(
         label="Up to, per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=4
     )
-    vram_min = forms.IntegerField(label="GPU memory from, GB", required=False, min_value=0, max_value=10_000)
+    vram_min = forms.IntegerField(label="GPU memory from, GiB", required=False, min_value=0, max_value=10_000)
     fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
     carbon_max_g = forms.IntegerField(label="Carbon up to, g/kWh", required=False, min_value=0, max_value=10_000)
     verified = forms.BooleanField(label="Verified by benchmark only", required=False)
@@ -63,7 +63,9 @@ class SearchForm(forms.Form):
             start=asked["start"],
             end=asked["end"],
             price_max=millionths(asked["price_max"]),
-            vram_min_mib=None if asked["vram_min"] is None else asked["vram_min"] * 1024,
+            vram_min_mib=None
+            if asked["vram_min"] is None
+            else max(0, asked["vram_min"] * 1024 - 512),  # as `gib` rounds
             fabric_gbps_min=asked["fabric_gbps_min"],
             carbon_max_g=asked["carbon_max_g"],
             verified=asked["verified"],

@@ -14,6 +14,7 @@ from marketplace import ids
 from scheduler import words as said
 
 register = template.Library()
+LEVEL_WORDS = {"host": "one host", "leaf": "one leaf switch", "spine": "one fabric", "site": "anywhere at the site"}
 
 SIGNS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
 TONES = {
@@ -67,7 +68,13 @@ def gpu_hours(milli_gpu_seconds: int | None) -> str:
 
 @register.filter
 def gib(mib: int | None) -> str:
-    return f"{((mib or 0) + 512) // 1024} GB"
+    return f"{((mib or 0) + 512) // 1024} GiB"
+
+
+@register.filter
+def level_words(level: str) -> str:
+    """`spine` -> `in one fabric`."""
+    return LEVEL_WORDS[level] if level == "site" else f"in {LEVEL_WORDS[level]}"
 
 
 @register.filter

@@ -14,6 +14,7 @@ from marketplace.models import (
     OutboxMessage,
     Placement,
 )
+from marketplace.services import jobs as job_service
 from scheduler import cycle
 from tests import factories as f
 
@@ -255,6 +256,13 @@ def test_cancel_on_a_host_drains(api, contract):
     assert api.post(f"{URL}/{job}/cancel").status_code == 200  # again is no harm, and moves no bill
     placement.refresh_from_db()
     assert placement.release_requested_at == asked
+    Placement.objects.update(state="released", finished_at=datetime.now(UTC), exit_code=143)
+    job_service.settle([placement.job_id], now=datetime.now(UTC))
+    over = api.get(f"{URL}/{job}").json()
+    assert (over["state"], over["reason"]) == (
+        "cancelled",
+        "cancelled by the customer",
+    )  # not "placed", what it was before
 
 
 def test_nobody_elses_job_is_there(contract, api):

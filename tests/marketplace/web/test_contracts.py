@@ -93,6 +93,18 @@ def test_a_price_is_proposed_and_answered_on_the_pages(market, browser):
     assert contract.ends_at == day
 
 
+def test_who_signs_for_later_is_told_from_when_and_the_order_form_says_fabric(market, browser):
+    client = browser(market.customer)
+    wanted = quotes.Request("reserved", 16, level="spine", starts_at=minute(2), ends_at=minute(12))
+    made = quotes.quote(factories.actor(market.customer), market.listing.pk, wanted, now=timezone.now())
+    page = text(client.post(f"/quotes/{made.public_id}/accept", follow=True))
+    assert f"Signed. 16 GPUs are yours from {minute(2):%-d %b %Y}" in page.split("<h1>")[0]
+    assert "submit a job" not in page.split("<h1>")[0]
+    paper = made.contract.documents.get()
+    shown = text(client.get(f"/contracts/{made.contract.public_id}/documents/{paper.public_id}"))
+    assert "16 × H100-SXM, in one fabric" in shown
+
+
 def test_the_terms_of_service_are_ticked_once(market, browser):
     buyer = factories.organization("Newcomer", terms=False)
     client = browser(buyer)

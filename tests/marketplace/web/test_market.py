@@ -1,6 +1,7 @@
 """The market's front, a listing, and the way from a quote to a contract."""
 
 from datetime import timedelta
+from html import unescape
 
 import pytest
 from django.test import Client
@@ -25,10 +26,10 @@ def test_anybody_sees_the_market_with_prices_and_exact_stock(market, browser):
 
 def test_a_filter_that_leaves_nothing_is_named_with_the_way_out(market, browser):
     page = text(browser().get("/?gpu_model=B200"))
-    assert "The GPU model filter removed the last 1 offer." in page
+    assert "The last 1 offer fell away by the filter: GPU model." in page
     assert "Without GPU model: 1 offer" in page
     page = text(browser().get("/?count=17"))
-    assert "The window and number of GPUs filter removed the last 1 offer." in page
+    assert "The last 1 offer fell away by the filter: number of GPUs." in page
     assert 'href="?count=16"' in page
     assert market.listing.title in text(browser().get("/?count=16"))
 
@@ -95,10 +96,50 @@ def test_the_calendar_marks_what_fits_and_lists_the_first_windows(market, browse
     hours = text(browser().get(f"{here}?day={tomorrow:%Y-%m-%d}"))
     assert "hour by hour" in hours
     assert f"starts_at={tomorrow:%Y-%m-%d}T13%3A00" in hours
-    part = text(browser().get(here, headers={"HX-Request": "true", "HX-Target": "free"}))
+    part = text(browser().get(here, headers={"HX-Request": "true", "HX-Target": "free-days"}))
     assert '<table class="calendar"' in part
     assert "<html" not in part
     assert browser().get(f"{here}?count=x&months=2&day=never&start=-&level=moon").status_code == 200
+
+
+def test_what_was_searched_for_goes_along_to_the_quote_and_to_the_calendar(market, browser):
+    begin = (timezone.now() + timedelta(days=9)).replace(hour=0, minute=0)
+    window = f"start={begin:%Y-%m-%d}T00:00&end={begin + timedelta(days=30):%Y-%m-%d}T00:00"
+    client = browser(market.customer)
+    page = unescape(text(client.get(f"/?kind=reserved&count=16&level=spine&{window}")))
+    block = "gpu_count=16&level=spine"
+    asked = f"?kind=reserved&{block}&starts_at={begin:%Y-%m-%d}T00%3A00&ends_at={begin + timedelta(days=30):%Y-%m-%d}T00%3A00"
+    here = f"/listings/{market.listing.public_id}"
+    assert f'href="{here}/quote{asked}"' in page
+    assert f'href="{here}?count=16&level=spine&days=30&start={begin:%Y-%m-%d}"' in page
+    form = text(client.get(f"{here}/quote{asked}"))
+    assert "checked" in form.split('value="reserved"')[1].split(">")[0]
+    assert f'value="{begin:%Y-%m-%d}T00:00"' in form
+    assert 'value="16"' in form
+    # On demand holds no window, and no search asks for nothing.
+    assert f'href="{here}/quote?kind=on_demand&{block}"' in unescape(
+        text(client.get(f"/?kind=on_demand&count=16&level=spine&{window}"))
+    )
+    assert f'href="{here}/quote"' in text(client.get("/"))
+
+
+def test_who_asks_for_a_window_too_is_told_that_it_may_be_the_window(market, browser):
+    begin = timezone.now() + timedelta(days=9)
+    page = text(
+        browser().get(f"/?count=17&start={begin:%Y-%m-%d}T00:00&end={begin + timedelta(days=3):%Y-%m-%d}T00:00")
+    )
+    assert "fell away by the filter: window and number of GPUs." in page
+
+
+def test_memory_is_asked_for_as_it_is_shown(market, browser):
+    """An H100 has 79.6 GiB and reads 80 GiB: who asks for 80 finds it."""
+    model = market.listing.gpu_model
+    model.vram_mib = 81_559
+    model.save()
+    page = text(browser().get("/?vram_min=80"))
+    assert market.listing.title in page
+    assert "80 GiB" in page
+    assert "fell away" in text(browser().get("/?vram_min=81"))
 
 
 def test_the_market_has_a_calendar_whose_days_lead_to_offers(market, browser):

@@ -71,6 +71,8 @@ class Control:
             problem = problem if isinstance(problem, dict) else value
             code = str(problem.get("code") or problem.get("type") or "")
             text = str(problem.get("message") or problem.get("detail") or "")
+            wrong = [e for e in problem.get("errors") or () if isinstance(e, dict)]
+            text = " ".join([text, *(f"{e.get('pointer')}: {e.get('message')};" for e in wrong[:3])]).rstrip(";")
         message = f"{url} answered {response.status_code} {code} {text}".rstrip()
         try:
             retry = float(response.headers.get("Retry-After", ""))

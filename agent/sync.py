@@ -122,6 +122,8 @@ class Sync:
             return (
                 f"this machine's clock differs by more than 30 s from the control plane's: nothing is applied ({error})"
             )
+        if error.kind == "refused":
+            return f"the control plane refuses what this agent tells it; mend the configuration: running work goes on ({error})"
         return f"the control plane does not answer; running work goes on, nothing is raised, trying again ({error})"
 
     async def once(self, wait_s: float) -> None:

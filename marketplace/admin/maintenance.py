@@ -7,6 +7,7 @@ from django import forms
 from django.contrib import admin
 from django.http import HttpRequest
 from django.utils import timezone
+from unfold import widgets
 from unfold.decorators import display
 
 from marketplace.admin import look
@@ -39,7 +40,7 @@ class MaintenanceForm(DeskForm):
     hosts = forms.CharField(
         required=False,
         max_length=20_000,
-        widget=forms.Textarea(attrs={"rows": 2}),
+        widget=widgets.UnfoldAdminTextareaWidget(attrs={"rows": 2}),
         help_text="Scope hosts: their names, by spaces.",
     )
 

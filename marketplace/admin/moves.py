@@ -77,7 +77,7 @@ def show_refusal(form: forms.BaseForm, error: MarketError) -> None:
         if name in form.fields:
             form.add_error(name, message)
         else:
-            elsewhere.append(f"{name}: {message}")
+            elsewhere.append(f"{name.replace('_', ' ')}: {message}")
     said = [str(error)] if elsewhere or not error.fields else [error.kind.title + "."]
     form.add_error(None, [*said, *(e for e in elsewhere if e not in str(error))])
 

@@ -105,6 +105,8 @@ class CurtailmentForm(DeskForm):
     class Meta:
         model = Curtailment
         fields = ("node", "cap_w", "starts_at", "ends_at", "mandatory", "emergency", "reference")
+        labels = {"cap_w": "Down to, W", "starts_at": "From (UTC)", "ends_at": "To (UTC)"}
+        help_texts = {"cap_w": "What the node may draw meanwhile, cooling included: its draw now less what is called"}
 
     reference = forms.CharField(
         max_length=80,

@@ -279,7 +279,8 @@ def check_complete(listing: Listing, *, now: datetime) -> None:
     if listing.spot_floor is not None and listing.spot_floor < floor:
         missing["/spot_floor"] = f"its watts cost, or earn hashing, {floor} millionths per GPU-hour: not under that"
     if missing:
-        raise MarketError("listing_incomplete", "; ".join(f"{k}: {v}" for k, v in missing.items()), missing)
+        said = "; ".join(f"{name.strip('/').replace('_', ' ')}: {words}" for name, words in missing.items())
+        raise MarketError("listing_incomplete", f"{said}.", missing)
 
 
 def _chunk_problem(listing: Listing, hosts: Sequence[Host]) -> dict[str, str]:

@@ -215,6 +215,17 @@ def test_draft_publish_pause_retire(client, mine):
     assert "listing_incomplete" not in verbs(row)
 
 
+def test_a_site_without_an_agent_says_what_comes_next(client, mine):
+    from marketplace.models import Agent
+
+    page = client.get(url("site", "change", mine.site.pk)).content.decode()
+    assert "In these 60 minutes:" in page
+    Agent.objects.filter(site=mine.site).delete()
+    page = client.get(url("site", "change", mine.site.pk)).content.decode()
+    assert "What comes next" in page
+    assert "/operator/marketplace/listing/add/" in page
+
+
 def test_publish_names_every_field_that_is_missing(client, mine):
     mine.draft.on_demand_price = mine.draft.reserved_price = mine.draft.flexible_price = mine.draft.spot_floor = None
     mine.draft.save()
@@ -223,6 +234,7 @@ def test_publish_names_every_field_that_is_missing(client, mine):
     text = page.content.decode()
     assert "assign at least one host" in text
     assert "set at least one price" in text
+    assert "/hosts" not in text  # the field's name, no pointer
     mine.draft.refresh_from_db()
     assert mine.draft.state == "draft"
 

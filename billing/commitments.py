@@ -12,7 +12,7 @@ from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import InvoiceLine, PriceVersion
-from marketplace.models import Amendment, Contract, Curtailment, Fill, MaintenanceShortfall
+from marketplace.models import Amendment, Contract, Curtailment, Fill, Shortfall
 from marketplace.services import sheds
 
 HELD_KINDS = ("reserved", "flexible")
@@ -43,25 +43,26 @@ def joined(contracts: Iterable[Contract]) -> dict[int, list[Amendment]]:
     return found
 
 
-def shortfalls(contracts: Iterable[Contract]) -> dict[int, list[MaintenanceShortfall]]:
-    """What maintenance took of commitments, per contract."""
-    found: dict[int, list[MaintenanceShortfall]] = defaultdict(list)
+def shortfalls(contracts: Iterable[Contract]) -> dict[int, list[Shortfall]]:
+    """What could not be had of commitments, per contract."""
+    found: dict[int, list[Shortfall]] = defaultdict(list)
     held = [contract.pk for contract in contracts if contract.kind in HELD_KINDS]
-    rows = MaintenanceShortfall.objects.filter(contract__in=held).select_related("maintenance")
+    rows = Shortfall.objects.filter(contract__in=held).select_related("maintenance")
     for row in rows.order_by("starts_at", "pk"):
         found[row.contract_id].append(row)
     return found
 
 
-def not_charged(contract: Contract, rows: Iterable[MaintenanceShortfall], month: Interval) -> tuple[rating.Missed, ...]:
-    """What of the shortfalls in a month the contract does not owe: all without due notice, and what goes beyond the hours a month
-    that its frozen terms bear (services.terms).
+def not_charged(contract: Contract, rows: Iterable[Shortfall], month: Interval) -> tuple[rating.Missed, ...]:
+    """What of the shortfalls in a month the contract does not owe: all without due notice, which a host that failed never gives, and
+    what goes beyond the hours a month that its frozen terms bear (services.terms).
     """
     agreed = contract.terms.get("maintenance") or {}
     noticed: list[tuple[Interval, int]] = []
     free: list[rating.Missed] = []
     for row in rows:
-        through = min(row.maintenance.noticed_until or row.starts_at, row.ends_at)
+        noticed_until = row.maintenance.noticed_until if row.maintenance else None
+        through = min(noticed_until or row.starts_at, row.ends_at)
         for start, end, told in ((row.starts_at, through, True), (max(row.starts_at, through), row.ends_at, False)):
             for span in metering.clip((metering.interval(start, end),) if start < end else (), month):
                 if told:
@@ -79,7 +80,7 @@ def lines(
     billed: Mapping[tuple[int, int, str, int], int],
     versions: Sequence[PriceVersion],
     joined: Sequence[Amendment],
-    missed: Sequence[MaintenanceShortfall],
+    missed: Sequence[Shortfall],
     currency: str,
     *,
     used: int,

@@ -23,7 +23,7 @@ from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Amendment, Contract, Fill, MaintenanceShortfall, Resale
+from marketplace.models import Amendment, Contract, Fill, Resale, Shortfall
 
 log = logging.getLogger(__name__)
 
@@ -297,7 +297,7 @@ def _rate_account(
     billed: Billed,
     versions: dict[int, list[PriceVersion]],
     added: dict[int, list[Amendment]],
-    missed: dict[int, list[MaintenanceShortfall]],
+    missed: dict[int, list[Shortfall]],
     sold: dict[int, list[Fill]],
     bought: dict[int, Fill],
 ) -> None:

@@ -4,7 +4,7 @@ From its claim on a contract's GPUs are its own: they stand in rows of their own
 find them and no other's can, and the host's open row shows them as taken. Before that they are lent: to spot, which is asked to
 leave at the claim (`cycle.evict_for_reservations`), and to whatever is sure to be gone by then (`core.fit.bounds`). A job without
 a limit may stand on them only while the claim is more than `CLAIM_AHEAD` away: until then a reservation that finds work on its
-GPUs moves to others (`services.holds.heal`); where there are none, that job leaves at the claim, too.
+GPUs moves to others (`services.contracts.healing`); where there are none, that job leaves at the claim, too.
 
 Announced maintenance is such a claim, of nobody's contract: what is sure to end before may come. When it begins its hosts are
 drained (`services.maintenance`), and nothing stands in a row of it.

@@ -37,7 +37,7 @@ WORDS = {
     LineKind.USAGE: "used",
     LineKind.COMMITMENT: "reserved",
     LineKind.OVERAGE: "beyond the reservation",
-    LineKind.CREDIT: "missing during maintenance",
+    LineKind.CREDIT: "reserved but missing",
 }
 
 

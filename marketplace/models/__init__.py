@@ -22,7 +22,7 @@ from marketplace.models.maintenance import (
     Maintenance,
     MaintenanceHost,
     MaintenanceNotice,
-    MaintenanceShortfall,
+    Shortfall,
 )
 from marketplace.models.outbox import IdempotencyKey, OutboxMessage
 from marketplace.models.placements import LogChunk, Placement, PlacementEvent
@@ -96,7 +96,6 @@ __all__ = [
     "Maintenance",
     "MaintenanceHost",
     "MaintenanceNotice",
-    "MaintenanceShortfall",
     "Membership",
     "MeterReading",
     "Miner",
@@ -124,6 +123,7 @@ __all__ = [
     "ScreeningEvent",
     "ShedBatch",
     "ShedClaim",
+    "Shortfall",
     "Site",
     "SiteMinute",
     "SpotInterval",

@@ -172,10 +172,13 @@ class MaintenanceNotice(models.Model):
         return f"{self.contract_id} {self.what} of {self.maintenance_id}"
 
 
-class MaintenanceShortfall(models.Model):
-    """`gpus` of a contract's own GPUs were away for this in [starts_at, ends_at), and no others stood in. Billing rates it."""
+class Shortfall(models.Model):
+    """`gpus` of a contract's own GPUs could not be had in [starts_at, ends_at), and no others stood in: for announced `maintenance`, or
+    because `host` was out of work without any. Billing rates it.
+    """
 
-    maintenance = models.ForeignKey(Maintenance, on_delete=models.PROTECT, related_name="shortfalls")
+    maintenance = models.ForeignKey(Maintenance, null=True, on_delete=models.PROTECT, related_name="shortfalls")
+    host = models.ForeignKey(Host, null=True, on_delete=models.PROTECT, related_name="shortfalls")
     contract = models.ForeignKey(Contract, on_delete=models.PROTECT, related_name="shortfalls")
     gpus = models.PositiveIntegerField()
     starts_at = models.DateTimeField()
@@ -185,8 +188,16 @@ class MaintenanceShortfall(models.Model):
         constraints = [
             models.CheckConstraint(condition=Q(ends_at__gt=F("starts_at")), name="shortfall_window"),
             models.CheckConstraint(condition=Q(gpus__gt=0), name="shortfall_of_some"),
+            models.CheckConstraint(
+                condition=Q(maintenance__isnull=True, host__isnull=False)
+                | Q(maintenance__isnull=False, host__isnull=True),
+                name="shortfall_has_one_cause",
+            ),
         ]
-        indexes = [models.Index(fields=["contract", "starts_at"])]
+        indexes = [
+            models.Index(fields=["contract", "starts_at"]),
+            models.Index(fields=["ends_at"], condition=Q(host__isnull=False), name="shortfall_of_host"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.contract_id}: {self.gpus} GPUs {self.starts_at:%F %R} to {self.ends_at:%F %R}"

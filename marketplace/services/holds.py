@@ -5,25 +5,19 @@ its devices; those still to come are renumbered where that makes room, in order 
 that has begun overlaps now, and an interval graph is coloured greedily from the left. Callers hold the cell's lock.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from django.contrib.postgres.aggregates import ArrayAgg
-from django.db import transaction
 from django.db.models import Q, Value
 
 from marketplace.errors import MarketError
-from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, Host, Kind, Placement, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
 
-log = logging.getLogger(__name__)
-HEAL_AHEAD = timedelta(hours=25)  # the scheduler closes a reservation's GPUs to others a day before its claim
-HEAL_BATCH = 500
 CLAIM_OF_MAINTENANCE = Q(contract=None, maintenance__isnull=False)  # a host's every GPU: nothing to number
 
 
@@ -338,43 +332,3 @@ def _share(host: Host, gpus: int) -> tuple[int, int, int]:
     """CPU, RAM and NVMe that go with so many of the host's GPUs."""
     of = max(1, host.gpu_count)
     return host.vcpu_milli * gpus // of, host.ram_mib * gpus // of, host.nvme_gib * gpus // of
-
-
-def heal(now: datetime) -> int:
-    """Reservations that begin within HEAL_AHEAD and were disturbed get other GPUs of their listing, if there are any; returns how
-    many moved. What finds no room stays as it is, is logged, and is tried again by the next tick.
-    """
-    soon = Reservation.objects.filter(
-        state=Reservation.State.FIRM,
-        contract__isnull=False,
-        maintenance=None,
-        starts_at__gt=now,
-        claims_at__lte=now + HEAL_AHEAD,
-    ).select_related("listing__site", "contract", "quote")
-    rows = {row.pk: row for row in soon.order_by("claims_at", "pk")[:HEAL_BATCH]}
-    return sum(_move(rows[pk], now) for pk in sorted(disturbed(rows.values(), now))) if rows else 0
-
-
-def _move(row: Reservation, now: datetime) -> bool:
-    contract, quote = row.contract, row.quote
-    assert contract is not None
-    with transaction.atomic():
-        acquire((Lock.CELL, row.listing.site.cell_id))
-        fresh = Reservation.objects.select_for_update(no_key=True).get(pk=row.pk)
-        if fresh.state != Reservation.State.FIRM or not disturbed([fresh], now):
-            return False
-        found = availability.admit(
-            row.listing, gpus=sum(len(block.gpu_indices) for block in fresh.blocks.all()),
-            level=quote.level if quote else "site",
-            starts_at=fresh.starts_at, ends_at=fresh.ends_at, now=now, without=(fresh.pk,),
-        )  # fmt: skip
-        if not found.admitted:
-            log.error(
-                "contract %s: GPUs it is promised from %s are gone: %s",
-                contract.public_id,
-                fresh.starts_at,
-                found.reason,
-            )
-            return False
-        write_blocks(fresh, [(int(str(host)), count) for host, count in found.hold], now=now)
-    return True

@@ -1,4 +1,4 @@
-"""What contracts that hold GPUs owe for it: their windows, what they sold on, what the grid and maintenance took, what goes beyond.
+"""What contracts that hold GPUs owe for it: their windows, what they sold on, what the grid took, what could not be had, what goes beyond.
 
 In our own words: nothing of billing is called. Amounts are milli-GPU-seconds.
 """
@@ -48,28 +48,28 @@ class Held:
             " WHERE f.undone_at IS NULL", "contract",
         )  # fmt: skip
         missed = _by(
-            "SELECT s.*, m.noticed_until FROM marketplace_maintenanceshortfall s"
-            " JOIN marketplace_maintenance m ON m.id = s.maintenance_id ORDER BY s.starts_at"
+            "SELECT s.*, m.noticed_until FROM marketplace_shortfall s"
+            " LEFT JOIN marketplace_maintenance m ON m.id = s.maintenance_id ORDER BY s.starts_at"
         )
         for c in held:
             pk, name = c["id"], ids.encode("ctr", c["id"])
             owes = Owes(c, added[pk], sold[pk], missed[pk])
             for kind, due, why in (
                 ("commitment", owes.committed(), "committed"),
-                ("credit", -owes.missed(), "for what maintenance took"),
+                ("credit", -owes.missed(), "for what could not be had"),
                 ("overage", owes.beyond(), "beyond the GPUs that it holds"),
             ):
                 if billed.get((pk, kind), 0) != due:
                     found.append(
                         f"contract {name} ({c['kind']}, {c['state']}) is billed {billed.get((pk, kind), 0) / 3_600_000:g} GPU-hours"
                         f" {why} to {owes.edge}, by its terms {due / 3_600_000:g} (curtailed: {owes.calls}; sold on: {owes.sold};"
-                        f" away for maintenance: {[(m['gpus'], str(m['starts_at']), str(m['ends_at'])) for m in missed[pk]]})"
+                        f" missing: {[(m['gpus'], str(m['starts_at']), str(m['ends_at'])) for m in missed[pk]]})"
                     )
             if owes.calls:
                 free = sum(gpus * (b - a) - gpus * _length(_without((a, b), owes.calls)) for gpus, a, b in owes.due())
                 self.promises.tally["flexible: GPU-hours of curtailment credited"][name] = free // 3_600
             if owes.missed():
-                self.promises.tally["maintenance: GPU-hours not charged"][name] = owes.missed() // 3_600_000
+                self.promises.tally["missing: GPU-hours not charged"][name] = owes.missed() // 3_600_000
         return found
 
 
@@ -102,7 +102,7 @@ class Owes:
         return sum(1000 * gpus * _length(_without((a, b), self.calls)) for gpus, a, b in self.due())
 
     def missed(self, month: Span = (0, FAR), *, whole: bool = False) -> int:
-        """What maintenance took and is not charged, of `month`; `whole`: also what is not billed yet."""
+        """What could not be had and is not charged, of `month`; `whole`: also what is not billed yet."""
         free = self._free()
         through = FAR if whole else self.through
         spans = [*self.calls, month, *((a, b) for _, a, b in (*free, *self.parts))]

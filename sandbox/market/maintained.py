@@ -122,8 +122,8 @@ class Maintained:
             {
                 row["contract_id"]: row["n"]
                 for row in rows(
-                    "SELECT contract_id, sum(gpus) AS n FROM marketplace_maintenanceshortfall"
-                    f" WHERE starts_at <= {at} AND ends_at > {at} GROUP BY 1"
+                    "SELECT contract_id, sum(gpus) AS n FROM marketplace_shortfall"
+                    f" WHERE maintenance_id IS NOT NULL AND starts_at <= {at} AND ends_at > {at} GROUP BY 1"
                 )
             }
         )

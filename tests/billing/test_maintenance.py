@@ -53,7 +53,7 @@ def test_announced_hours_are_borne_and_what_is_beyond_them_comes_back(market: Wo
     assert invoice.total_minor == whole - 8 * 4 * 200
     credit = InvoiceLine.objects.get(kind="credit")
     assert credit.contract == contract
-    assert "GPU-hours missing during maintenance" in credit.description
+    assert "GPU-hours reserved but missing" in credit.description
     assert Host.objects.get().state == "active"
     collect(invoice)
     settled(market, invoice)

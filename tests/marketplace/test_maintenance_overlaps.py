@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from marketplace.errors import MarketError
-from marketplace.models import Host, Maintenance, MaintenanceHost, MaintenanceShortfall, Reservation, ReservationBlock
+from marketplace.models import Host, Maintenance, MaintenanceHost, Reservation, ReservationBlock, Shortfall
 from marketplace.services import contracts, maintenance
 from tests import factories
 from tests.factories import NOW
@@ -76,7 +76,7 @@ class World(Yard):
             ]
             devices.update(mine)
             here = sum(host not in away for host, _ in mine)
-            missed = MaintenanceShortfall.objects.filter(
+            missed = Shortfall.objects.filter(
                 contract=contract, starts_at__lte=self.now, ends_at__gt=self.now
             )
             short = sum(missed.values_list("gpus", flat=True))
@@ -109,10 +109,10 @@ def test_whatever_overlaps_contracts_have_their_gpus_or_what_they_miss_is_on_rec
     assert set(Maintenance.objects.values_list("state", flat=True)) <= {"completed", "cancelled"}
     assert world.states() == ["active"] * 4
     assert not Host.objects.exclude(back_at=None, leaves_at=None).exists()
-    assert not MaintenanceShortfall.objects.filter(ends_at__gt=FIRST + 4 * DAY).exists()
+    assert not Shortfall.objects.filter(ends_at__gt=FIRST + 4 * DAY).exists()
     assert {c.pk: world.own(c) for c in world.held} == world.at_first
     for contract in world.held:  # nothing is missed twice: no two rows of one contract for one maintenance overlap
-        rows = list(MaintenanceShortfall.objects.filter(contract=contract).order_by("starts_at", "ends_at"))
+        rows = list(Shortfall.objects.filter(contract=contract).order_by("starts_at", "ends_at"))
         for n, a in enumerate(rows):
             over = [b for b in rows[n + 1 :] if b.starts_at < a.ends_at]
             assert a.gpus + sum(b.gpus for b in over) <= contract.gpu_count

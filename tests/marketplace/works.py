@@ -7,7 +7,7 @@ from django.db import transaction
 from marketplace.models import (
     Host,
     MaintenanceNotice,
-    MaintenanceShortfall,
+    Shortfall,
 )
 from marketplace.services import maintenance, placements
 from scheduler import site_loop
@@ -72,5 +72,5 @@ def told(contract):
 
 
 def missed(contract):
-    rows = MaintenanceShortfall.objects.filter(contract=contract).order_by("starts_at")
+    rows = Shortfall.objects.filter(contract=contract).order_by("starts_at")
     return [(row.gpus, row.starts_at, row.ends_at) for row in rows]

@@ -142,7 +142,7 @@ def test_maintenance_is_replaced_or_written_down_and_credited(market: World, pro
     assert auditor.look(after(MONTH + 2 * DAY + 6 * HOUR)) == []
     market.close(MONTH + 31 * DAY)
     assert Held(promises).look() == []
-    assert promises.tally["maintenance: GPU-hours not charged"].total() == 8 * 4
+    assert promises.tally["missing: GPU-hours not charged"].total() == 8 * 4
 
 
 def test_credits_that_are_not_given_are_found(market: World, promises: Promises, monkeypatch):
@@ -151,7 +151,7 @@ def test_credits_that_are_not_given_are_found(market: World, promises: Promises,
     work(market, MONTH + 2 * DAY, 5.75)
     market.close(MONTH + 31 * DAY)
     (said,) = Held(promises).look()
-    assert "0 GPU-hours for what maintenance took" in said
+    assert "0 GPU-hours for what could not be had" in said
     assert "by its terms -16" in said
 
 

@@ -8,6 +8,7 @@ from django.db import transaction
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Host, JobEvent, Placement, PowerNode, Reservation
 from marketplace.services import availability, drains, holds, jobs, placements, search, sites
+from marketplace.services.contracts import healing
 from scheduler import commit, cycle, rules, site_loop, snapshot
 from scheduler.core.plan import plan
 from scheduler.core.types import Level, Reason, Topology
@@ -382,5 +383,5 @@ def test_a_promise_on_a_host_that_leaves_first_is_moved():
         held.append(row)
     drains.drain_host(host, reason="fan", actor=market.boss, now=NOW, by=NOW + timedelta(hours=16))
     assert holds.disturbed(held, NOW) == {held[1].pk}
-    assert holds.heal(NOW) == 1
+    assert healing.heal(NOW) == 1
     assert [set(row.blocks.values_list("host_id", flat=True)) for row in held] == [{host.pk}, {other.pk}]

@@ -8,9 +8,9 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
 from marketplace.models import Amendment, Contract, ContractEvent, Job, Quote, Reservation, ReservationBlock
-from marketplace.services import audit, catalogue, holds
+from marketplace.services import audit, catalogue
 from marketplace.services.availability import HOLDING
-from marketplace.services.contracts import notices, prices
+from marketplace.services.contracts import healing, notices, prices
 from marketplace.services.contracts.ending import cancel, end, settle
 from marketplace.services.forward import resales
 from marketplace.tenancy import SYSTEM
@@ -36,7 +36,7 @@ class Ticked:
 
 def clock(now: datetime) -> Ticked:
     """Lapsed holds are free, quotes expire, contracts begin and end with their window, drained ones are settled, unpaid ones are
-    cancelled, promises whose GPUs were lost move to others. Bounded batches of BATCH rows; each step is a guarded update of its
+    cancelled, promises whose GPUs cannot be used move to others. Bounded batches of BATCH rows; each step is a guarded update of its
     own, so that any number of copies may run beside each other and beside buyers.
     """
     lapsed = Reservation.objects.filter(state=Reservation.State.HELD, held_until__lte=now).order_by("pk")
@@ -64,7 +64,7 @@ def clock(now: datetime) -> Ticked:
     with transaction.atomic():
         cancelled = cancel(_some(unpaid), now=now, actor="system", reason="the payment did not arrive in time")
     return Ticked(
-        released, expired, begun, applied, lapsed_prices, len(ended), settled, len(cancelled), holds.heal(now), offers
+        released, expired, begun, applied, lapsed_prices, len(ended), settled, len(cancelled), healing.heal(now), offers
     )  # fmt: skip
 
 

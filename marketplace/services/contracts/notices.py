@@ -30,12 +30,16 @@ SUBJECTS = {
     "defaulted": "{id} was ended: an invoice stayed unpaid",
     "closed_out": "{id} was ended by us",
     "outbid": "{id}: jobs were outbid",
+    "missing": "{id}: some of its GPUs cannot be used",
+    "stand_in": "{id}: other GPUs stand in",
+    "whole": "{id}: all of its GPUs can be used again",
     "price_proposed": "{id}: its operator asks for another price",
     "price_applied": "{id}: its new price counts from now on",
     "price_lapsed": "{id} ends: its new price was not accepted",
     "price_accepted": "{id}: your price was accepted",
     "price_declined": "{id}: your price was declined",
 }
+WORK = frozenset({"missing", "stand_in", "whole"})  # those who run jobs are told, too
 OPERATORS = frozenset({"price_accepted", "price_declined"})  # told to who sold it; the rest to who bought it
 PAPERS = {
     "signed": ContractDocument.Kind.ORDER_FORM,
@@ -68,7 +72,8 @@ def send(contract_id: int, what: str, detail: str) -> None:
     rows = Contract.objects.select_related("organization", "operator", "site", "gpu_model", "listing")
     contract = rows.get(pk=contract_id)
     sold = what in OPERATORS
-    to = mails.addresses(contract.operator_id if sold else contract.organization_id, SELLERS if sold else TOLD)
+    roles = SELLERS if sold else (*TOLD, "engineer") if what in WORK else TOLD
+    to = mails.addresses(contract.operator_id if sold else contract.organization_id, roles)
     mails.send(to, letter(contract, what, detail, now=timezone.now()))
 
 

@@ -15,10 +15,10 @@ from marketplace.models import (
     Host,
     Maintenance,
     MaintenanceHost,
-    MaintenanceShortfall,
     Placement,
     Reservation,
     ReservationBlock,
+    Shortfall,
 )
 from marketplace.models.maintenance import LEAD
 from marketplace.services import conditions, drains
@@ -90,7 +90,7 @@ def give_back(row: Maintenance, *, now: datetime) -> None:
     taken = list(row.hosts.filter(taken_at__isnull=False, given_back_at=None).select_related("host__site"))
     if not taken:
         return
-    MaintenanceShortfall.objects.filter(maintenance=row, ends_at=row.ends_at, starts_at__lt=now).update(ends_at=now)
+    Shortfall.objects.filter(maintenance=row, ends_at=row.ends_at, starts_at__lt=now).update(ends_at=now)
     ids = [each.host_id for each in taken]
     MaintenanceHost.objects.filter(pk__in=[each.pk for each in taken]).update(given_back_at=now)
     others = dict(_open(ids).values_list("host_id").annotate(until=Max("maintenance__ends_at")))
@@ -130,7 +130,7 @@ def put_back(cell_id: int, *, now: datetime) -> None:
             ReservationBlock.objects.filter(
                 reservation__maintenance=row.maintenance_id, reservation__contract=None, host=row.host_id
             ).delete()
-        running = MaintenanceShortfall.objects.filter(contract__cell=cell_id, ends_at__gt=now)
+        running = Shortfall.objects.filter(contract__cell=cell_id, host=None, ends_at__gt=now)
         _record(sorted(set(running.values_list("contract_id", flat=True))), now)
 
 
@@ -148,11 +148,11 @@ def record(host_ids: Collection[int], *, now: datetime) -> None:
 
 
 def _record(contract_ids: list[int], now: datetime) -> None:
-    later = MaintenanceShortfall.objects.filter(contract__in=contract_ids, ends_at__gt=now)
+    later = Shortfall.objects.filter(contract__in=contract_ids, host=None, ends_at__gt=now)
     later.filter(starts_at__gte=now).delete()
     later.update(ends_at=now)
-    MaintenanceShortfall.objects.bulk_create(
-        MaintenanceShortfall(
+    Shortfall.objects.bulk_create(
+        Shortfall(
             maintenance_id=piece.maintenance, contract_id=piece.contract, gpus=piece.gpus, starts_at=piece.start, ends_at=piece.end
         )
         for piece in planning.short_now(contract_ids, now=now)

@@ -172,6 +172,7 @@ class HostAdmin(look.Shown, TenantAdmin):
         Move(
             name="undrain", label="Put back to work", action="sites:write", run=_undrain, icon="play_arrow", bulk=True,
             possible=lambda row: row.state in {Host.State.DRAINING, Host.State.MAINTENANCE, Host.State.LOST},
+            barred=gpu_health.barred,
             question="Jobs may be placed here again.",
         ),
     )  # fmt: skip

@@ -47,11 +47,16 @@ def always(row: Any) -> bool:  # noqa: ARG001
     return True
 
 
+def nothing(row: Any) -> str:  # noqa: ARG001
+    return ""
+
+
 @dataclass(frozen=True)
 class Move:
     """`run` calls the service and returns what to say, or an answer of its own (then no message is shown).
 
-    `action`: of tenancy.ACTIONS. `possible`: whether the row stands so that it can be done now. `atomic=False`: it calls a part
+    `action`: of tenancy.ACTIONS. `possible`: whether the row stands so that it can be done now; `barred`: why it cannot all the same, and
+    what clears it, said where the button would be. `atomic=False`: it calls a part
     outside, which must not happen inside a transaction.
     """
 
@@ -63,6 +68,7 @@ class Move:
     form: type[forms.Form] = forms.Form
     initial: Callable[[Any], dict[str, Any]] = blank  # what the form of one row begins with
     possible: Callable[[Any], bool] = always
+    barred: Callable[[Any], str] = nothing
     icon: str = "play_arrow"
     danger: bool = False
     bulk: bool = False
@@ -123,10 +129,13 @@ class MovesMixin:
 
     def buttons(self, request: HttpRequest, row: Any) -> list[dict[str, Any]]:
         return [
-            {"url": self.url_of(move.name, row), "label": move.label, "icon": move.icon, "danger": move.danger}
+            {
+                "url": self.url_of(move.name, row), "label": move.label, "icon": move.icon, "danger": move.danger,
+                "barred": move.barred(row),
+            }
             for move in self.moves
             if self.may_move(request, move) and move.possible(row)
-        ]
+        ]  # fmt: skip
 
     # --- one row
     def move_view(self, request: HttpRequest, object_id: str, move: Move) -> HttpResponse:
@@ -134,8 +143,8 @@ class MovesMixin:
         if not self.may_move(request, move):
             raise PermissionDenied
         back = self.url_of("change", row)
-        if request.method != "POST" and not move.possible(row):
-            messages.warning(request, f"{move.label}: not possible now.")
+        if request.method != "POST" and (not move.possible(row) or move.barred(row)):
+            messages.warning(request, f"{move.label}: {move.barred(row) or 'not possible now.'}")
             return HttpResponseRedirect(back)
         form = dress(move.form(request.POST if request.method == "POST" else None, initial=move.initial(row)))
         if request.method == "POST" and form.is_valid():

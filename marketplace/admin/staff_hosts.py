@@ -13,12 +13,16 @@ from marketplace.admin.base import StaffAdmin
 from marketplace.admin.doors import staff_site
 from marketplace.admin.hosts import GpuRows, VerificationRows
 from marketplace.admin.moves import Call, Move
-from marketplace.models import Host
+from marketplace.models import Gpu, Host
 from marketplace.services import gpu_health, gpu_rule
 
 
 class WellForm(forms.Form):
     why = forms.CharField(max_length=200, label="How we know", help_text="Stands in the audit trail.")
+
+
+def _sick(row: Host) -> list[Gpu]:
+    return sorted((gpu for gpu in row.gpus.all() if not gpu.healthy), key=lambda gpu: gpu.index)
 
 
 def _well(call: Call) -> str:
@@ -39,7 +43,17 @@ class SickFilter(admin.SimpleListFilter):
 
 @admin.register(Host, site=staff_site)
 class StaffHostAdmin(look.Shown, StaffAdmin):
-    list_display = ("name", "site", "gpu_model", "gpu_count", "shown_state", "shown_sick", "shown_beat", "listing")
+    list_display = (
+        "name",
+        "site",
+        "gpu_model",
+        "gpu_count",
+        "shown_state",
+        "shown_sick",
+        "shown_since",
+        "shown_beat",
+        "listing",
+    )
     list_select_related = ("site", "gpu_model", "listing")
     list_filter = (SickFilter, "state", "site", "gpu_model")
     search_fields = ("name", "site__name")
@@ -49,14 +63,21 @@ class StaffHostAdmin(look.Shown, StaffAdmin):
         "power_state", "reserved_w", "measured_w",
     )  # fmt: skip
     inlines = (GpuRows, VerificationRows)
+    above = "desk/sick.html"
     moves = (
         Move(
             name="well", label="GPUs are well", action="audit:read", run=_well, form=WellForm, icon="healing",
-            possible=lambda row: row.pk in gpu_rule.sick_on([row.pk]),
+            possible=lambda row: bool(_sick(row)),
             question="Nothing uses its sick GPUs until a benchmark passes on them. Say it in its place only where you know more than a "
             "benchmark would: the host is back at work by this.",
         ),
     )  # fmt: skip
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Host]:
+        return super().get_queryset(request).prefetch_related("gpus")
+
+    def more(self, request: HttpRequest, row: Host) -> dict[str, Any]:  # noqa: ARG002
+        return {"sick": _sick(row), "repair": gpu_health.REPAIR}
 
     @display(description="State", ordering="state", label=look.TONES)
     def shown_state(self, row: Host) -> str:
@@ -64,7 +85,12 @@ class StaffHostAdmin(look.Shown, StaffAdmin):
 
     @display(description="Sick GPUs")
     def shown_sick(self, row: Host) -> str:
-        return gpu_rule.words(gpu_rule.sick_on([row.pk]).get(row.pk, [])) or "–"
+        return gpu_rule.words(_sick(row)) or "–"
+
+    @display(description="Since")
+    def shown_since(self, row: Host) -> str:
+        since = min((gpu.sick_at for gpu in _sick(row) if gpu.sick_at), default=None)
+        return look.ago(since) if since else "–"
 
     @display(description="Heard", ordering="beat_at")
     def shown_beat(self, row: Any) -> str:

@@ -47,6 +47,10 @@ class ContractShape(serializers.Serializer):
     site = serializers.DictField()
     gpu_model = serializers.CharField(allow_null=True)
     gpu_count = serializers.IntegerField()
+    missing_gpus = serializers.IntegerField(
+        help_text="of them, that cannot be used now: their host is out of work; not charged"
+    )
+    missing_since = serializers.DateTimeField(allow_null=True, help_text="null: none is missing")
     starts_at = serializers.DateTimeField()
     ends_at = serializers.DateTimeField(allow_null=True)
     ended_at = serializers.DateTimeField(allow_null=True)
@@ -78,7 +82,7 @@ class TerminationShape(serializers.Serializer):
 class ContractResource(Resource):
     model_queryset = Contract.objects.select_related(
         "organization", "operator", "listing", "quote", "site", "gpu_model"
-    )
+    ).prefetch_related("shortfalls")
     prefix = "ctr"
     filters = {"state": "state", "kind": "kind", "listing": "listing", "reference": "reference"}
 
@@ -86,6 +90,7 @@ class ContractResource(Resource):
         now = timezone.now()
         actions = sorted([*contracts.actions(row, self.actor), *spot.actions(row, self.actor)])
         sold = self.actor.organization_id == row.operator_id != row.organization_id
+        missing, missing_since = contracts.missing(row, now)
         return {
             "id": row.public_id,
             "object": "contract",
@@ -99,6 +104,8 @@ class ContractResource(Resource):
             "site": {"id": row.site.public_id, "name": row.site.name, "region": row.site.region},
             "gpu_model": row.gpu_model.name if row.gpu_model else None,
             "gpu_count": row.gpu_count,
+            "missing_gpus": missing,
+            "missing_since": missing_since,
             "starts_at": row.starts_at,
             "ends_at": row.ends_at,
             "ended_at": row.ended_at,

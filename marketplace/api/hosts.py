@@ -27,6 +27,7 @@ class HostResource(Resource):
     filters = {"site": "site", "state": "state", "gpu_model": "gpu_model__name", "listing": "listing", "leaf": "leaf"}
 
     def represent(self, row: Host) -> dict[str, Any]:
+        sick = sorted((gpu for gpu in row.gpus.all() if not gpu.healthy), key=lambda gpu: gpu.index)
         return {
             "id": row.public_id,
             "object": "host",
@@ -51,18 +52,14 @@ class HostResource(Resource):
             "vcpu_free_milli": row.vcpu_free,
             "ram_free_mib": row.ram_free,
             "nvme_free_gib": row.nvme_free,
-            "sick_gpus": [
-                {"index": gpu.index, "since": gpu.sick_at, "error": gpu.last_error}
-                for gpu in sorted(row.gpus.all(), key=lambda gpu: gpu.index)
-                if not gpu.healthy
-            ],
+            "sick_gpus": [{"index": gpu.index, "since": gpu.sick_at, "error": gpu.last_error} for gpu in sick],
             "cap_control": row.cap_control,
             "power_state": row.power_state,
             "reserved_w": row.reserved_w,
             "measured_w": row.measured_w,
             "beat_at": row.beat_at,
             "reliability_permille": reliability.score_of(row),
-            "actions": ACTIONS.get(row.state, []),
+            "actions": [each for each in ACTIONS.get(row.state, []) if each != "undrain" or not sick],
         }
 
     def answer(self, host: Host) -> Response:

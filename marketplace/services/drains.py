@@ -25,6 +25,7 @@ from marketplace.outbox import emit
 from marketplace.services import audit, conditions, gpu_rule, jobs, placements, replicas
 from marketplace.tenancy import Actor
 
+CURE = "Repair it, then run the benchmark (Verify): when it passes, the host is back at work."  # of sick GPUs
 PUT_BACK = "marketplace.hosts_put_back"  # by hand, in the midst of maintenance
 ABLE = (Host.State.ACTIVE, Host.State.DRAINING)
 # Kinds of work, as customers read them.
@@ -166,10 +167,7 @@ def undrain_site(site: Site, *, actor: Actor, now: datetime) -> list[Host]:
 
 
 def _sick(name: str, why: str) -> MarketError:
-    return MarketError(
-        "gpu_sick",
-        f"{name}: {why}. Repair it, then run the benchmark (Verify): when it passes, the host is back at work.",
-    )
+    return MarketError("gpu_sick", f"{name}: {why}. {CURE}")
 
 
 def _undrain(hosts: Collection[Host], *, actor: Actor, now: datetime) -> None:

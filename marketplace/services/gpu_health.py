@@ -99,6 +99,12 @@ def well(host: Host, *, actor: Actor, now: datetime, why: str) -> Host:
     return fresh
 
 
+def barred(host: Host) -> str:
+    """Why it cannot be put back to work by hand, and what clears that; empty: it can."""
+    sick = gpu_rule.sick_on([host.pk]).get(host.pk, [])
+    return f"not while {gpu_rule.words(sick)} {'is' if len(sick) == 1 else 'are'} sick. {drains.CURE}" if sick else ""
+
+
 def tell_operator(host_id: int) -> None:
     """By mail: which GPUs, why, what runs there now, what to do. Twice is no harm."""
     host = Host.objects.select_related("site").get(pk=host_id)

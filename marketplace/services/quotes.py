@@ -156,6 +156,9 @@ def _admission(listing: Listing, asked: Quote, *, now: datetime, market: availab
     )
 
 
+PLACES = {"host": "host", "leaf": "leaf switch", "spine": "fabric", "site": "site"}  # levels, as people say
+
+
 def _refusal(
     actor: Actor,
     listing: Listing,
@@ -166,11 +169,13 @@ def _refusal(
     code: str,
     market: availability.Market | None,
 ) -> MarketError:
+    most = found.alternatives.in_window[asked.level] if found.alternatives is not None else 0
+    inside = "" if asked.level == "site" else f" inside one {PLACES[asked.level]}"
     detail = {
-        "shape_never_fits": f"The listing has no {asked.level} with {asked.gpu_count} GPUs.",
+        "shape_never_fits": f"This offer does not have {asked.gpu_count} GPUs at work{inside}, whenever it begins.",
         "no_capacity_in_window": f"Fewer than {asked.gpu_count} GPUs are free in all of that window.",
-        "fragmented_at_level": f"{asked.gpu_count} GPUs are free, but not inside one {asked.level}.",
-    }[found.reason]
+        "fragmented_at_level": f"{asked.gpu_count} GPUs are free, but not{inside}.",
+    }[found.reason] + (f" At most {most} can be had then{inside}." if most else "")
     extra = {
         "reason": found.reason,
         "alternatives": nearest.alternatives(actor, listing, asked, found.alternatives, now=now, market=market),

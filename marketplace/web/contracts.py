@@ -56,6 +56,7 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
     actions = [*service.actions(row, actor), *spot.actions(row, actor)]
     mine = row.organization_id == actor.organization_id
     jobs = Job.objects.owned_by(actor.organization_id).filter(contract=row).order_by("-pk")[:SHOWN_JOBS]
+    missing, missing_since = service.missing(row, now)
     return render(
         request,
         "contract.html",
@@ -72,6 +73,8 @@ def contract(request: HttpRequest, contract: str) -> HttpResponse:
             "jobs": jobs if mine else [],
             "sold": row.operator_id == actor.organization_id,
             "asked": row.amendments.filter(kind="price", state="open") if mine else [],
+            "missing": missing,
+            "missing_since": missing_since,
             "work": _maintenance(row, now) if mine else [],
             "papers": row.documents.only("pk", "title", "created_at").order_by("pk"),
             "spot": spot_pages.shown(row.listing, now) if row.kind == Kind.SPOT else None,

@@ -1,5 +1,7 @@
 """Quotes: ask for a firm price, read it, accept it or give it back. A refusal names its reason and what would fit."""
 
+from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from urllib.parse import urlencode
@@ -18,7 +20,7 @@ from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
 from marketplace.web.forms import QuoteForm, millionths, refuse
 from marketplace.web.market import listing_of
-from marketplace.web.tags import LEVEL_WORDS, price
+from marketplace.web.tags import LEVEL_WORDS
 
 SIGNED = "Signed. The contract is yours; submit a job."
 ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
@@ -68,30 +70,50 @@ def _form(request: HttpRequest, row: Listing, form: QuoteForm, status: int = 200
 
 
 WHAT = {
-    "later": "later",
-    "earlier": "earlier",
-    "shorter": "for a shorter time",
-    "fewer": "fewer GPUs",
-    "level": "less close",
+    "later": "Later",
+    "earlier": "Earlier",
+    "shorter": "For a shorter time",
+    "fewer": "Fewer GPUs",
+    "level": "Less close",
 }
 
 
-def alternatives(error: MarketError) -> list[tuple[str, str]]:
-    """(words, address of the quote form filled in) of what would be admitted instead, the nearest first."""
+@dataclass(frozen=True)
+class Fit:
+    """What would be admitted instead, as a row of a table; `href`: the quote form filled in with it."""
+
+    what: str
+    gpus: int
+    where: str
+    starts_at: datetime | None
+    ends_at: datetime | None
+    price: int
+    currency: str
+    total_minor: int
+    hourly: bool
+    href: str
+
+
+def alternatives(error: MarketError) -> list[Fit]:
+    """What would be admitted instead, the nearest first."""
     found = (error.extra.get("alternatives") or {}).get("nearest", ())
-    return [(_words(each), _filled(each["quote"]["body"])) for each in found]
+    return [_fit(each, each["quote"]["body"]) for each in found]
 
 
-def _words(offer: dict[str, Any]) -> str:
-    body, items = offer["quote"]["body"], offer["items"]
-    what = WHAT.get(offer["what"], f"{offer['title']}, {offer['region']}")
-    begins = f"from {body['starts_at']:%-d %b %Y %H:%M}" if "starts_at" in body else "from now"
-    ends = f" to {body['ends_at']:%-d %b %Y %H:%M} UTC" if "ends_at" in body else ""
-    amount = money.format_minor(items["total_minor"], items["currency"])
-    much = amount if items["basis"] == "commitment" else f"{amount} an hour"
-    per = price(offer["price"], offer["currency"])
-    words = f"{body['gpu_count']} GPUs, {LEVEL_WORDS[body['level']]}, {begins}{ends}; {much}, {per} per GPU-hour"
-    return f"{what[0].upper()}{what[1:]}: {words}"
+def _fit(offer: dict[str, Any], body: dict[str, Any]) -> Fit:
+    items = offer["items"]
+    return Fit(
+        what=WHAT.get(offer["what"], f"{offer['title']}, {offer['region']}"),
+        gpus=body["gpu_count"],
+        where=LEVEL_WORDS[body["level"]],
+        starts_at=body.get("starts_at"),
+        ends_at=body.get("ends_at"),
+        price=offer["price"],
+        currency=items["currency"],
+        total_minor=items["total_minor"],
+        hourly=items["basis"] != "commitment",
+        href=_filled(body),
+    )
 
 
 def _filled(body: dict[str, Any]) -> str:

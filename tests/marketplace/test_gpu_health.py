@@ -141,6 +141,7 @@ def test_the_operator_is_told_what_and_what_to_do(place):
     assert letter.to == ["eng@caprock.example"]
     assert "XID 79: fell off the bus" in letter.body
     assert "press Verify" in letter.body
+    assert "1 placement on the host run to their end" in letter.body.replace("\n", " ")
     assert f"/operator/marketplace/host/{place.host.pk}/change/" in letter.body
     place.host.gpus.update(healthy=True)
     gpu_health.tell_operator(place.host.pk)
@@ -198,11 +199,16 @@ def test_it_is_benchmarked_whoever_waits_for_its_capacity(place):
 
 
 def test_our_own_people_may_say_so_and_it_is_on_record(place):
-    report(place, event(place))
+    report(place, event(place), event(place, gpu=5))
     gpu_health.well(place.host, actor=STAFF, now=NOW + HOUR, why="the riser was replaced")
     place.host.refresh_from_db()
     assert place.host.state == "active"
-    assert gpu(place).well_at == NOW + HOUR
+    for index in (3, 5):
+        assert (gpu(place, index).healthy, gpu(place, index).well_at, gpu(place, index).sick_at) == (
+            True,
+            NOW + HOUR,
+            None,
+        )
     done = AuditEvent.objects.get(verb="host.gpu_well")
     assert (done.actor, done.after) == (STAFF.label, {"why": "the riser was replaced"})
     refused("illegal_transition", gpu_health.well, place.host, actor=STAFF, now=NOW, why="again")
@@ -252,18 +258,41 @@ def test_by_api_and_by_admin(place, client):
     assert told["sick_gpus"] == [
         {"index": 3, "since": NOW.isoformat().replace("+00:00", "Z"), "error": "XID 79: fell off the bus"}
     ]
+    assert told["actions"] == ["drain"]
     refusal = reader.post(f"/api/v1/hosts/{place.host.public_id}/undrain")
     assert (refusal.status_code, refusal.json()["code"]) == (409, "gpu_sick")
     assert f.client(f.organization()).get(f"/api/v1/hosts/{place.host.public_id}").status_code == 404
     client.force_login(f.member(place.site.organization).user)
     page = client.get(f"/operator/marketplace/host/{place.host.pk}/change/").content.decode()
     assert "Sick GPUs" in page
+    assert "Reset the GPU or power-cycle the host" in page
+    assert f"{NOW:%Y-%m-%d %H:%M:%S}" in page[page.index("Sick GPUs") : page.index("Reliability")]
     assert "XID 79: fell off the bus" in page
-    assert "XID 79 (fell off the bus)" in client.get("/reliability").content.decode()
+    door = f"/operator/marketplace/host/{place.host.pk}/undrain/"
+    assert door not in page
+    assert (
+        "<strong>Put back to work</strong>: not while GPU 3 (XID 79: fell off the bus) is sick. Repair it, then" in page
+    )
+    refusal = client.get(door, follow=True).content.decode()
+    assert "Put back to work: not while GPU 3 (XID 79: fell off the bus) is sick. Repair it, then" in refusal
+    assert "GPU 3 (XID 79" in client.post(door).content.decode()
+    place.host.refresh_from_db()
+    assert place.host.state == "draining"
+    rule = client.get("/reliability").content.decode()
+    for words in ("XID 79 (fell off the bus)", "XID 119 (its system processor", "After 3 of one kind within 24 hours"):
+        assert words in rule
+    f.host(place.site, name="hale-host", beat_at=NOW)
     client.force_login(f.staff())
     there = f"/staff/marketplace/host/{place.host.pk}"
-    assert "XID 79: fell off the bus" in client.get("/staff/marketplace/host/?gpus=sick").content.decode()
-    assert "GPUs are well" in client.get(f"{there}/change/").content.decode()
+    listed = client.get("/staff/marketplace/host/?gpus=sick").content.decode()
+    assert "GPU 3 (XID 79: fell off the bus)" in listed
+    assert "hale-host" not in listed
+    assert "hale-host" in client.get("/staff/marketplace/host/").content.decode()
+    hale = Host.objects.get(name="hale-host")
+    assert "GPUs are well" not in client.get(f"/staff/marketplace/host/{hale.pk}/change/").content.decode()
+    page = client.get(f"{there}/change/").content.decode()
+    assert "GPUs are well" in page
+    assert "Reset the GPU or power-cycle the host" in page
     client.post(f"{there}/well/", {"why": "replaced"})
     place.host.refresh_from_db()
     assert place.host.state == "active"

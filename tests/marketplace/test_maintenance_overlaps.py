@@ -76,9 +76,7 @@ class World(Yard):
             ]
             devices.update(mine)
             here = sum(host not in away for host, _ in mine)
-            missed = Shortfall.objects.filter(
-                contract=contract, starts_at__lte=self.now, ends_at__gt=self.now
-            )
+            missed = Shortfall.objects.filter(contract=contract, starts_at__lte=self.now, ends_at__gt=self.now)
             short = sum(missed.values_list("gpus", flat=True))
             assert here + short == contract.gpu_count, (self.now, contract.pk, here, short)
         assert not [d for d, n in devices.items() if n > 1], "a GPU is promised twice"

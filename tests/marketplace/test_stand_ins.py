@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 from django.core import mail
+from django.utils import timezone
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -349,6 +350,41 @@ def test_a_sound_market_costs_the_clock_no_more_than_a_few_questions(yard, djang
     full(yard)
     with django_assert_max_num_queries(3):
         assert healing.heal(LATER) == 0
+
+
+# --- who reads it
+def test_page_and_api_say_how_many_are_missing_since_when_and_that_nothing_is_charged(yard, client):
+    contract, other, host = full(yard)
+    now = timezone.now().replace(microsecond=0)
+    for start, end, of in ((now - HOUR, now + HOUR, contract), (now - 3 * HOUR, now - 2 * HOUR, other)):
+        Shortfall.objects.create(contract=of, host=host, gpus=3, starts_at=start, ends_at=end)
+    said = {}
+    for row, who in (
+        (contract, contract.organization),
+        (other, other.organization),
+        (contract, yard.site.organization),
+    ):
+        api = f.client(who).get(f"/api/v1/contracts/{row.public_id}").json()
+        listed = next(r for r in f.client(who).get("/api/v1/contracts").json()["data"] if r["id"] == row.public_id)
+        assert [listed[k] for k in ("missing_gpus", "missing_since")] == [
+            api[k] for k in ("missing_gpus", "missing_since")
+        ]
+        client.force_login(f.member(who).user)
+        said[row.pk, who.pk] = (
+            api["missing_gpus"],
+            api["missing_since"],
+            client.get(f"/contracts/{row.public_id}").content.decode(),
+        )
+    gpus, since, page = said[contract.pk, contract.organization_id]
+    assert (gpus, since) == (3, (now - HOUR).isoformat().replace("+00:00", "Z"))
+    assert "3 of its 8 GPUs cannot be used" in page
+    assert "You are not charged for them" in page
+    gpus, since, page = said[other.pk, other.organization_id]  # it was, and is over
+    assert (gpus, since, "cannot be used" in page) == (0, None, False)
+    gpus, _, page = said[contract.pk, yard.site.organization_id]
+    assert gpus == 3
+    assert "They are not charged to the customer" in page
+    assert f.client(f.organization()).get(f"/api/v1/contracts/{contract.public_id}").status_code == 404
 
 
 # --- the arithmetic

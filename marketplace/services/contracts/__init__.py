@@ -5,6 +5,7 @@ amendments  a later end, more GPUs
 prices      another price of an on-demand contract, with consent
 ending      terminated early by its rule, over with its window, defaulted, settled when nothing runs any more
 clock       what happens because time passes
+healing     promised GPUs that cannot be used: others stand in, and what is missing
 notices     what customers are told
 """
 
@@ -26,6 +27,7 @@ from marketplace.services.contracts.ending import (
     settle,
     terminate,
 )
+from marketplace.services.contracts.healing import missing
 from marketplace.services.contracts.notices import NOTICE, sentence
 from marketplace.services.contracts.notices import send as send_notice
 from marketplace.services.contracts.signing import ACCEPTED, accept, check_standing, confirm_payment
@@ -57,5 +59,5 @@ def decline_amendment(actor: Actor, row: Amendment, *, now: datetime) -> Amendme
 __all__ = [
     "ACCEPTED", "CANCELLED", "END_JOBS", "NOTICE", "Leaving", "Ticked", "accept", "accept_amendment", "actions",
     "amendment_actions", "amendments", "check_standing", "clock", "close_out", "confirm_payment", "decline_amendment", "default", "end",
-    "leaving", "prices", "send_notice", "sentence", "settle", "terminate",
+    "leaving", "missing", "prices", "send_notice", "sentence", "settle", "terminate",
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from marketplace.models import (
 )
 from marketplace.services import availability, gpu_rule, holds, jobs
 from marketplace.services.contracts import notices
+from scheduler.core.capacity import Admission
 
 log = logging.getLogger(__name__)
 HEAL_AHEAD = timedelta(hours=25)  # the scheduler closes a reservation's GPUs to others a day before its claim
@@ -87,9 +88,9 @@ def _open(now: datetime) -> QuerySet[Shortfall]:
 
 
 def missing(contract: Contract, now: datetime) -> tuple[int, datetime | None]:
-    """(GPUs of it that cannot be used now and nobody stands in for, since when)."""
-    rows = list(_open(now).filter(contract=contract, starts_at__lte=now).values_list("gpus", "starts_at"))
-    return sum(gpus for gpus, _ in rows), min((at for _, at in rows), default=None)
+    """(GPUs of it that cannot be used now and nobody stands in for, since when). Reads its `shortfalls`, prefetched or not."""
+    rows = [row for row in contract.shortfalls.all() if row.host_id is not None and row.starts_at <= now < row.ends_at]
+    return sum(row.gpus for row in rows), min((row.starts_at for row in rows), default=None)
 
 
 @dataclass
@@ -174,16 +175,17 @@ def _stand_in(row: Reservation, level: str, done: Mended, now: datetime) -> None
     able = _able(row)
     near = holds.neighbours(row, level)
     beside = able if near is None else able & set(near)
-    gpus, hold = wanted, _room(row, wanted, level, beside if stays else able, now)
-    if not hold and level != "host":
-        gpus = _most(row, wanted, level, beside, now)
-        hold = _room(row, gpus, level, beside, now) if gpus else ()
-    if not hold:
+    gpus, found = wanted, _room(row, wanted, level, beside if stays else able, now)
+    if not found.admitted and level != "host":
+        less = _room(row, wanted, level, beside, now)
+        gpus = less.alternatives.in_window.get(level, 0) if less.alternatives is not None else 0
+        found = _room(row, gpus, level, beside, now) if 0 < gpus < wanted else found
+    if not found.admitted:
         return
     try:
         with transaction.atomic():
             _trim(gone, gpus)
-            holds.grow(row, hold, now=now)
+            holds.grow(row, [(int(str(host)), count) for host, count in found.hold], now=now)
     except MarketError as error:
         if error.code != "no_capacity":  # its devices cannot be numbered so: then it waits
             raise
@@ -205,22 +207,12 @@ def _able(row: Reservation) -> set[int]:
     return set(found.values_list("pk", flat=True))
 
 
-def _room(row: Reservation, gpus: int, level: str, among: Collection[int], now: datetime) -> Sequence[tuple[int, int]]:
-    found = availability.admit(
+def _room(row: Reservation, gpus: int, level: str, among: Collection[int], now: datetime) -> Admission:
+    """Of so many GPUs on these hosts from now to its end."""
+    return availability.admit(
         row.listing, gpus=gpus, level=level, starts_at=max(row.starts_at, now.replace(microsecond=0)), ends_at=row.ends_at,
         now=now, among=among,
     )  # fmt: skip
-    return [(int(str(host)), count) for host, count in found.hold] if found.admitted else ()
-
-
-def _most(row: Reservation, wanted: int, level: str, among: Collection[int], now: datetime) -> int:
-    """How many, fewer than `wanted`, can be had among these hosts to its end."""
-    start = max(row.starts_at, now.replace(microsecond=0))
-    found = availability.admit(
-        row.listing, gpus=wanted, level=level, starts_at=start, ends_at=row.ends_at, now=now, among=among
-    )
-    less = found.alternatives.in_window.get(level, 0) if found.alternatives is not None else 0
-    return less if less < wanted else 0
 
 
 def _trim(blocks: Iterable[ReservationBlock], gpus: int) -> None:

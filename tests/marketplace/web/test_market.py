@@ -200,9 +200,29 @@ def test_a_refused_quote_names_the_reason_and_links_to_what_would_fit(market, br
     page = text(response)
     assert response.status_code == 409
     assert "There is not enough free capacity in that window" in page
-    assert "gpu_count=16" in page
-    assert f"/listings/{other.public_id}/quote?" in page
+    assert "This offer does not have 24 GPUs at work, whenever it begins. At most 16 can be had then." in page
+    rows = page[page.index("What would fit, the nearest first") :].split("<tr>")[2:]
+    assert len(rows) == 2
+    assert f'href="/listings/{other.public_id}/quote?' in rows[0]  # all that was asked, next door
+    assert "Another hall, us-tx" in rows[0]
+    assert "$2.00" in rows[0]
+    assert "gpu_count=16" in rows[1]
+    assert ">Fewer GPUs<" in rows[1]
+    filled = client.get(unescape(rows[1].split('href="')[1].split('"')[0]))
+    assert 'value="16"' in text(filled)  # each opens the form with it
+    assert f'value="{end:%Y-%m-%dT%H:%M}"' in text(filled)
     assert not Quote.objects.exists()
+
+
+def test_where_nothing_near_fits_a_standing_bid_is_offered(market, browser):
+    market.listing.hosts.update(state="draining")
+    end = timezone.now() + timedelta(days=2)
+    asked = {"kind": "reserved", "gpu_count": 8, "level": "host", "ends_at": f"{end:%Y-%m-%dT%H:%M}"}
+    page = text(browser(market.customer).post(f"/listings/{market.listing.public_id}/quote", asked))
+    assert "does not have 8 GPUs at work inside one host, whenever it begins." in page
+    assert "At most" not in page
+    assert 'href="/bids/new"' in page
+    assert "What would fit" not in page
 
 
 def test_wrong_terms_stand_beside_their_fields(market, browser):

@@ -47,7 +47,7 @@ def test_the_nearest_offers_are_a_table_and_each_opens_the_form_filled_in(chromi
 
 @pytest.mark.parametrize(("width", "theme"), THEMES)
 def test_missing_gpus_stand_on_top_of_the_contracts_page(chromium, market, width, theme):  # noqa: F811
-    now = timezone.now()
+    now = timezone.now().replace(second=0, microsecond=0)
     contract = reserved(market, market["customer"], ends_at=now + 3 * DAY)
     host = contract.reservation.blocks.get().host
     Shortfall.objects.create(contract=contract, host=host, gpus=8, starts_at=now - DAY, ends_at=now + DAY)

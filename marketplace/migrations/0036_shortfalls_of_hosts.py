@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0032_grid'),
+        ('marketplace', '0035_placement_time'),
     ]
 
     operations = [

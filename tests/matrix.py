@@ -429,6 +429,7 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/jobs/<str:job>", "GET", "jobs:read", job),
     R("api/v1/jobs/<str:job>/cancel", "POST", "jobs:write", job),
     R("api/v1/jobs/<str:job>/explain", "GET", "jobs:read", job),
+    R("api/v1/jobs/<str:job>/cost", "GET", "jobs:read", job),
     R("api/v1/jobs/<str:job>/events", "GET", "jobs:read", job),
     R("api/v1/jobs/<str:job>/logs", "GET", "jobs:read", job),
     R("api/v1/placements", "GET", "jobs:read"),

@@ -4,7 +4,7 @@ from drf_spectacular.utils import OpenApiExample, extend_schema_serializer
 from rest_framework import serializers
 
 from marketplace.api.base import Shape
-from marketplace.api.shapes import page_of
+from marketplace.api.shapes import MoneyShape, page_of
 from marketplace.models import Job, Placement
 from marketplace.services import job_rules
 
@@ -172,6 +172,16 @@ class PlacedShape(serializers.Serializer):
     second = serializers.FloatField(required=False, allow_null=True, help_text="the next best host's")
     terms = TermShape(many=True, help_text="what the score is made of")
     evicted = serializers.ListField(child=serializers.CharField(), required=False)
+
+
+class CostShape(serializers.Serializer):
+    object = serializers.ChoiceField(["job_cost"])
+    job = serializers.CharField()
+    as_of = serializers.DateTimeField()
+    milli_gpu_seconds = serializers.IntegerField(help_text="billable so far")
+    amount = MoneyShape(help_text="of these at the contract's rates; an invoice rounds once for all of a line")
+    per_hour = MoneyShape(help_text="as it runs now")
+    committed = serializers.BooleanField(help_text="these seconds lie inside a commitment, which is owed in any case")
 
 
 class ExplanationShape(serializers.Serializer):

@@ -12,6 +12,7 @@ from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from billing import costs
 from marketplace import ids
 from marketplace.api import shapes
 from marketplace.api.base import PublicId, Resource, Shape
@@ -19,6 +20,7 @@ from marketplace.api.errors import translate
 from marketplace.api.job_shapes import (
     AffinityShape,
     BatchAnswerShape,
+    CostShape,
     ExplanationShape,
     JobDetailShape,
     JobEventPage,
@@ -243,6 +245,27 @@ class JobExplain(JobResource):
         return Response(why.explain(self.row(job), staff=self.actor.is_staff))
 
 
+class JobCost(JobResource):
+    actions = {"GET": "jobs:read"}
+
+    @extend_schema(tags=["jobs"], operation_id="jobs_cost", responses={200: CostShape})
+    def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
+        """What it has used up to now, from the timeline that is billed, and what it costs an hour as it runs now."""
+        row, now = self.row(job), timezone.now()
+        found = costs.of_job(row, now=now)
+        return Response(
+            {
+                "object": "job_cost",
+                "job": row.public_id,
+                "as_of": now,
+                "milli_gpu_seconds": found.used,
+                "amount": shapes.amount(found.minor, found.currency),
+                "per_hour": shapes.amount(found.hourly, found.currency),
+                "committed": found.committed,
+            }
+        )
+
+
 class JobEvents(JobResource):
     actions = {"GET": "jobs:read"}
 
@@ -318,6 +341,7 @@ urlpatterns = [
     path("jobs/<str:job>", JobDetail.as_view(), name="job"),
     path("jobs/<str:job>/cancel", JobCancel.as_view(), name="job-cancel"),
     path("jobs/<str:job>/explain", JobExplain.as_view(), name="job-explain"),
+    path("jobs/<str:job>/cost", JobCost.as_view(), name="job-cost"),
     path("jobs/<str:job>/events", JobEvents.as_view(), name="job-events"),
     path("jobs/<str:job>/logs", JobLogs.as_view(), name="job-logs"),
     path("placements", Placements.as_view(), name="placements"),

@@ -7,12 +7,13 @@ from django.shortcuts import render
 from django.urls import path, reverse
 from django.utils import timezone
 
+from billing import costs
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
 from marketplace.services import job_rules, job_views, placement_energy
 from marketplace.services import jobs as service
 from marketplace.services.availability import HOLDING
-from marketplace.web import charts, costs
+from marketplace.web import charts
 from marketplace.web.base import actor_of, done, failed, listed, page, row_of
 from marketplace.web.forms import JobForm, refuse
 from scheduler import why

@@ -51,10 +51,12 @@ class Yard:
             f.host(self.site, row["name"], power_node=row["power_node"], applied_generation=0)
         for row in self.spec["miners"]:
             f.miner(self.site, row["name"], power_node=row["power_node"], modes=row["modes"])
-        self.agent, _ = f.agent(self.site, last_sync_at=NOW, lease_until=NOW + timedelta(minutes=15))
+        self.agent, self.agent_key = f.agent(
+            self.site, last_sync_at=NOW, lease_until=NOW + timedelta(minutes=15), runtime="bubblewrap"
+        )
         customer = f.organization()
         BillingStanding.objects.update_or_create(organization=customer, defaults={"state": "good", "updated_at": NOW})
-        listing = f.listing(self.site, hosts=list(Host.objects.filter(site=self.site)))
+        listing = f.listing(self.site, hosts=list(Host.objects.filter(site=self.site)), runtime="bubblewrap")
         self.contract = f.contract(listing, customer, gpu_count=16)
         self.actor = f.actor(customer)
         self.now, self.sequence = NOW, 0
@@ -63,6 +65,8 @@ class Yard:
         self.generation, self.wanted = {}, {}  # of each miner, as applied
         self.host_generation = {}
         self.work = {}  # placement pk -> (generation, state)
+        self.saves = timedelta()  # what work takes to save its state, once it is asked to leave
+        self.asked_at = {}  # placement pk -> when the site heard of it
         self.priced = priced
         self.counts = {}
 
@@ -183,6 +187,10 @@ class Yard:
         wanted = {p.pk: p for p in Placement.objects.filter(site=self.site, state__in=Placement.AT_SITE)}
         for pk in [*self.work]:
             if pk not in wanted or wanted[pk].desired != "run":
+                asked_at = self.asked_at.setdefault(pk, self.now)
+                if pk in wanted and wanted[pk].desired == "drain" and self.now < asked_at + self.saves:
+                    self.work[pk] = (self.work[pk][0], "draining")
+                    continue
                 self.physics.hosts.detach(str(pk))
                 self.work[pk] = (self.work[pk][0], "exited") if pk in wanted else self.work.pop(pk)
         for pk, p in wanted.items():

@@ -8,33 +8,11 @@ import pytest
 
 from marketplace.models import Contract, Miner
 from marketplace.services import contracts
-from sandbox.market.clock import Clock
-from tests import factories as f
 from tests.faults.yard import Yard
+from tests.journeys.people import Member
 
 pytestmark = pytest.mark.django_db
 HOUR = timedelta(hours=1)
-
-
-class Customer:
-    """Over the API, at the yard's time."""
-
-    def __init__(self, yard, organization):
-        self.yard, self.client = yard, f.client(organization)
-
-    def _at(self, call):
-        with Clock(self.yard.now):
-            return call()
-
-    def get(self, path, **query):
-        answer = self._at(lambda: self.client.get(f"/api/v1/{path}", query))
-        assert answer.status_code == 200, answer.json()
-        return answer.json()
-
-    def post(self, path, body, status=201):
-        answer = self._at(lambda: self.client.post(f"/api/v1/{path}", body, format="json"))
-        assert answer.status_code == status, answer.json()
-        return answer.json()
 
 
 @pytest.fixture
@@ -47,7 +25,7 @@ def yard():
 def test_from_the_calendar_to_gpus_that_run_at_the_hour(yard):
     spot = yard.submit(contract=yard.book("spot"))
     yard.until(lambda: yard.state(spot) == "running", seconds=120)
-    customer = Customer(yard, yard.contract.organization)
+    customer = Member(yard, yard.contract.organization)
     begins = (yard.now + 2 * HOUR).replace(minute=0, second=0)
     listing = customer.get("listings", count=16, level="leaf", kind="reserved")["data"][0]["id"]
     window = {"start": begins.isoformat(), "end": (begins + 3 * HOUR).isoformat()}

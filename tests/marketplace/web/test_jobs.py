@@ -8,9 +8,9 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from billing import costs
 from marketplace.models import BillingStanding, DeviceHour, Job, LogChunk
 from marketplace.services import jobs
-from marketplace.web import costs
 from scheduler import cycle
 from tests import factories
 

@@ -15,7 +15,8 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-import scheduler.tasks  # noqa: F401 - the handlers of its messages
+import billing.tasks  # noqa: F401 - with the next line: the handlers of all messages
+import scheduler.tasks  # noqa: F401
 from marketplace import ids, tasks
 from marketplace.services import feeds
 from sandbox.client import Client, Person, RefusedError, wait_for
@@ -83,6 +84,7 @@ class Grounds:
         """The workers' turns, until it is so."""
 
         def turn():
+            tasks.market_clock()
             tasks.drain_outbox()
             site_loop.run(ids.decode("sit", self.site), now=timezone.now())
             return done()
@@ -103,9 +105,8 @@ def grounds(live_server, settings, tmp_path):
     settings.PUBLIC_URL, settings.STREAM_URL = live_server.url, made.stream_url
     here = connection.settings_dict
     database = "postgresql://{USER}:{PASSWORD}@{HOST}:{PORT}/{NAME}".format(**here)
-    now = timezone.now().replace(second=0, microsecond=0)
     for kind, value in PRICES.items():
-        feeds.store(kind, value, source="test", observed_at=now, now=now)
+        feeds.store(kind, value, source="test", observed_at=now(), now=now())
     try:
         address = made.stream_url.rpartition("/")[2].split(":")
         serve = ("uvicorn", "marketplace.stream:application", "--host", address[0], "--port", address[1])
@@ -119,6 +120,21 @@ def refused(act):
     with pytest.raises(RefusedError) as caught:
         act()
     return caught.value
+
+
+def now():
+    """To the minute."""
+    return timezone.now().replace(second=0, microsecond=0)
+
+
+def book(api, listing, kind, **more):
+    quote = api.post("quotes", {"listing": listing, "kind": kind, "gpu_count": 8, **more})
+    return api.post("contracts", quote["accept"]["body"])["id"]
+
+
+def window(days):
+    starts = now() + timedelta(days=days)
+    return {"starts_at": starts.isoformat(), "ends_at": (starts + timedelta(hours=4)).isoformat()}
 
 
 def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
@@ -189,9 +205,7 @@ def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
     ada = Client(grounds.web, f.key(lab)[1])
     (found,) = ada.get("listings", gpu_model="H100-SXM", count=8, level="host")["data"]
     assert (found["id"], found["stock"]["gpus"]) == (offer, 8)
-    ends = (timezone.now() + timedelta(days=20)).replace(second=0, microsecond=0)
-    quote = ada.post("quotes", {"listing": offer, "kind": "reserved", "gpu_count": 8, "ends_at": ends.isoformat()})
-    contract = ada.post("contracts", quote["accept"]["body"])["id"]
+    contract = book(ada, offer, "on_demand")
     train = {"contract": contract, "command": ["train", "600", "5"], "gpus": 8, "checkpoint_grace_s": 20}
     job = ada.post("jobs", train)["id"]
 
@@ -211,22 +225,23 @@ def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
     assert (left["host"], left["exit_code"]) == (first, 143)
     log = grounds.until("its log", lambda: ada.get(f"jobs/{job}/logs", placement=left["id"])["data"])
     assert log == f"virtual run of train 600 5 on {first}\ncheckpoint written\n"
-    idle = grounds.until("an empty host", lambda: (h := boss.get(f"hosts/{drained}"))["state"] == "maintenance" and h)
-    assert (idle["gpu_free"], idle["state_reason"]) == ([1000] * 8, "a fan")
+    idle = boss.get(f"hosts/{drained}")
+    assert (idle["state"], idle["state_reason"], idle["gpu_free"]) == ("draining", "a fan", [1000] * 8)
     assert boss.post(f"hosts/{drained}/undrain")["state"] == "active"
 
     # --- maintenance under a firm contract: a week's notice, and who is touched reads it
-    body = {"site": site, "scope": "hosts", "hosts": [hosts[second]], "category": "hardware", "text": "New fans."}
+    firm = book(ada, offer, "reserved", ends_at=(now() + timedelta(days=20)).isoformat())
+    body = {"site": site, "scope": "hosts", "hosts": [drained], "category": "hardware", "text": "New fans."}
     soon = boss.post("maintenances", {**body, **window(days=3)})["id"]
     early = refused(lambda: boss.post(f"maintenances/{soon}/announce"))
-    assert (early.status, early.code, early.body["contracts"]) == (409, "notice_too_short", [contract])
+    assert (early.status, early.code, early.body["contracts"]) == (409, "notice_too_short", [firm])
     work = boss.post("maintenances", {**body, **window(days=9)})["id"]
     impact = boss.get(f"maintenances/{work}/impact")
-    assert [(c["contract"], c["gpus"], c["kept_gpus"]) for c in impact["contracts"]] == [(contract, 8, 8)]
+    assert [(c["contract"], c["gpus"]) for c in impact["contracts"]] == [(firm, 8)]
     assert ada.get("maintenances")["data"] == []
     assert boss.post(f"maintenances/{work}/announce")["state"] == "announced"
     (told,) = ada.get("maintenances")["data"]
-    assert (told["id"], told["text"], [c["contract"] for c in told["contracts"]]) == (work, "New fans.", [contract])
+    assert (told["id"], told["text"], [c["contract"] for c in told["contracts"]]) == (work, "New fans.", [firm])
     assert [m["id"] for m in ada.get(f"listings/{offer}")["maintenance"]] == [work]
     grounds.until("the mail", lambda: [m for m in mailoutbox if m.to == ["ada@example.org"] and "New fans." in m.body])
 
@@ -246,8 +261,3 @@ def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
     assert "Hashing" in page
     truth = httpx.get(f"{grounds.site_url}/truth").json()
     assert (truth["trips"], truth["over_instants"]) == ([], [])
-
-
-def window(days):
-    starts = timezone.now().replace(second=0, microsecond=0) + timedelta(days=days)
-    return {"starts_at": starts.isoformat(), "ends_at": (starts + timedelta(hours=4)).isoformat()}

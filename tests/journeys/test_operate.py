@@ -54,7 +54,7 @@ class Grounds:
 
     def __init__(self, folder, web):
         self.folder, self.web, self.spec = folder, web, hall()
-        self.running = []
+        self.running, self.people = [], []
         self.site_url, self.stream_url = (f"http://{ports.LOOPBACK}:{ports.free_port()}" for _ in range(2))
         self.site = None  # its id
 
@@ -74,7 +74,13 @@ class Grounds:
         if answers is not None:
             wait_for(words[0], lambda: answered(answers), seconds=WAIT_S, every=0.1)
 
+    def meets(self, person):
+        self.people.append(person)
+        return person
+
     def end(self):
+        for person in self.people:
+            person.http.close()
         for process in reversed(self.running):
             process.terminate()
         for process in self.running:
@@ -138,7 +144,7 @@ def window(days):
 
 
 def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
-    boss = Person(grounds.web).sign_up("boss@caprock.example", "correct-horse-battery")
+    boss = grounds.meets(Person(grounds.web)).sign_up("boss@caprock.example", "correct-horse-battery")
     boss.post("organizations", {"name": "Caprock", "livemode": False, "is_operator": True, "is_customer": False})
 
     # --- the site, by CSV: a dry run first, in which a mistake is named and nothing is kept
@@ -202,7 +208,7 @@ def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
     assert boss.post(f"listings/{offer}/publish")["state"] == "published"
     lab = f.organization("Ada Labs", livemode=False)
     f.member(lab, person=f.user("ada@example.org"))
-    ada = Client(grounds.web, f.key(lab)[1])
+    ada = grounds.meets(Client(grounds.web, f.key(lab)[1]))
     (found,) = ada.get("listings", gpu_model="H100-SXM", count=8, level="host")["data"]
     assert (found["id"], found["stock"]["gpus"]) == (offer, 8)
     contract = book(ada, offer, "on_demand")

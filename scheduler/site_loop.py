@@ -1,7 +1,8 @@
 """One site's power loop, every few seconds and on nudge: readings -> confirm, grant -> shed, dispatch -> record.
 
 Apply what readings have proved (under the site's lock), think without it, apply guarded commands. Raising is always the
-ledger's decision; this loop only asks.
+ledger's decision; this loop only asks. What a turn needs of its site it reads once, under the lock, and thinks and accounts on
+that; only commands look again, under the lock that they are given in.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from django.db import transaction
 
 from marketplace.locks import Lock, acquire
-from marketplace.models import Curtailment, Miner, Placement, PowerGrant, ShedClaim, Site
+from marketplace.models import Curtailment, Miner, Placement, PowerGrant, Site
 from marketplace.services import curtailments, drains, feeds, grid, leases, placements, power, sheds, site_minutes
 from marketplace.services.availability import WATTS_S
 from marketplace.services.budgets import node_budgets
@@ -24,6 +25,17 @@ PATIENCE = timedelta(seconds=WATTS_S)  # for watts that miners were asked for
 DWELL_S = 60  # a machine keeps a mode at least so long, unless its watts are needed
 CHANGE_LIMIT = 200  # mode changes of the slow tier in one tick
 WAKE_PERMILLE = 100  # of a node's cap that may rise in one turn: bounds inrush, and how wrong a turn can be
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a turn has read: the site, its ledger, the calls that stand there, what its watts cost and earn."""
+
+    site: Site
+    ledger: power.Ledger
+    calls: Sequence[Curtailment]
+    rates: feeds.Rates
+    now: datetime
 
 
 @dataclass(frozen=True)
@@ -41,19 +53,22 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         site = Site.objects.get(pk=site_id)
         leases.watch(site, now=now)
         drains.due(site, now=now)
-        changed = curtailments.apply(site, now=now)
-        done |= power.settle_miners(site_id, now=now)
-        done["lowered_w"] = power.lower_hosts(site_id)
-        if power.may_grant(power.Ledger.of(site_id), now=now):  # before anybody else may have the watts
-            power.uncap_gpus(site_id, held=curtailments.limits_of(site))
-        give_up(site, now=now)  # first: what would be granted later than that would also end later than was promised
-        granted = power.grant_pending(site_id, now=now) if power.may_grant(power.Ledger.of(site_id), now=now) else []
+        calls = curtailments.apply(site, now=now)
+        ledger = power.Ledger.of(site_id)
+        done |= power.settle_miners(ledger, now=now)
+        done["lowered_w"] = power.lower_hosts(ledger)
+        gives = power.may_grant(ledger, now=now)
+        if gives:  # before anybody else may have the watts
+            power.uncap_gpus(ledger, held=curtailments.limits_of(calls.active))
+        # Giving up first: what would be granted later than that would also end later than was promised.
+        granted = power.grant_pending(ledger, now=now) if give_up(ledger, now=now) and gives else []
         placements.grant(granted, now=now)
-        done["drained"] = len(sheds.relieve(site_id, now=now))
+        done["drained"] = len(sheds.relieve(ledger, calls.active, now=now))
         done["granted"] = len(granted)
-        if granted or changed or done.get("again"):
+        if granted or calls.changed or done.get("again"):
             placements.touch_sites([site_id])
-    thought = think(site, now=now)
+    seen = Seen(site, ledger, calls.active, feeds.rates(site, now=now), now)
+    thought = think(seen)
     if thought.commands:
         with transaction.atomic():
             acquire((Lock.SITE, site_id))
@@ -62,59 +77,58 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
                 placements.touch_sites([site_id])
     if thought.slow:
         Site.objects.filter(pk=site_id).update(dispatched_at=now)
-    site_minutes.record(site, now=now)
+    site_minutes.record(site, ledger, seen.rates, now=now)
     return done
 
 
-def give_up(site: Site, *, now: datetime) -> None:
+def give_up(ledger: power.Ledger, *, now: datetime) -> bool:
     """Whose watts have not come free for long queues again, and may find them elsewhere: the job, or of a gang that runs only the
-    replicas that were to join it. The caller holds the site's lock.
+    replicas that were to join it. The caller holds the site's lock. Returns whether anybody waits for watts still.
     """
-    late = Placement.objects.filter(site=site, state="shedding", created_at__lte=now - PATIENCE).order_by("pk")
+    waiting = list(Placement.objects.filter(site=ledger.site_id, state="shedding").order_by("pk"))
+    late = [placement for placement in waiting if placement.created_at <= now - PATIENCE]
     if late:
         drains.take_off(late, now=now, actor="power", reason="not_started: the watts did not come free")
+        ledger.forget_hosts()
+    return len(waiting) > len(late)
 
 
-def think(site: Site, *, now: datetime) -> Thought:
-    """What to command the miners; reads, decides, writes nothing."""
-    miners = list(
-        Miner.objects.filter(site=site, state=Miner.State.OK, manual=False)
-        .exclude(shed_claims__state="commanded")
-        .order_by("pk")
-    )
+def think(seen: Seen) -> Thought:
+    """What to command the miners; decides, writes nothing."""
+    site, ledger, now = seen.site, seen.ledger, seen.now
+    devices = [m for m in ledger.miners.values() if not m.manual]
+    miners = [m for m in devices if m.state == Miner.State.OK and not ledger.waits_for(m)]
     if site.mode in {Site.Mode.SHED, Site.Mode.OFF}:
-        doubted = Miner.objects.filter(site=site, state=Miner.State.UNRESPONSIVE, manual=False)
+        doubted = [m for m in devices if m.state == Miner.State.UNRESPONSIVE]
         return Thought([_sleep(m) for m in (*miners, *doubted) if m.desired_mode], reason="mode")
-    ledger = power.Ledger.of(site.pk)
-    need = _shortage(site, ledger, now)
+    need = _shortage(ledger, now)
     wakes = power.may_wake(ledger, now=now) and not grid.holds(site.pk, now=now)
     # Whatever is missing, the doubted are tested: theirs may be the very watts that grants wait for.
-    tests = power.tests_due(site.pk, ledger, now=now) if wakes else []
+    tests = power.tests_due(ledger, now=now) if wakes else []
     if need.any():
-        able = [m for m in miners if not _dwell_left(m, now)] if _only_for_money(site, ledger, now) else miners
-        return Thought([*_shed(site, ledger, able, need, now), *tests], reason="shortage")
+        able = [m for m in miners if not _dwell_left(m, now)] if _only_for_money(seen) else miners
+        return Thought([*_shed(seen, able, need), *tests], reason="shortage")
     if not wakes:
         return Thought([], reason="hold")
-    thought = _dispatch(site, ledger, miners, now)
+    thought = _dispatch(seen, miners)
     return replace(thought, commands=[*thought.commands, *tests])
 
 
-def _only_for_money(site: Site, ledger: power.Ledger, now: datetime) -> bool:
+def _only_for_money(seen: Seen) -> bool:
     """Nothing but an economic call asks for watts: machines that have just changed keep their mode."""
-    calls = Curtailment.objects.filter(site=site, state="active")
-    if not calls.filter(mandatory=False).exists() or calls.filter(mandatory=True).exists():
+    if not seen.calls or any(call.mandatory for call in seen.calls):
         return False
-    waits = PowerGrant.objects.filter(site=site, state=PowerGrant.State.SHEDDING).exists()
-    return not waits and not ledger.reactions(now)
+    waits = PowerGrant.objects.filter(site=seen.site, state=PowerGrant.State.SHEDDING).exists()
+    return not waits and not seen.ledger.reactions(seen.now)
 
 
 def _sleep(miner: Miner) -> power.Command:
     return power.Command(miner.pk, 0, miner.desired_generation)
 
 
-def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
+def _shortage(ledger: power.Ledger, now: datetime) -> core.Ints:
     """MW missing at each node: pending grants and meters over their soft cap, less what sleeping machines will soon give."""
-    budgets = node_budgets([site.pk])
+    budgets = node_budgets([ledger.site_id])
     need = np.array([max(0, -budgets[k].free_mw) for k in ledger.tree.keys], np.int64)  # type: ignore[index]
     for n, room in _hashing_room(ledger).items():  # an economic call asks for what machines can give, no more
         need[n] = max(int(need[n]), min(-room, budgets[ledger.tree.keys[n]].reclaimable_mw))  # type: ignore[index]
@@ -123,10 +137,12 @@ def _shortage(site: Site, ledger: power.Ledger, now: datetime) -> core.Ints:
             at = ledger.tree.index[reaction.node]
             need[at] = max(int(need[at]), reaction.shed_mw)
     # What has not obeyed the first time is not counted on: somebody else is asked while it gets its second chance.
-    in_flight = ShedClaim.objects.filter(site=site, state=ShedClaim.State.COMMANDED, attempts=1).select_related("miner")
-    for claim in in_flight:
-        freed = max(0, claim.miner.reserved_w - claim.target_w)
-        for n in ledger.tree.paths[ledger.tree.index[claim.miner.power_node_id]]:
+    for miner in filter(ledger.waits_for, ledger.miners.values()):
+        claim = ledger.claims[miner.pk]
+        if claim.attempts > 1:
+            continue
+        freed = max(0, miner.reserved_w - claim.target_w)
+        for n in ledger.tree.paths[ledger.tree.index[miner.power_node_id]]:
             need[n] = max(0, int(need[n]) - freed * int(ledger.tree.k[n, core.MINER]))
     return need
 
@@ -140,27 +156,25 @@ def _hashing_room(ledger: power.Ledger) -> dict[int, int]:
     }
 
 
-def _shed(
-    site: Site, ledger: power.Ledger, miners: Sequence[Miner], need: core.Ints, now: datetime
-) -> list[power.Command]:
+def _shed(seen: Seen, miners: Sequence[Miner], need: core.Ints) -> list[power.Command]:
     """Least money per watt first, under the nodes that need the watts, a few more than needed."""
     awake = [m for m in miners if m.desired_mode > 0]
-    prices = feeds.prices(site, now=now)
+    tree = seen.ledger.tree
     table = core.Miners.of(
         (
-            ledger.tree.index[m.power_node_id],
+            tree.index[m.power_node_id],
             max(0, m.reserved_w - m.mode_watts[0]),
-            feeds.worth_uusd_h(prices, m.mode_ghs[m.desired_mode], m.mode_watts[m.desired_mode]),
+            feeds.worth_uusd_h(seen.rates.hashing, m.mode_ghs[m.desired_mode], m.mode_watts[m.desired_mode]),
         )
         for m in awake
     )
-    shed = core.choose_shed(ledger.tree, table, need)
+    shed = core.choose_shed(tree, table, need)
     return [_sleep(awake[i]) for i in shed.picks]
 
 
-def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: datetime) -> Thought:
+def _dispatch(seen: Seen, miners: Sequence[Miner]) -> Thought:
     """Leftover watts to the machines that earn most with them; below break-even they sleep. Without fresh prices nothing changes."""
-    prices = feeds.prices(site, now=now)
+    ledger, prices, now = seen.ledger, seen.rates.hashing, seen.now
     if prices is None or not miners:
         return Thought([], reason="no_prices")
     ladders = sorted({tuple(zip(m.mode_watts, m.mode_ghs, strict=True)) for m in miners})
@@ -179,7 +193,8 @@ def _dispatch(site: Site, ledger: power.Ledger, miners: Sequence[Miner], now: da
     hot = list(ledger.hot(now))
     budget[hot] = np.minimum(budget[hot], held[hot])  # over 95 % by its meter: nothing rises under it
     dwell = np.array([_dwell_left(m, now) for m in miners], np.int64)
-    slow = site.dispatched_at is None or now - site.dispatched_at >= SLOW
+    last = seen.site.dispatched_at
+    slow = last is None or now - last >= SLOW
     if slow:
         made = dispatch.plan_dispatch(
             ledger.tree, fleet, prices, current, budget_mw=budget, change_limit=CHANGE_LIMIT, dwell_left=dwell

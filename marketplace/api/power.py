@@ -35,7 +35,7 @@ class SitePower(Resource):
         nodes = row.power_nodes.select_related("parent").order_by("depth", "id")
         miners = row.miners.all()
         now = timezone.now()
-        prices, energy = feeds.prices(row, now=now), feeds.energy_price(row, now=now)
+        rates = feeds.rates(row, now=now)
         return Response(
             {
                 "object": "site_power",
@@ -47,9 +47,9 @@ class SitePower(Resource):
                     "asleep": miners.filter(desired_mode=0).count(),
                 },
                 "pending_w": pending_w([row.pk]).get(row.pk, 0),
-                "hashprice_microusd_per_ph_day": prices.hashprice_uusd if prices else None,
-                "energy_microusd_per_mwh": energy.uusd_mwh,
-                "tariff_microusd_per_mwh": energy.added_uusd_mwh,
+                "hashprice_microusd_per_ph_day": rates.hashing.hashprice_uusd if rates.hashing else None,
+                "energy_microusd_per_mwh": rates.energy.uusd_mwh,
+                "tariff_microusd_per_mwh": rates.energy.added_uusd_mwh,
                 "feeds": feeds.shown(row, now=now),
             }
         )

@@ -133,7 +133,7 @@ class _Values:
 
     def __init__(self, site: Site, now: datetime) -> None:
         self.assumptions: dict[str, Assumption] = {}
-        prices = feeds.prices(site, now=now)
+        prices = feeds.rates(site, now=now).hashing
         self.known: dict[str, tuple[int, str, str]] = {
             "mining_pue_permille": (site.miner_pue_permille, f"{site.name}, as its operator says", "high"),
             "energy_uusd_mwh": _usual_energy(site, now),

@@ -191,7 +191,7 @@ def _money(row: Curtailment, end: datetime, now: datetime) -> tuple[int, int]:
     """(what the machines that were awake before would have earned more, millionths of a USD; the energy's price a MWh). By what hashing
     earned at the site in the minutes before and during; the energy at its price now.
     """
-    price = feeds.energy_price(row.site, now=now).uusd_mwh
+    price = feeds.rates(row.site, now=now).energy.uusd_mwh
     minutes = SiteMinute.objects.filter(site=row.site_id)
     before = minutes.filter(start__gte=row.starts_at - timedelta(minutes=5), start__lt=row.starts_at)
     during = minutes.filter(start__gte=row.starts_at, start__lt=end)

@@ -7,13 +7,15 @@ A call restores until the machines that were awake before it are again, or those
 `RESTORED` at the most; `failed`: the meter never came under its cap. What it delivered: `curtailment_reports`.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import connection, transaction
 from django.db.models import F
 
-from marketplace import outbox
+from marketplace import outbox, prepared
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Curtailment, CurtailmentReport, GridSource, Miner, PowerNode, Site
@@ -117,53 +119,73 @@ def cancel(actor: Actor, row: Curtailment, *, now: datetime) -> None:
         _nudge(row)
 
 
-def apply(site: Site, *, now: datetime) -> bool:
-    """Bring states and limits in line with the clock. The caller holds the site's lock. True when a limit changed."""
-    for row in Curtailment.objects.filter(site=site, state="announced", starts_at__lte=now).order_by("id"):
-        _told(row, "active" if row.ends_at > now else "cancelled", now)
-        if row.state == "active":
-            curtailment_reports.begin(row)
-        else:
-            curtailment_notices.over(row, now=now)
-    for row in Curtailment.objects.filter(site=site, state="active", ends_at__lte=now).order_by("id"):
-        _told(row, "restoring", now)
-    wanted = limits_of(site), limits_of(site, mandatory=False)
-    changed = 0
-    for node in PowerNode.objects.filter(site=site).order_by("id"):
-        limit, hashing = (limits.get(node.pk) for limits in wanted)
-        if (node.limit_w, node.hashing_limit_w) != (limit, hashing):
-            changed += PowerNode.objects.filter(pk=node.pk).update(limit_w=limit, hashing_limit_w=hashing)
+_LIMIT = """
+UPDATE marketplace_powernode n SET limit_w = w.limit_w, hashing_limit_w = w.hashing_w FROM (
+  SELECT p.id, c.limit_w, h.hashing_w FROM marketplace_powernode p
+    LEFT JOIN unnest(%s::bigint[], %s::bigint[]) c(id, limit_w) ON c.id = p.id
+    LEFT JOIN unnest(%s::bigint[], %s::bigint[]) h(id, hashing_w) ON h.id = p.id
+  WHERE p.site_id = %s) w
+WHERE n.id = w.id AND (n.limit_w, n.hashing_limit_w) IS DISTINCT FROM (w.limit_w, w.hashing_w)
+"""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """`active`: the site's calls that stand now; `changed`: whether a limit did."""
+
+    active: list[Curtailment]
+    changed: bool
+
+
+def apply(site: Site, *, now: datetime) -> Applied:
+    """Bring states and limits in line with the clock. The caller holds the site's lock."""
+    standing = Curtailment.objects.filter(site=site, state__in=(*OPEN, "restoring")).select_related("site", "node")
+    rows = list(standing.order_by("id"))
+    for row in rows:
+        if row.state == "announced" and row.starts_at <= now:
+            _told(row, "active" if row.ends_at > now else "cancelled", now)
+            if row.state == "active":
+                curtailment_reports.begin(row)
+            else:
+                curtailment_notices.over(row, now=now)
+    for row in rows:
+        if row.state == "active" and row.ends_at <= now:
+            _told(row, "restoring", now)
+    active = [row for row in rows if row.state == "active"]
+    wanted = limits_of(active), limits_of(active, mandatory=False)
+    changed = prepared.count(_LIMIT, [*(list(part) for each in wanted for part in (each, each.values())), site.pk])
     if changed:
         Site.objects.filter(pk=site.pk).update(safety_generation=F("safety_generation") + 1)
-    _settle(site, now)
-    return bool(changed)
+    for row in rows:
+        if row.state == "restoring":
+            _settle(row, now)
+    return Applied(active, bool(changed))
 
 
-def limits_of(site: Site, *, mandatory: bool = True) -> dict[int, int]:
-    """W by node id under the calls of this kind that are active."""
-    calls = Curtailment.objects.filter(site=site, state="active", mandatory=mandatory)
-    return {call.node_id: call.cap_w for call in calls.order_by("-cap_w")}
+def limits_of(calls: Iterable[Curtailment], *, mandatory: bool = True) -> dict[int, int]:
+    """W by node id under the calls of this kind; the least of several."""
+    mine = [call for call in calls if call.mandatory == mandatory]
+    return {call.node_id: call.cap_w for call in sorted(mine, key=lambda call: -call.cap_w)}
 
 
-def _settle(site: Site, now: datetime) -> None:
-    """Calls that have ended are over when the machines that were awake before them are awake again, or it has been long enough."""
-    for row in Curtailment.objects.filter(site=site, state="restoring").select_related("site", "node").order_by("id"):
-        ended = row.over_at
-        report = CurtailmentReport.objects.filter(curtailment=row).first()
-        asleep = Miner.objects.filter(pk__in=report.before if report else (), desired_mode=0, state="ok", manual=False)
-        back = not asleep.exists()
-        if not back and now - ended < RESTORED and not _quiet(report, ended, now):
-            continue
-        if report is None:
-            _told(row, "completed", now)
-            continue
-        restored_s = round((now - ended).total_seconds()) if back else None
-        curtailment_reports.finish(report, row, restored_s=restored_s, now=now)
-        failed = report.baseline_w > row.cap_w and report.under_after_s is None and row.mandatory
-        _told(row, "failed" if failed else "completed", now)
-        curtailment_notices.over(row, now=now)
-        if row.origin_id is not None:
-            outbox.emit(curtailment_reports.GRID_REPORT, key=str(row.pk), payload={"curtailment": row.pk})
+def _settle(row: Curtailment, now: datetime) -> None:
+    """A call that has ended is over when the machines that were awake before it are awake again, or it has been long enough."""
+    ended = row.over_at
+    report = CurtailmentReport.objects.filter(curtailment=row).first()
+    asleep = Miner.objects.filter(pk__in=report.before if report else (), desired_mode=0, state="ok", manual=False)
+    back = not asleep.exists()
+    if not back and now - ended < RESTORED and not _quiet(report, ended, now):
+        return
+    if report is None:
+        _told(row, "completed", now)
+        return
+    restored_s = round((now - ended).total_seconds()) if back else None
+    curtailment_reports.finish(report, row, restored_s=restored_s, now=now)
+    failed = report.baseline_w > row.cap_w and report.under_after_s is None and row.mandatory
+    _told(row, "failed" if failed else "completed", now)
+    curtailment_notices.over(row, now=now)
+    if row.origin_id is not None:
+        outbox.emit(curtailment_reports.GRID_REPORT, key=str(row.pk), payload={"curtailment": row.pk})
 
 
 def _quiet(report: CurtailmentReport | None, ended: datetime, now: datetime) -> bool:

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import httpx
 from django.conf import settings
 
+from marketplace import prepared
 from marketplace.models import FeedValue, Site
 from marketplace.services import energy_prices
 from scheduler.core import dispatch, economics, tariffs
@@ -34,6 +35,7 @@ MAX_AGE = {
 AHEAD = timedelta(minutes=5)
 HISTORY = timedelta(days=2)  # of a file of a year, what a fetch still looks at
 HASHING = (Kind.DIFFICULTY, Kind.BTC_USD, Kind.BLOCK_HEIGHT, Kind.FEES_SAT)
+LOCAL = (Kind.ENERGY, Kind.CARBON)  # by zone
 
 for _plugin in settings.TARIFF_PLUGINS:  # each registers its kinds (scheduler.core.tariffs.register)
     import_module(_plugin)
@@ -53,16 +55,6 @@ def store(
         defaults={"value": Decimal(value), "source": source[:80], "fetched_at": now},
     )
     return created
-
-
-def latest(kind: str, *, now: datetime, scope: str = "") -> FeedValue | None:
-    """The newest value that is not stale; None otherwise."""
-    row = (
-        FeedValue.objects.filter(kind=kind, scope=scope, observed_at__lte=now + AHEAD).order_by("-observed_at").first()
-    )
-    if row is None or now - row.observed_at > MAX_AGE[Kind(kind)]:
-        return None
-    return row
 
 
 def fetch_all(*, now: datetime) -> dict[str, bool]:
@@ -137,6 +129,36 @@ def _minute(moment: datetime) -> datetime:
 
 # --- what they say of a site
 @dataclass(frozen=True)
+class Value:
+    """The newest value of a feed."""
+
+    value: int
+    zone: str
+    source: str
+    observed_at: datetime
+    stale: bool
+
+
+# For each kind the newest of the site's zone, else the nameless zone's (that of the world): a step in the index for each.
+_NEWEST = """
+SELECT w.kind, w.zone, v.value, v.source, v.observed_at FROM unnest(%s::text[], %s::text[]) AS w(kind, zone), LATERAL (
+  SELECT value, source, observed_at FROM marketplace_feedvalue
+  WHERE kind = w.kind AND scope = w.zone AND observed_at <= %s ORDER BY observed_at DESC LIMIT 1) v
+"""
+
+
+def _newest(site: Site, now: datetime) -> dict[tuple[str, str], Value]:
+    """The newest value by kind and zone, in one statement."""
+    zones = dict.fromkeys((site.region, ""))
+    wanted = [(str(kind), "") for kind in HASHING] + [(str(kind), zone) for kind in LOCAL for zone in zones]
+    rows = prepared.rows(_NEWEST, [*map(list, zip(*wanted, strict=True)), now + AHEAD])
+    return {
+        (kind, zone): Value(int(value), zone, source, at, now - at > MAX_AGE[Kind(kind)])
+        for kind, zone, value, source, at in rows
+    }
+
+
+@dataclass(frozen=True)
 class Energy:
     """What a MWh costs at a site now, micro-USD: the market's price or the site's own, and what its tariff adds to it."""
 
@@ -150,58 +172,55 @@ class Energy:
         return self.base_uusd_mwh + self.added_uusd_mwh
 
 
-def energy_price(site: Site, *, now: datetime) -> Energy:
-    """The zone's price, the nameless zone's, or the site's flat one; with the tariff's parts, by the site's clock."""
+@dataclass(frozen=True)
+class Rates:
+    """What a site's watts cost and may earn now. `hashing`: None while any of its feeds is stale, and then nothing increases;
+    `carbon_g_mwh`: grams of CO2 of a MWh, None where nobody says.
+    """
+
+    energy: Energy
+    carbon_g_mwh: int | None
+    pool_fee_ppm: int
+    hashing: dispatch.Prices | None
+
+
+def rates(site: Site, *, now: datetime) -> Rates:
+    """By the newest values that are not stale, in one statement. Energy and carbon: the zone's, the nameless zone's, or the
+    site's own figure; the tariff's parts by the site's clock.
+    """
+    found = {key: value for key, value in _newest(site, now).items() if not value.stale}
+    energy, carbon = (found.get((kind, site.region)) or found.get((kind, "")) for kind in LOCAL)
+    own_g = None if site.carbon_g_per_kwh is None else site.carbon_g_per_kwh * 1000
+    price = _energy_of(site, energy, now)
+    fee = int(settings.POOL_FEE_PERMILLE) * 1000 if site.pool_fee_ppm is None else site.pool_fee_ppm
+    return Rates(price, carbon.value if carbon else own_g, fee, _hashing(site, found, price.uusd_mwh, fee))
+
+
+def _energy_of(site: Site, found: Value | None, now: datetime) -> Energy:
     added = tariffs.added_uusd_mwh(tariffs.parse(site.tariff), now.astimezone(ZoneInfo(site.timezone)))
-    found = latest(Kind.ENERGY, now=now, scope=site.region) or latest(Kind.ENERGY, now=now)
     if found is None:
         return Energy(site.energy_price_microusd_per_kwh * 1000, added, "tariff of the site", now)
-    return Energy(int(found.value), added, found.source, found.observed_at)
+    return Energy(found.value, added, found.source, found.observed_at)
 
 
-def carbon_g_mwh(site: Site, *, now: datetime) -> int | None:
-    """Grams of CO2 of a MWh at the site: the feed's, else the site's own figure, else unknown."""
-    found = latest(Kind.CARBON, now=now, scope=site.region) or latest(Kind.CARBON, now=now)
-    if found is not None:
-        return int(found.value)
-    return None if site.carbon_g_per_kwh is None else site.carbon_g_per_kwh * 1000
-
-
-def pool_fee_ppm(site: Site) -> int:
-    return int(settings.POOL_FEE_PERMILLE) * 1000 if site.pool_fee_ppm is None else site.pool_fee_ppm
-
-
-def prices(site: Site, *, now: datetime) -> dispatch.Prices | None:
-    """What hashing pays and energy costs at the site; None while any feed is stale, and then nothing increases."""
-    found = {kind: latest(kind, now=now) for kind in HASHING}
-    if any(row is None for row in found.values()):
+def _hashing(site: Site, found: dict[tuple[str, str], Value], energy: int, fee: int) -> dispatch.Prices | None:
+    if any((kind, "") not in found for kind in HASHING):
         return None
-    value = {kind: int(row.value) for kind, row in found.items() if row is not None}
-    reward = economics.expected_reward_sat(value[Kind.BLOCK_HEIGHT], value[Kind.FEES_SAT], site.pool_scheme)
+    difficulty, btc_usd_cents, height, fees_sat = (found[kind, ""].value for kind in HASHING)
+    reward = economics.expected_reward_sat(height, fees_sat, site.pool_scheme)
     return dispatch.Prices(
-        hashprice_uusd=economics.hashprice_uusd(value[Kind.DIFFICULTY], reward, value[Kind.BTC_USD] * 10_000),
-        energy_uusd_mwh=energy_price(site, now=now).uusd_mwh,
-        pool_fee_ppm=pool_fee_ppm(site),
+        hashprice_uusd=economics.hashprice_uusd(difficulty, reward, btc_usd_cents * 10_000),
+        energy_uusd_mwh=energy,
+        pool_fee_ppm=fee,
         pue_permille=site.miner_pue_permille,
     )
 
 
 def shown(site: Site, *, now: datetime) -> list[dict[str, Any]]:
     """The newest value of every feed that the site's plans use, with its time and source, also where it is too old to be used."""
-    out = []
-    for kind in (*HASHING, Kind.ENERGY, Kind.CARBON):
-        scopes = [site.region, ""] if kind in {Kind.ENERGY, Kind.CARBON} else [""]
-        rows = (FeedValue.objects.filter(kind=kind, scope=s).order_by("-observed_at").first() for s in scopes)
-        row = next((r for r in rows if r is not None), None)
-        if row is not None:
-            old = now - row.observed_at > MAX_AGE[kind]
-            out.append(
-                {
-                    "kind": kind.value, "value": int(row.value), "zone": row.scope, "source": row.source,
-                    "observed_at": row.observed_at, "stale": old,
-                }
-            )  # fmt: skip
-    return out
+    found = _newest(site, now)
+    rows = ((kind, found.get((kind, site.region)) or found.get((kind, ""))) for kind in (*HASHING, *LOCAL))
+    return [{"kind": kind.value, **vars(row)} for kind, row in rows if row is not None]
 
 
 def worth_uusd_h(found: dispatch.Prices | None, ghs: int, watts: int) -> int:

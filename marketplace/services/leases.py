@@ -6,9 +6,10 @@ A lease counts only while the control plane itself is up: `pulse` notices a gap 
 from datetime import datetime, timedelta
 
 from django.db import transaction
-from django.db.models import F, Max
+from django.db.models import F
 
-from marketplace.models import Agent, ControlPulse, Host, Placement, Site
+from marketplace import prepared
+from marketplace.models import Agent, ControlPulse, Placement, Site
 from marketplace.services import conditions, jobs, placements
 from marketplace.services.conditions import SILENT
 from marketplace.services.transitions import transition_many
@@ -38,21 +39,34 @@ def watch(site: Site, *, now: datetime) -> None:
     conditions.record(sites=[site.pk], now=now)
 
 
+_HEARD = """
+SELECT max(last_sync_at), max(lease_until), (SELECT max(resumed_at) FROM marketplace_controlpulse)
+FROM marketplace_agent WHERE site_id = %s
+"""
+# Hosts without a beat take no new work; what becomes of their placements the agent says.
+_BEATS = """
+UPDATE marketplace_host SET state = CASE state WHEN 'active' THEN 'lost' ELSE 'active' END,
+  state_reason = CASE state WHEN 'active' THEN 'no beat' ELSE '' END
+WHERE site_id = %(site)s AND (
+  (state = 'active' AND beat_at < %(since)s AND %(judged)s) OR (state = 'lost' AND beat_at >= %(since)s))
+"""
+
+
 def _watch(site: Site, now: datetime) -> None:
-    seen = Agent.objects.filter(site=site).aggregate(at=Max("last_sync_at"), lease=Max("lease_until"))
-    if seen["at"] is None:
+    last, lease, resumed = prepared.rows(_HEARD, [site.pk])[0]
+    if last is None:
         return
     live = Placement.objects.filter(site=site).exclude(state__in=Placement.FINAL)
-    if seen["lease"] < now:
+    if lease < now:
         unstarted = list(live.filter(state__in=("intended", "shedding")).values_list("pk", flat=True))
         placements.finish(unstarted, to="released", now=now, actor="lease", reason="site_lost")
         gone = live.exclude(state="parked").values_list("pk", "release_requested_at")
         ends = [
-            placements.Ended(pk, "lost", "site_lost", {"release_requested_at": min(asked or seen["at"], seen["at"])})
+            placements.Ended(pk, "lost", "site_lost", {"release_requested_at": min(asked or last, last)})
             for pk, asked in gone
         ]
         placements.end(ends, now=now, actor="lease")
-    elif now - _heard_since(seen["at"]) > SILENT:
+    elif now - max(last, resumed or last) > SILENT:  # while we were away it had nobody to speak to
         ids = list(live.values_list("pk", flat=True))
         transition_many(
             Placement,
@@ -61,31 +75,9 @@ def _watch(site: Site, now: datetime) -> None:
             to="unreachable",
             now=now,
             actor="lease",
-            reason=f"site silent; last beat {seen['at'].isoformat()}",
+            reason=f"site silent; last beat {last.isoformat()}",
         )
     else:
-        _watch_hosts(site, now)
-
-
-def _heard_since(last: datetime) -> datetime:
-    """The site's last word, or our own return if that is later: while we were away it had nobody to speak to."""
-    resumed = _resumed_at()
-    return max(last, resumed) if resumed else last
-
-
-def _resumed_at() -> datetime | None:
-    return ControlPulse.objects.exclude(resumed_at=None).values_list("resumed_at", flat=True).first()
-
-
-def _watch_hosts(site: Site, now: datetime) -> None:
-    """Hosts without a beat take no new work; what becomes of their placements the agent says. Who has just come back has heard
-    nobody yet, and waits as long for the first beat.
-    """
-    stale = Host.objects.filter(site=site, state=Host.State.ACTIVE, beat_at__lt=now - HOST_SILENT)
-    resumed = _resumed_at()
-    if resumed and now - resumed < HOST_SILENT:
-        stale = stale.none()
-    back = Host.objects.filter(site=site, state=Host.State.LOST, beat_at__gte=now - HOST_SILENT)
-    lost = stale.update(state=Host.State.LOST, state_reason="no beat")
-    if back.update(state=Host.State.ACTIVE, state_reason="") or lost:
-        jobs.nudge_cell(site.cell_id)
+        judged = not resumed or now - resumed >= HOST_SILENT  # who has just come back waits as long for the first beat
+        if prepared.count(_BEATS, {"site": site.pk, "since": now - HOST_SILENT, "judged": judged}):
+            jobs.nudge_cell(site.cell_id)

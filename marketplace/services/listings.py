@@ -302,8 +302,8 @@ def floor_of(listing: Listing, *, now: datetime) -> int:
     if host is None or listing.currency != "USD":
         return 0
     site = listing.site
-    found = feeds.prices(site, now=now)
-    energy = feeds.energy_price(site, now=now).uusd_mwh
+    rates = feeds.rates(site, now=now)
+    found = rates.hashing
     efficiency = None if found is None else _best_efficiency(site)
     hashing = 0
     if found is not None and efficiency is not None:
@@ -311,7 +311,7 @@ def floor_of(listing: Listing, *, now: datetime) -> int:
             found.hashprice_uusd, efficiency, pool_fee_ppm=found.pool_fee_ppm, pue_permille=found.pue_permille
         )
     share = economics.gpu_share_w(host.base_w, max(1, host.gpu_count), host.gpu_max_w)
-    cost = economics.spot_floor(share, site.pue_permille, energy, hashing)
+    cost = economics.spot_floor(share, site.pue_permille, rates.energy.uusd_mwh, hashing)
     kept: int = 1000 - settings.PLATFORM_FEE_PERMILLE  # the fee lies inside the price
     return -(-cost * 1000 // kept)
 

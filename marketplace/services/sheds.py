@@ -9,6 +9,7 @@ finds it firm.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -24,19 +25,18 @@ from scheduler.core import power as core
 REASON = "curtailment "  # and the public id of the call
 
 
-def relieve(site_id: int, *, now: datetime) -> list[int]:
-    """Ask jobs to leave, and hold GPUs lower, so far as the machines that may still sleep are not enough; returns the jobs asked.
-    The caller holds the site's lock.
+def relieve(ledger: Ledger, active: Iterable[Curtailment], *, now: datetime) -> list[int]:
+    """Ask jobs to leave, and hold GPUs lower, so far as the machines that may still sleep are not enough for the calls that
+    stand; returns the jobs asked. The caller holds the site's lock.
     """
-    active = Curtailment.objects.filter(site_id=site_id, state="active", mandatory=True)
-    calls = {c.node_id: c for c in active.order_by("-cap_w")}
+    mandatory = [call for call in active if call.mandatory]
+    calls = {c.node_id: c for c in sorted(mandatory, key=lambda c: -c.cap_w)}
     if not calls:
         return []
-    ledger = Ledger.of(site_id)
     need = _missing(ledger, calls)
     if not need.any():
         return []
-    hosts = {h.pk: h for h in Host.objects.filter(site_id=site_id)}
+    site_id, hosts = ledger.site_id, ledger.hosts
     at = {ledger.tree.index[pk]: call for pk, call in calls.items()}
     live = Placement.objects.filter(site_id=site_id, state__in=Placement.AT_SITE, release_requested_at=None)
     willing: dict[tuple[int, int], bool] = {}
@@ -56,6 +56,7 @@ def relieve(site_id: int, *, now: datetime) -> list[int]:
     for call_pk, leaving in asked.items():
         moved += jobs.preempt(sorted(set(leaving)), now=now, actor="power", reason=REASON + by_pk[call_pk].public_id)
     _hold(site_id, ledger, found, hosts, at, now)
+    ledger.forget_hosts()
     return moved
 
 

@@ -11,13 +11,12 @@ from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from django.db import connection, transaction
-from django.db.models import Q
 
 from billing.core import energy
 from billing.core.energy import Use
-from marketplace.models import DeviceHour, Host, Miner, Placement, PowerNode, Site
-from marketplace.services import feeds
-from marketplace.services.power import FRESH_S
+from marketplace.models import DeviceHour, Placement, Site
+from marketplace.services.feeds import Rates
+from marketplace.services.power import FRESH, Ledger
 
 MAX_STEP = timedelta(seconds=60)  # a longer silence is not accounted as if we had seen it
 _USE = {"reserved": "firm_w", "flexible": "flexible_w", "on_demand": "firm_w", "spot": "spot_w"}
@@ -37,57 +36,56 @@ class Drawn:
         return sum(self.devices[kind].values())
 
 
-def watts(site: Site, *, now: datetime) -> Drawn:
+def watts(ledger: Ledger, *, now: datetime) -> Drawn:
     """A host's watts are those of its placements, by their part of the GPUs in use. A miner counts while its reading is fresh."""
     found = Drawn()
     placed: dict[int, dict[int, int]] = defaultdict(dict)
     use: dict[int, str] = {}
-    live = Placement.objects.filter(site=site, state__in=Placement.AT_SITE).values_list(
+    live = Placement.objects.filter(site=ledger.site_id, state__in=Placement.AT_SITE).values_list(
         "id", "host_id", "contract__kind", "gpu_indices", "gpu_milli"
     )
     for pk, host_id, kind, gpus, milli in live:
         placed[host_id][pk] = max(1, len(gpus) * milli)
         use[pk] = _USE[kind]
-    for pk, measured, reserved in Host.objects.filter(site=site).values_list("id", "measured_w", "reserved_w"):
-        drawn = reserved if measured is None else measured
+    for pk, host in ledger.hosts.items():
+        drawn = host.reserved_w if host.measured_w is None else host.measured_w
         if pk not in placed:
             found.devices[Of.HOST][pk] = drawn
             found.by_use["idle_gpu_w"] += drawn
         for placement, share in energy.shares(drawn, placed[pk]).items():
             found.devices[Of.PLACEMENT][placement] = share
             found.by_use[use[placement]] += share
-    fresh = Q(measured_at=None) | Q(measured_at__gte=now - timedelta(seconds=FRESH_S))
-    miners = Miner.objects.filter(fresh, site=site).exclude(measured_w=None)
-    for pk, drawn, ghs in miners.values_list("id", "measured_w", "measured_ghs"):
-        found.devices[Of.MINER][pk] = drawn or 0
-        found.by_use["hashing_w"] += drawn or 0
-        found.ghs += ghs or 0
+    for pk, miner in ledger.miners.items():
+        fresh = miner.measured_at is None or now - miner.measured_at <= FRESH
+        if fresh and miner.measured_w is not None:
+            found.devices[Of.MINER][pk] = miner.measured_w
+            found.by_use["hashing_w"] += miner.measured_w
+            found.ghs += miner.measured_ghs or 0
     return found
 
 
-def record(site: Site, *, now: datetime) -> None:
-    """Add the time since the last sample to its minutes and hours, at the watts of now. All of it or nothing; never twice."""
+def record(site: Site, ledger: Ledger, rates: Rates, *, now: datetime) -> None:
+    """Add the time since the last sample to its minutes and hours, at the watts and rates of now. All of it or nothing; never
+    twice.
+    """
     if site.sampled_at is not None and now <= site.sampled_at:
         return
     begins = max(site.sampled_at or now, now - MAX_STEP)
     with transaction.atomic():
         if not Site.objects.filter(pk=site.pk, sampled_at=site.sampled_at).update(sampled_at=now):
             return  # another turn of the loop has accounted for this time
-        seen = watts(site, now=now)
-        root = PowerNode.objects.filter(site=site, parent=None).first()
-        fresh = (
-            root is not None and root.measured_at is not None and now - root.measured_at <= timedelta(seconds=FRESH_S)
-        )
+        seen = watts(ledger, now=now)
+        root = next((node for node in ledger.nodes.values() if node.parent_id is None), None)
+        fresh = root is not None and root.measured_at is not None and now - root.measured_at <= FRESH
         metered = root.measured_w if root is not None and fresh else None
         fixed = root.fixed_w if root else 0
-        start, end, prices = _ms(begins), _ms(now), _prices(site, now)
+        start, end, prices = _ms(begins), _ms(now), _prices(rates)
         for minute, ms in energy.spans(start, end, _MINUTE_MS) or [(end // _MINUTE_MS * _MINUTE_MS, 0)]:
             used = _use(site, seen, ms, fixed_w=fixed, metered_w=metered)
             cap = root.cap_w if root else site.contract_power_w
             _add_minute(site, _at(minute), ms, seen, used, {"metered_w": metered, "cap_w": cap, **prices})
         for hour, ms in energy.spans(start, end, _HOUR_MS):
-            for of, drawn in seen.devices.items():
-                _add_hour(site, _at(hour), of, drawn, ms)
+            _add_hour(site, _at(hour), ms, seen)
 
 
 _PARTS = ("placements", "idle", "miners", "cooling_hosts", "cooling_miners", "fixed", "site")  # of Use, in its order
@@ -120,13 +118,12 @@ WHERE site_id = %s AND start = %s
 """  # noqa: S608 - numbers of ours
 
 
-def _prices(site: Site, now: datetime) -> dict[str, int | None]:
-    found = feeds.prices(site, now=now)
+def _prices(rates: Rates) -> dict[str, int | None]:
     return {
-        "energy_uusd_mwh": feeds.energy_price(site, now=now).uusd_mwh,
-        "hashprice_uusd": found.hashprice_uusd if found else None,
-        "pool_fee_ppm": feeds.pool_fee_ppm(site),
-        "carbon_g_mwh": feeds.carbon_g_mwh(site, now=now),
+        "energy_uusd_mwh": rates.energy.uusd_mwh,
+        "hashprice_uusd": rates.hashing.hashprice_uusd if rates.hashing else None,
+        "pool_fee_ppm": rates.pool_fee_ppm,
+        "carbon_g_mwh": rates.carbon_g_mwh,
     }
 
 
@@ -150,16 +147,24 @@ def _use(site: Site, seen: Drawn, ms: int, *, fixed_w: int = 0, metered_w: int |
     )  # fmt: skip
 
 
-def _add_hour(site: Site, start: datetime, of: str, drawn: Mapping[int, int], ms: int) -> None:
-    """`ms` at these watts. The caller holds the site's row, so nobody else adds to this one."""
-    more = {pk: watts * ms for pk, watts in drawn.items() if watts}
-    if not more or not ms:
-        return
-    row, _ = DeviceHour.objects.get_or_create(site=site, start=start, of=of)
-    if of == Of.PLACEMENT and len(row.ms) == len(row.ids):  # an hour that began before time was kept goes on without
-        row.ms = energy.merged(row.ids, row.ms, dict.fromkeys(more, ms))[1]
-    row.ids, row.mj = energy.merged(row.ids, row.mj, more)
-    row.save(update_fields=["ids", "mj", "ms"])
+def _add_hour(site: Site, start: datetime, ms: int, seen: Drawn) -> None:
+    """`ms` at these watts. The caller holds the site's row, so nobody else adds to these."""
+    kept = {row.of: row for row in DeviceHour.objects.filter(site=site, start=start)}
+    rows = []
+    for of, drawn in seen.devices.items():
+        more = {pk: watts * ms for pk, watts in drawn.items() if watts}
+        if not more or not ms:
+            continue
+        row = kept.get(of) or DeviceHour(site=site, start=start, of=of)
+        if of == Of.PLACEMENT and len(row.ms) == len(
+            row.ids
+        ):  # an hour that began before time was kept goes on without
+            row.ms = energy.merged(row.ids, row.ms, dict.fromkeys(more, ms))[1]
+        row.ids, row.mj = energy.merged(row.ids, row.mj, more)
+        rows.append(row)
+    DeviceHour.objects.bulk_create(
+        rows, update_conflicts=True, unique_fields=["site", "start", "of"], update_fields=["ids", "mj", "ms"]
+    )
 
 
 def _ms(at: datetime) -> int:

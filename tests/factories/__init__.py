@@ -14,11 +14,12 @@ from tests.factories.market import bid, contract, listing, price_version, quote,
 from tests.factories.people import actor, client, key, member, organization, staff, user
 from tests.factories.places import a_node, agent, cell, gpu_model, host, miner, node, reserve, site, unmark
 from tests.factories.rows import NOW
-from tests.factories.running import job, placement, reserved_w
+from tests.factories.running import accounted, job, placement, reserved_w
 
 __all__ = [
     "NOW",
     "a_node",
+    "accounted",
     "actor",
     "agent",
     "bid",

@@ -1,9 +1,12 @@
 """What runs: jobs, and placements with what they take of their hosts and of the power tree."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from marketplace.models import Contract, Host, Job, Placement, PowerGrant
+from marketplace.models import Contract, Host, Job, Placement, PowerGrant, Site
+from marketplace.services import feeds, site_minutes
+from marketplace.services.power import Ledger
 from scheduler.core import power
 from tests.factories import places
 from tests.factories.rows import NOW, created, number
@@ -109,3 +112,8 @@ def reserved_w(host: Host) -> int:
         powered=host.power_state != "off",
         cpu_only=host.cpu_only_active > 0,
     )
+
+
+def accounted(site: Site, *, now: datetime) -> None:
+    """A turn's accounting alone: the time since the row's last sample."""
+    site_minutes.record(site, Ledger.of(site.pk), feeds.rates(site, now=now), now=now)

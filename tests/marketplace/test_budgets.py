@@ -115,7 +115,7 @@ def test_a_grant_takes_nothing_that_was_not_counted_and_an_end_gives_all_of_it_b
             somebody(contract, dice)
         elif move < 0.7:
             before, waits = budgets(site), {h.pk: (h.reserved_w, short(h)) for h in Host.objects.filter(site=site)}
-            granted = locked(site, lambda: power.grant_pending(site.pk, now=NOW))
+            granted = locked(site, lambda: power.grant_pending(power.Ledger.of(site.pk), now=NOW))
             locked(site, lambda ids=granted: placements.grant(ids, now=NOW))
             assert not PowerGrant.objects.filter(state="shedding").exists()  # there is enough for all
             assert budgets(site) == before
@@ -130,7 +130,7 @@ def test_a_grant_takes_nothing_that_was_not_counted_and_an_end_gives_all_of_it_b
             )
             if dice.random() < 0.5:  # and its host reads its limits back
                 Host.objects.update(applied_generation=1_000_000)
-                locked(site, lambda: power.lower_hosts(site.pk))
+                locked(site, lambda: power.lower_hosts(power.Ledger.of(site.pk)))
         assert budgets(site) == free(site)
 
 
@@ -154,7 +154,7 @@ def test_those_who_wait_on_one_host_keep_one_place_in_the_queue():
         PowerNode.objects.filter(pk=pdu.pk).update(
             cap_w=pdu.reserved_mw // 1000 + pdu.fixed_w + pdu.margin_w + watts_free
         )
-        return locked(site, lambda: power.grant_pending(site.pk, now=NOW))
+        return locked(site, lambda: power.grant_pending(power.Ledger.of(site.pk), now=NOW))
 
     # The largest asks for all but one watt of what is there: it waits, and so does the one behind it on the same host.
     alone = watts(first, [[0, 1, 2]]) - first.parked_w

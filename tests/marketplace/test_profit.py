@@ -20,7 +20,7 @@ from marketplace.models import (
     SiteMinute,
     SpotInterval,
 )
-from marketplace.services import feeds, placement_energy, profit, receipts, site_minutes
+from marketplace.services import feeds, placement_energy, profit, receipts
 from tests import factories as f
 from tests.factories import NOW
 
@@ -35,7 +35,7 @@ def site():
 
 
 def turn(site, at):
-    site_minutes.record(Site.objects.get(pk=site.pk), now=at)
+    f.accounted(Site.objects.get(pk=site.pk), now=at)
 
 
 NETWORK = (
@@ -138,7 +138,7 @@ def test_the_p_and_l_of_an_hour(site):
     assert found["ai"].energy_mj == 10_000 * 3_600_000  # PUE 1.25
     assert found["ai"].energy_microusd == 400_000  # 10 kWh at 4 cents
     assert found["hashing"].energy_mj == 3_675 * 3_600_000
-    price = feeds.prices(site, now=NOW).hashprice_uusd
+    price = feeds.rates(site, now=NOW).hashing.hashprice_uusd
     assert (
         found["hashing"].revenue_microusd == price * 200_000 * 99 // 100 // 24_000_000
     )  # 200 TH/s, the pool keeps 1 %

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from marketplace.models import PoolFeed, ProfitHour, Receipt, Site, SiteMinute
-from marketplace.services import pool_payouts, profit, receipts, site_minutes
+from marketplace.services import pool_payouts, profit, receipts
 from tests import factories as f
 from tests.factories import NOW
 from tests.threads import at_once
@@ -20,7 +20,7 @@ def test_two_turns_of_the_loop_account_for_a_time_once():
     Site.objects.update(sampled_at=NOW)
     for n in range(1, 5):
         same = [Site.objects.get(pk=site.pk) for _ in range(4)]
-        at_once([lambda row=row, n=n: site_minutes.record(row, now=NOW + timedelta(seconds=10 * n)) for row in same])
+        at_once([lambda row=row, n=n: f.accounted(row, now=NOW + timedelta(seconds=10 * n)) for row in same])
     profit.rebuild(site, NOW, NOW + HOUR)
     assert SiteMinute.objects.get().miners_mj == 3_500 * 40_000
     assert profit.uneven(site, NOW, NOW + HOUR) == []

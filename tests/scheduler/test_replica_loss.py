@@ -7,7 +7,7 @@ from django.db import transaction
 
 from billing import usage
 from marketplace.models import Cell, Host, Job, JobEvent, Placement, PlacementEvent, PowerNode
-from marketplace.services import agents, jobs, leases, placements, sites
+from marketplace.services import agents, jobs, leases, placements, power, sites
 from scheduler import commit, cycle, site_loop, snapshot, why
 from scheduler.core.plan import plan
 from tests import factories as f
@@ -323,7 +323,7 @@ def test_a_newcomer_without_watts_goes_elsewhere_and_the_gang_goes_on():
     Job.objects.filter(pk=market.job.pk).update(restarts=3)
     with transaction.atomic():
         placements.lock_sites([market.site.pk])
-        site_loop.give_up(market.site, now=at(61 + 301))
+        site_loop.give_up(power.Ledger.of(market.site.pk), now=at(61 + 301))
     job = market.fresh()
     assert (job.state, job.lost_ranks, job.restarts) == ("running", [1], 3)
     assert sorted(market.live()) == [0, 2]

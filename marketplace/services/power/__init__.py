@@ -15,12 +15,12 @@ from marketplace.services.power.grants import (
     release,
     uncap_gpus,
 )
-from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts, may_grant, may_wake
+from marketplace.services.power.ledger import FRESH, Ledger, active_watts, may_grant, may_wake
 from marketplace.services.power.miners import Command, command_miners, forget, settle_miners
 from marketplace.services.power.recovery import tests_due
 
 __all__ = [
-    "FRESH_S",
+    "FRESH",
     "Command",
     "Ledger",
     "active_watts",

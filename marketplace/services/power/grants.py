@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 import numpy as np
 from django.conf import settings
 from django.db import connection
-from django.db.models import F
 
 from marketplace import arrays
 from marketplace.arrays import Ints
@@ -110,36 +109,35 @@ def _command_limits(host: Host, active: set[int], *, running: bool) -> None:
 
 
 def _save_hosts(hosts: Iterable[Host]) -> None:
+    rows = [
+        (h.reserved_w, h.desired_limits_w, h.desired_power_state, h.desired_generation, h.call_gpu_w, h.pk)
+        for h in sorted(hosts, key=lambda h: h.pk)
+    ]
+    if not rows:
+        return
     with connection.cursor() as cursor:
         cursor.executemany(
             "UPDATE marketplace_host SET reserved_w = %s, desired_limits_w = %s, desired_power_state = %s, desired_generation = %s,"
             " call_gpu_w = %s WHERE id = %s",
-            [
-                (h.reserved_w, h.desired_limits_w, h.desired_power_state, h.desired_generation, h.call_gpu_w, h.pk)
-                for h in sorted(hosts, key=lambda h: h.pk)
-            ],
+            rows,
         )
 
 
-def grant_pending(site_id: int, *, now: datetime) -> list[int]:
+def grant_pending(ledger: Ledger, *, now: datetime) -> list[int]:
     """Give waiting grants their watts, oldest first, as far as they fit; returns the placements granted.
 
     A later small grant may pass an earlier large one only under nodes where the earlier asks for nothing. Those who wait on
     one host keep their place in the queue together: for what the host is short of with all of them.
     """
     pending = list(
-        PowerGrant.objects.filter(site_id=site_id, state=PowerGrant.State.SHEDDING, placement__state="shedding")
+        PowerGrant.objects.filter(site_id=ledger.site_id, state=PowerGrant.State.SHEDDING, placement__state="shedding")
         .select_related("placement")
         .order_by("id")
     )
     if not pending:
         return []
-    hosts = {
-        h.pk: h
-        for h in Host.objects.filter(pk__in={g.host_id for g in pending}).order_by("pk").select_for_update(no_key=True)
-    }
-    use = _granted_use(hosts)
-    ledger = Ledger.of(site_id)
+    hosts = ledger.hosts
+    use = _granted_use({g.host_id for g in pending})
     granted: list[int] = []
     touched: set[int] = set()
     queued: dict[int, list[list[int]]] = defaultdict(list)  # host -> GPUs of each that was refused
@@ -161,6 +159,8 @@ def grant_pending(site_id: int, *, now: datetime) -> list[int]:
     PowerGrant.objects.filter(placement_id__in=granted, state=PowerGrant.State.SHEDDING).update(
         state=PowerGrant.State.GRANTED, granted_at=now
     )
+    for pk, watts in kept.items():  # kept from those behind in this queue, not booked
+        ledger.keep(hosts[pk].power_node_id, -watts)
     ledger.save()
     _save_hosts(hosts[pk] for pk in touched)
     return granted
@@ -184,15 +184,16 @@ def release(placements: Sequence[Placement], *, now: datetime) -> None:
     _save_hosts(hosts.values())
 
 
-def lower_hosts(site_id: int) -> int:
+def lower_hosts(ledger: Ledger) -> int:
     """Book less for hosts that have read back lower limits; returns the watts given back."""
-    hosts = list(
-        Host.objects.filter(site_id=site_id, applied_generation__gte=F("desired_generation"), cap_control=True)
-        .order_by("pk")
-        .select_for_update(no_key=True)
-    )
+    hosts = [
+        h
+        for h in ledger.hosts.values()
+        if h.cap_control and h.applied_generation >= h.desired_generation and h.reserved_w > _needed(h, [])
+    ]
+    if not hosts:
+        return 0
     use = _granted_use(h.pk for h in hosts)
-    ledger = Ledger.of(site_id)
     changed = []
     for host in hosts:
         target = _needed(host, use[host.pk])
@@ -225,14 +226,12 @@ def cap_gpus(site_id: int, wanted: dict[int, int]) -> list[int]:
     return [host.pk for host in changed]
 
 
-def uncap_gpus(site_id: int, *, held: Iterable[int]) -> list[int]:
+def uncap_gpus(ledger: Ledger, *, held: Iterable[int]) -> list[int]:
     """Give GPUs their watts back as far as they fit, but not under the nodes `held` (ids), where a call still stands."""
-    capped = list(
-        Host.objects.filter(site_id=site_id).exclude(call_gpu_w=None).order_by("pk").select_for_update(no_key=True)
-    )
+    capped = [h for h in ledger.hosts.values() if h.call_gpu_w is not None]
     if not capped:
         return []
-    use, ledger, under = _granted_use(h.pk for h in capped), Ledger.of(site_id), set(held)
+    use, under = _granted_use(h.pk for h in capped), set(held)
     changed = []
     for host in capped:
         path = {ledger.tree.keys[n] for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]}

@@ -1,25 +1,33 @@
-"""A site's nodes with what is booked at each, read and written as one."""
+"""A site's nodes with what is booked at each, and its devices, read and written as one."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 
 import numpy as np
 from django.conf import settings
 from django.db import connection
+from django.db.models import F
 
-from marketplace.models import Host, PowerNode, Site
+from marketplace.models import Host, Miner, PowerNode, ShedClaim, Site
 from scheduler.core import power as core
 
 FRESH_S = 150  # a full report comes each minute; two missed ones are silence
+FRESH = timedelta(seconds=FRESH_S)
 
 
 @dataclass
 class Ledger:
-    """A site's nodes with what is booked at each; changes are collected and written together."""
+    """A site's nodes with what is booked at each; changes are collected and written together.
+
+    Its devices are read when they are first asked for, and once. Nothing of it locks a row: whoever writes a site's nodes, hosts
+    and miners holds the site's lock, so under that lock the ledger is what the rows say, and without it what they said.
+    """
 
     site_id: int
+    mode: str  # of the site
     nodes: dict[int, PowerNode]
     tree: core.PowerTree
     free: core.Ints  # mW still admissible at each position of `tree`
@@ -27,7 +35,9 @@ class Ledger:
 
     @classmethod
     def of(cls, site_id: int) -> "Ledger":
-        nodes = {n.pk: n for n in PowerNode.objects.filter(site_id=site_id).order_by("depth", "pk")}
+        rows = PowerNode.objects.filter(site_id=site_id).annotate(site_mode=F("site__mode")).order_by("depth", "pk")
+        nodes = {n.pk: n for n in rows}
+        mode = next((n.site_mode for n in rows), Site.Mode.HOLD)  # without nodes there is nothing to raise
         tree = core.PowerTree.of(
             core.NodeSpec(
                 key=n.pk,
@@ -42,7 +52,32 @@ class Ledger:
             for n in nodes.values()
         )
         free = np.array([nodes[k].allowed_mw - nodes[k].reserved_mw for k in tree.keys], np.int64)
-        return cls(site_id, nodes, tree, free)
+        return cls(site_id, mode, nodes, tree, free)
+
+    @cached_property
+    def hosts(self) -> dict[int, Host]:
+        """By id, in its order."""
+        return {h.pk: h for h in Host.objects.filter(site_id=self.site_id).order_by("pk")}
+
+    @cached_property
+    def miners(self) -> dict[int, Miner]:
+        """By id, in its order."""
+        return {m.pk: m for m in Miner.objects.filter(site_id=self.site_id).order_by("pk")}
+
+    @cached_property
+    def claims(self) -> dict[int, ShedClaim]:
+        """The lowerings that are not settled yet, by miner: a miner has one at the most."""
+        open_claims = ShedClaim.objects.filter(site_id=self.site_id, state=ShedClaim.State.COMMANDED)
+        return {c.miner_id: c for c in open_claims.order_by("pk")}
+
+    def waits_for(self, miner: Miner) -> bool:
+        """Whether it was asked for watts that readings have not proved yet."""
+        claim = self.claims.get(miner.pk)
+        return claim is not None and claim.state == ShedClaim.State.COMMANDED
+
+    def forget_hosts(self) -> None:
+        """Others have written them: they are read anew when they are asked for again."""
+        self.__dict__.pop("hosts", None)
 
     def refuses(self, node_id: int, delta_w: int, kind: int = core.HOST) -> core.Refusal | None:
         return core.admissible(self.tree, self.free, self.tree.index[node_id], delta_w, kind)
@@ -79,6 +114,8 @@ class Ledger:
 
     def save(self) -> None:
         rows = [(mw, pk) for pk, mw in sorted(self.changes.items()) if mw]
+        for mw, pk in rows:
+            self.nodes[pk].reserved_mw += mw
         if rows:
             with connection.cursor() as cursor:
                 cursor.executemany(
@@ -86,13 +123,24 @@ class Ledger:
                 )
         self.changes.clear()
 
+    def set_margins(self, margins: Mapping[int, int]) -> None:
+        """Keep other margins (node id -> W): in the rows, and of what is free."""
+        if not margins:
+            return
+        for pk, watts in margins.items():
+            self.free[self.tree.index[pk]] -= 1000 * (watts - self.nodes[pk].margin_w)
+            self.nodes[pk].margin_w = watts
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                "UPDATE marketplace_powernode SET margin_w = %s WHERE id = %s", [(w, pk) for pk, w in margins.items()]
+            )
+
 
 def may_grant(ledger: Ledger, *, now: datetime) -> bool:
     """Whether watts may be granted: by the site's mode, the platform's freeze, and no meter fallen silent. True only under
     the site's lock. Where a meter has never reported, every sleep still counts in full: what fits, fits.
     """
-    mode = Site.objects.values_list("mode", flat=True).get(pk=ledger.site_id)
-    return mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not ledger.stale(now, unread=False)
+    return ledger.mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not ledger.stale(now, unread=False)
 
 
 def may_wake(ledger: Ledger, *, now: datetime) -> bool:

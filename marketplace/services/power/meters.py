@@ -1,6 +1,6 @@
 """A site's meters beside its devices' readings, in the terms of scheduler.core.power_proof."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import median_low
@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from django.db import connection
 
-from marketplace.models import Host, Miner, NodeResidual, PowerNode, ShedBatch
-from marketplace.services.power.ledger import FRESH_S, Ledger
+from marketplace.models import Miner, NodeResidual, PowerNode, ShedBatch
+from marketplace.services.power.ledger import FRESH, Ledger
 from scheduler.core import power as core
 from scheduler.core import power_proof as proof
 
-FRESH = timedelta(seconds=FRESH_S)
 KEPT = 3  # looks: their median is not moved by one that fell into a ramp
 PARKED_PERMILLE = 1050  # a host that reads more than this of its parked draw has work, which may ramp at any moment
 
@@ -35,7 +34,7 @@ class Look:
     @classmethod
     def of(cls, ledger: Ledger, miners: Sequence[Miner], *, now: datetime) -> "Look":
         tree = ledger.tree
-        hosts, booked = _hosts(ledger, now)
+        hosts, booked = _hosts(ledger, now), [h.reserved_w for h in ledger.hosts.values()]
         devices = proof.Devices.of([*hosts, *(_row(ledger, m, now) for m in miners)])
         held = np.array([*booked, *(m.reserved_w for m in miners)], np.int64)
         silent = core.Load.of(tree, devices.node[~devices.known], devices.kind[~devices.known], held[~devices.known])
@@ -75,15 +74,14 @@ class Look:
                     rows,
                 )
 
-    def hear(self) -> None:
+    def hear(self, batches: Iterable[ShedBatch]) -> None:
         """Keep what devices draw that speak for the first time since a batch found them silent. The caller holds the site's lock."""
         now = {
             k: int(w)
             for k, w, known in zip(self.devices.key, self.devices.watts, self.devices.known, strict=True)
             if known
         }
-        waiting = ShedBatch.objects.filter(site_id=self.ledger.site_id, closed_at=None).exclude(silent=[])
-        for batch in waiting:
+        for batch in batches:
             news = {key: now[key] for key in batch.silent if key in now and key not in batch.answered}
             if news:
                 batch.answered |= news
@@ -124,36 +122,32 @@ class Look:
         return core.Load.of(self.ledger.tree, *(zip(*rows, strict=True) if rows else ([], [], [])))
 
 
-def baseline(site_id: int, ledger: Ledger, *, now: datetime) -> ShedBatch:
+def baseline(ledger: Ledger, *, now: datetime) -> ShedBatch:
     """A batch (unsaved) with what the meters see before a command: the median of the last looks, where they are fresh."""
     before = {
         str(row.node_id): median_low(row.watts)
         for row in NodeResidual.objects.filter(node_id__in=ledger.nodes)
         if now - row.at <= FRESH
     }
-    silent = [key for key, *_, known, _stirs in _hosts(ledger, now)[0] if not known]
-    rows = Miner.objects.filter(site_id=site_id).exclude(measured_at__gte=now - FRESH).values_list("pk", flat=True)
-    return ShedBatch(site_id=site_id, commanded_at=now, before=before, silent=[*silent, *(f"m{pk}" for pk in rows)])
+    silent = [key for key, *_, known, _stirs in _hosts(ledger, now) if not known]
+    unread = Miner.objects.filter(site_id=ledger.site_id).exclude(measured_at__gte=now - FRESH)
+    silent += [f"m{pk}" for pk in unread.values_list("pk", flat=True)]
+    return ShedBatch(site_id=ledger.site_id, commanded_at=now, before=before, silent=silent)
 
 
-def _hosts(ledger: Ledger, now: datetime) -> tuple[list[tuple[str, int, int, int, bool, bool]], list[int]]:
-    """Rows of proof.Devices, and the watts booked for each."""
-    found = Host.objects.filter(site_id=ledger.site_id).values_list(
-        "pk", "power_node_id", "measured_w", "parked_w", "beat_at", "reserved_w"
-    )
-    rows = list(found)
-    devices = [
+def _hosts(ledger: Ledger, now: datetime) -> list[tuple[str, int, int, int, bool, bool]]:
+    """Rows of proof.Devices."""
+    return [
         (
-            f"h{pk}",
-            ledger.tree.index[node],
+            f"h{h.pk}",
+            ledger.tree.index[h.power_node_id],
             core.HOST,
-            watts or 0,
-            watts is not None and beat is not None and now - beat <= FRESH,
-            1000 * (watts or 0) > PARKED_PERMILLE * parked,
+            h.measured_w or 0,
+            h.measured_w is not None and h.beat_at is not None and now - h.beat_at <= FRESH,
+            1000 * (h.measured_w or 0) > PARKED_PERMILLE * h.parked_w,
         )
-        for pk, node, watts, parked, beat, _ in rows
+        for h in ledger.hosts.values()
     ]
-    return devices, [booked for *_, booked in rows]
 
 
 def _row(ledger: Ledger, miner: Miner, now: datetime) -> tuple[str, int, int, int, bool, bool]:

@@ -1,7 +1,7 @@
 """Watts of miners: commanded, confirmed by readings and meters, or never granted on."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -9,9 +9,10 @@ from django.conf import settings
 from django.db import connection
 from django.db.models import F
 
+from marketplace import prepared
 from marketplace.models import Miner, ShedBatch, ShedClaim, Site
-from marketplace.services.power.ledger import FRESH_S, Ledger, may_wake
-from marketplace.services.power.meters import FRESH, Look, baseline
+from marketplace.services.power.ledger import FRESH, FRESH_S, Ledger, may_wake
+from marketplace.services.power.meters import Look, baseline
 from scheduler.core import power as core
 from scheduler.core import power_proof as proof
 
@@ -38,7 +39,7 @@ def command_miners(site_id: int, commands: Sequence[Command], *, now: datetime) 
     miners = list(Miner.objects.filter(pk__in=wanted, site_id=site_id).order_by("pk").select_for_update(no_key=True))
     ledger = Ledger.of(site_id)
     held = ledger.hot(now) if may_wake(ledger, now=now) else None  # the mode may have changed since it was thought
-    batch = baseline(site_id, ledger, now=now)
+    batch: ShedBatch | None = None
     changed: list[Miner] = []
     claims: list[ShedClaim] = []
     for miner in miners:
@@ -57,6 +58,7 @@ def command_miners(site_id: int, commands: Sequence[Command], *, now: datetime) 
             ledger.book(miner.power_node_id, target - miner.reserved_w, core.MINER)
             miner.reserved_w = target
         if target < miner.reserved_w:
+            batch = batch or baseline(ledger, now=now)
             claims.append(_claim(batch, miner, target, now))
         miner.desired_mode = command.mode
         miner.commanded_w = target
@@ -66,7 +68,7 @@ def command_miners(site_id: int, commands: Sequence[Command], *, now: datetime) 
         changed.append(miner)
     ledger.save()
     _save_miners(changed)
-    if claims:
+    if batch is not None:
         batch.save()
         ShedClaim.objects.filter(miner__in=changed, state=ShedClaim.State.COMMANDED).update(
             state=ShedClaim.State.FAILED, reason="superseded", settled_at=now
@@ -89,7 +91,9 @@ def _claim(batch: ShedBatch, miner: Miner, target: int, now: datetime) -> ShedCl
     )
 
 
-def _save_miners(miners: Iterable[Miner]) -> None:
+def _save_miners(miners: Collection[Miner]) -> None:
+    if not miners:
+        return
     with connection.cursor() as cursor:
         cursor.executemany(
             "UPDATE marketplace_miner SET desired_mode = %s, commanded_w = %s, desired_generation = %s, changed_at = %s,"
@@ -111,23 +115,22 @@ def _save_miners(miners: Iterable[Miner]) -> None:
         )
 
 
-def settle_miners(site_id: int, *, now: datetime) -> dict[str, int]:
+def settle_miners(ledger: Ledger, *, now: datetime) -> dict[str, int]:
     """Bring the books in line with readings and meters: confirm lowerings, fail what does not drop, follow what draws more
     than booked, and keep in the margins what the meters see and nobody admits to.
 
     Returns counts by outcome, and `freed_w`.
     """
-    ledger = Ledger.of(site_id)
-    miners = list(Miner.objects.filter(site_id=site_id).order_by("pk").select_for_update(no_key=True))
+    claims, miners = ledger.claims, list(ledger.miners.values())
     look = Look.of(ledger, miners, now=now)
     look.remember()
-    look.hear()
-    by_id = {m.pk: m for m in miners}
-    claims = {
-        c.miner_id: c
-        for c in ShedClaim.objects.filter(site_id=site_id, state=ShedClaim.State.COMMANDED).select_related("batch")
-    }
-    agreed = _agreed(look, by_id, claims, now)
+    batches = {b.pk: b for b in ShedBatch.objects.filter(site_id=ledger.site_id, closed_at=None)}
+    look.hear(batches.values())
+    for waiting in claims.values():
+        if waiting.batch_id in batches:
+            waiting.batch = batches[waiting.batch_id]
+    told = {c.pk: _settled(c) for c in claims.values()}
+    agreed = _agreed(look, ledger.miners, claims, now)
     counts: dict[str, int] = defaultdict(int)
     changed: list[Miner] = []
     for miner in miners:
@@ -143,13 +146,16 @@ def settle_miners(site_id: int, *, now: datetime) -> dict[str, int]:
             changed.append(miner)
     ledger.save()
     _save_miners(changed)
-    ShedClaim.objects.bulk_update(
-        claims.values(),
-        ["state", "reason", "attempts", "settled_at", "commanded_at", "generation", "votes", "voted_at"],
-    )
-    _close_batches(site_id, now)
-    _margins(look, miners)
+    ShedClaim.objects.bulk_update([c for c in claims.values() if _settled(c) != told[c.pk]], _SETTLED)
+    _margins(look, miners, _sleeping(batches, now))
     return dict(counts)
+
+
+_SETTLED = ("state", "reason", "attempts", "settled_at", "commanded_at", "generation", "votes", "voted_at")
+
+
+def _settled(claim: ShedClaim) -> tuple[object, ...]:
+    return tuple(getattr(claim, name) for name in _SETTLED)
 
 
 def _reads_as_commanded(look: Look, miner: Miner, now: datetime) -> bool:
@@ -283,15 +289,22 @@ def _meters_word(look: Look, miner: Miner, claim: ShedClaim, agrees: bool | None
     return "awaiting_sample" if agreed else "phantom_load"
 
 
-def _close_batches(site_id: int, now: datetime) -> None:
-    """A batch is over when none of its machines waits or sleeps on it any more."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "UPDATE marketplace_shedbatch b SET closed_at = %s WHERE b.site_id = %s AND b.closed_at IS NULL AND NOT EXISTS ("
-            " SELECT 1 FROM marketplace_shedclaim c JOIN marketplace_miner m ON m.id = c.miner_id WHERE c.batch_id = b.id"
-            " AND (c.state = 'commanded' OR (c.state = 'confirmed' AND c.generation = m.desired_generation)))",
-            [now, site_id],
-        )
+_LEFT = """
+SELECT c.batch_id, bool_or(c.state = 'confirmed') FROM marketplace_shedclaim c JOIN marketplace_miner m ON m.id = c.miner_id
+WHERE c.batch_id = ANY(%s::bigint[])
+  AND (c.state = 'commanded' OR (c.state = 'confirmed' AND c.generation = m.desired_generation))
+GROUP BY 1
+"""
+
+
+def _sleeping(batches: dict[int, ShedBatch], now: datetime) -> list[ShedBatch]:
+    """Of the open batches those of which a machine sleeps; one is over when none of its machines waits or sleeps on it any more."""
+    if not batches:
+        return []
+    left = dict(prepared.rows(_LEFT, [list(batches)]))
+    if over := batches.keys() - left.keys():
+        ShedBatch.objects.filter(pk__in=over).update(closed_at=now)
+    return [batch for pk, batch in batches.items() if left.get(pk)]
 
 
 def forget(now: datetime) -> int:
@@ -306,15 +319,9 @@ def forget(now: datetime) -> int:
     return len(batches)
 
 
-def _margins(look: Look, miners: Sequence[Miner]) -> None:
+def _margins(look: Look, miners: Sequence[Miner], sleeping: Iterable[ShedBatch]) -> None:
     """margin(n) = the larger of the metering's share and what the meter sees unexplained since the sleepers below lay down."""
     ledger, residual = look.ledger, look.settled()
-    sleeping = ShedBatch.objects.filter(
-        site_id=ledger.site_id,
-        closed_at=None,
-        claims__state=ShedClaim.State.CONFIRMED,
-        claims__generation=F("claims__miner__desired_generation"),
-    ).distinct()
     share = {n: core.margin_w(int(ledger.tree.cap_w[n]), how) for n, how in enumerate(ledger.tree.metering)}
     rises = []
     doubts: dict[int, datetime] | None = None
@@ -326,15 +333,14 @@ def _margins(look: Look, miners: Sequence[Miner]) -> None:
             doubts = _doubts(ledger.site_id)
         rises.append((rise, look.doubted(batch.commanded_at, batch.silent, miners, doubts)))
     hidden = proof.unexplained_mw(ledger.tree, rises)
-    rows: list[tuple[int, int]] = []
-    for n, key in enumerate(ledger.tree.keys):
+    changed: dict[int, int] = {}
+    for pk, node in ledger.nodes.items():
+        n = ledger.tree.index[pk]
         # In steps of 100 W: a meter's noise is no reason to write a row.
         margin = max(share[n], -(-int(hidden[n]) // 100_000) * 100)
-        if margin != ledger.nodes[key].margin_w:  # type: ignore[index]
-            rows.append((margin, key))  # type: ignore[arg-type]
-    if rows:
-        with connection.cursor() as cursor:
-            cursor.executemany("UPDATE marketplace_powernode SET margin_w = %s WHERE id = %s", rows)
+        if margin != node.margin_w:
+            changed[pk] = margin
+    ledger.set_margins(changed)
 
 
 def _doubts(site_id: int) -> dict[int, datetime]:

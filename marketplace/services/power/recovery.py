@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from marketplace.models import Miner, PowerNode, ShedClaim
-from marketplace.services.power.ledger import Ledger
-from marketplace.services.power.meters import FRESH
+from marketplace.services.power.ledger import FRESH, Ledger
 from marketplace.services.power.miners import SETTLE_S, Command
 
 FIRST_TEST = timedelta(seconds=60)  # after the first failure; twice as long after each further one
@@ -15,20 +14,19 @@ RAMP = timedelta(seconds=180)  # a machine that has not woken by then is not bei
 DAY = timedelta(days=1)
 
 
-def tests_due(site_id: int, ledger: Ledger, *, now: datetime) -> list[Command]:
+def tests_due(ledger: Ledger, *, now: datetime) -> list[Command]:
     """How an unresponsive machine comes back: by waking within the watts still booked for it, and sleeping before a meter
     that nothing else confuses. One at a time under each meter; after each failure it waits twice as long. Where the books or
     a meter stand over what is allowed none is woken, and the one that was woken sleeps.
     """
-    miners = list(Miner.objects.filter(site_id=site_id, state=Miner.State.UNRESPONSIVE, manual=False).order_by("pk"))
+    miners = [m for m in ledger.miners.values() if m.state == Miner.State.UNRESPONSIVE and not m.manual]
     if not miners:
         return []
     failures: dict[int, list[datetime]] = defaultdict(list)
     claims = ShedClaim.objects.filter(miner__in=miners, state=ShedClaim.State.FAILED, settled_at__gt=now - DAY)
     for miner_id, at in claims.values_list("miner_id", "settled_at"):
         failures[miner_id].append(at)  # type: ignore[arg-type]
-    asleep = ShedClaim.objects.filter(miner__in=miners, state=ShedClaim.State.COMMANDED)
-    judged = set(asleep.values_list("miner_id", flat=True))
+    judged = {m.pk for m in miners if ledger.waits_for(m)}
     being_tested = judged | {m.pk for m in miners if m.desired_mode and m.changed_at and now - m.changed_at < RAMP}
     over = {n for n in range(len(ledger.free)) if ledger.free[n] < 0} | ledger.hot(now)
     pressed = {m.pk for m in miners if over.intersection(_path(ledger, m))}

@@ -8,7 +8,7 @@ from django.utils import timezone
 from marketplace.admin import profit_chart
 from marketplace.admin.profit_chart import Slice
 from marketplace.models import ProfitHour, Receipt, Site
-from marketplace.services import profit, site_minutes
+from marketplace.services import profit
 from tests import factories as f
 from tests.marketplace.admin.test_tenancy import url
 
@@ -22,7 +22,7 @@ def lived(mine):
     start = now.replace(minute=0, second=0, microsecond=0) - HOUR
     f.miner(mine.site, measured_at=start)
     Site.objects.filter(pk=mine.site.pk).update(sampled_at=start)
-    site_minutes.record(Site.objects.get(pk=mine.site.pk), now=start + timedelta(seconds=60))
+    f.accounted(Site.objects.get(pk=mine.site.pk), now=start + timedelta(seconds=60))
     profit.rebuild(mine.site, start, start + HOUR)
     return start
 

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from marketplace.models import Curtailment, PowerNode, Site, SiteMinute
-from marketplace.services import site_minutes
 from scheduler import site_loop
 from tests import factories as f
 
@@ -55,10 +54,10 @@ def test_minutes_add_up_and_are_bounded(site, api):
     at = now().replace(second=10, microsecond=0) - timedelta(minutes=2)
     Site.objects.update(sampled_at=at)
     for seconds in (10, 20, 30):
-        site_minutes.record(Site.objects.get(pk=site.pk), now=at + timedelta(seconds=seconds))
+        f.accounted(Site.objects.get(pk=site.pk), now=at + timedelta(seconds=seconds))
     stale = Site.objects.get(pk=site.pk)
-    site_minutes.record(stale, now=at + timedelta(seconds=40))
-    site_minutes.record(stale, now=at + timedelta(seconds=50))  # a rival that saw the same last sample: counted once
+    f.accounted(stale, now=at + timedelta(seconds=40))
+    f.accounted(stale, now=at + timedelta(seconds=50))  # a rival that saw the same last sample: counted once
     (row,) = api.get(f"/api/v1/sites/{site.public_id}/minutes").json()["data"]
     assert (row["hashing_w"], row["idle_gpu_w"]) == (3_500, 1_200)
     assert row["hashing_mwh"] == 4 * int(3_500 * 10 * 1000 / 3600)
@@ -74,7 +73,7 @@ def test_minutes_add_up_and_are_bounded(site, api):
 def test_a_long_silence_is_not_accounted_as_if_it_had_been_seen(site):
     f.miner(site, measured_at=now())
     Site.objects.update(sampled_at=now(-3600))
-    site_minutes.record(Site.objects.get(pk=site.pk), now=now())
+    f.accounted(Site.objects.get(pk=site.pk), now=now())
     assert sum(SiteMinute.objects.values_list("miners_mj", flat=True)) == 3_500 * 60_000
 
 

@@ -8,7 +8,7 @@ import pytest
 from django.utils import timezone
 
 from marketplace.models import ProfitHour, Receipt, Site
-from marketplace.services import profit, site_minutes
+from marketplace.services import profit
 from tests import factories as f
 
 pytestmark = pytest.mark.django_db
@@ -26,7 +26,7 @@ def site(begun):
     f.host(made, measured_w=1_000)
     f.miner(made, measured_at=begun)
     Site.objects.update(sampled_at=begun)
-    site_minutes.record(Site.objects.get(pk=made.pk), now=begun + timedelta(seconds=36))
+    f.accounted(Site.objects.get(pk=made.pk), now=begun + timedelta(seconds=36))
     profit.rebuild(made, begun, begun + HOUR)
     return made
 

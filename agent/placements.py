@@ -29,7 +29,7 @@ STOP_AGAIN_S = 5.0
 
 
 class Placements:
-    """`blocked()` names why nothing may start now ("" = may); `lease_until()` is epoch seconds, None before the first sync."""
+    """`blocked(node)` names why nothing may start there now ("" = may); `lease_until()` is epoch seconds, None before the first sync."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Placements:
         *,
         site: str,
         addresses: Mapping[str, str],
-        blocked: Callable[[], str],
+        blocked: Callable[[str], str],
         lease_until: Callable[[], float | None],
     ) -> None:
         self.runtime, self.hosts, self.driver = runtime, hosts, driver
@@ -145,7 +145,6 @@ class Placements:
     async def step(self) -> None:
         now = time.time()
         until = self.lease_until()
-        blocked = self.blocked()
         for item in list(self.items.values()):
             if (
                 item.phase in ("waiting", "running", "starting")
@@ -154,13 +153,13 @@ class Placements:
             ):
                 item.stop_reason = item.stop_reason or "lease_expired"
             if item.phase == "waiting":
-                await self._waiting(item, blocked)
+                await self._waiting(item)
             elif item.phase in ("running", "draining"):
                 await self._watch(item, now)
             elif item.phase == "ended" and not item.listed and item.logs_done:
                 await self._forget(item)
 
-    async def _waiting(self, item: Placement, blocked: str) -> None:
+    async def _waiting(self, item: Placement) -> None:
         if item.desired != "run" or item.stop_reason:
             self._end(item, Status("exited", reason=item.stop_reason or "not_started", finished_at=time.time()))
             return
@@ -168,7 +167,7 @@ class Placements:
         if any(member.phase == "ended" for member in gang):
             self._end(item, Status("exited", reason="gang_member_failed", finished_at=time.time()))
             return
-        reason = blocked or self._not_ready(item)
+        reason = self._not_ready(item)
         if not reason and (
             len(gang) < len(set(item.spec.get("gang") or [item.id]))
             or any(self._not_ready(m) for m in gang if m.phase == "waiting")
@@ -195,9 +194,11 @@ class Placements:
         return [m for m in members if m.phase != "waiting" or m.desired == "run"]
 
     def _not_ready(self, item: Placement) -> str:
+        host = self.hosts.hosts.get(item.host)
+        if blocked := self.blocked(host.node if host else ""):
+            return blocked
         if item.secrets is None:
             return "waiting_secrets"
-        host = self.hosts.hosts.get(item.host)
         if host is None:
             return "waiting_host"
         return "" if self.hosts.granted(item.host, item.gpus) else "waiting_limits"

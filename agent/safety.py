@@ -81,9 +81,11 @@ class Decision:
     cap_hosts: tuple[tuple[str, str], ...] = ()
     evict: tuple[tuple[str, str], ...] = ()  # (placement, node)
 
-    @property
-    def may_raise(self) -> bool:
-        return not self.stale and not self.over
+    def holds(self, path: Sequence[str]) -> bool:
+        """Whether a device may not draw more because one of the nodes that carry it is over its cap. Where nobody knows what
+        carries it (`path` is empty), any node over its cap holds it.
+        """
+        return bool(self.over) and (not path or not set(self.over).isdisjoint(path))
 
 
 class Tree:

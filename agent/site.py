@@ -90,7 +90,7 @@ class Site:
             self.reports,
             self.events,
             beat_s=self.config.beat_s,
-            may_raise=lambda: not self.blocked(),
+            may_raise=lambda node: not self.blocked(node),
             draining=lambda name: self.placements.draining(name),  # noqa: PLW0108 - made after this
         )
         self.miners = Fleet(
@@ -262,12 +262,12 @@ class Site:
     def _host_facts(self) -> dict[str, HostFacts]:
         running = self.placements.running_on()
         return {
-            name: HostFacts(name, str(host.row["power_node"]), host.at_floor, tuple(running.get(name, ())))
+            name: HostFacts(name, host.node, host.at_floor, tuple(running.get(name, ())))
             for name, host in self.hosts.hosts.items()
         }
 
-    def blocked(self) -> str:
-        """Why nothing may be raised or started now; "" when it may."""
+    def blocked(self, node: str) -> str:
+        """Why nothing that hangs at this node may be raised or started now; "" when it may."""
         if self.mode != "auto":
             return "waiting_mode"
         until = self.lease_until()
@@ -277,10 +277,10 @@ class Site:
             return "waiting_meter"
         if self.site_down_since is not None:
             return "waiting_hosts"
-        return "waiting_power" if self.decision.over else ""
+        return "waiting_power" if self.decision.holds(self.tree.above(node)) else ""
 
     def may_wake(self, node: str) -> bool:
-        return not self.blocked() and not any(n in self.decision.no_wakes for n in self.tree.above(node))
+        return not self.blocked(node) and not any(n in self.decision.no_wakes for n in self.tree.above(node))
 
     # --- what control says
 

@@ -36,6 +36,11 @@ class Host:
     lost: bool = False
 
     @property
+    def node(self) -> str:
+        """The power node at which it hangs."""
+        return str(self.row["power_node"])
+
+    @property
     def name(self) -> str:
         return str(self.row["name"])
 
@@ -75,7 +80,7 @@ class HostPower:
         events: Events,
         *,
         beat_s: float,
-        may_raise: Callable[[], bool],
+        may_raise: Callable[[str], bool],
         draining: Callable[[str], set[int]],
     ) -> None:
         self.driver, self.store, self.reports, self.events = driver, store, reports, events
@@ -218,7 +223,7 @@ class HostPower:
         if host.state == "off" and host.latched < host.generation:
             return await self._off(host, reading)
         if reading.power_state == "off":
-            if host.in_force or not self.may_raise():
+            if host.in_force or not self.may_raise(host.node):
                 return host.in_force
             await self.driver.power(host.name, on=True)
             return False
@@ -250,7 +255,7 @@ class HostPower:
             now = list(await self.driver.set_limits(host.name, lower))
         raising = any(want > have for want, have in zip(goal, now, strict=True))
         newest = host.generation == generation and host.latched < generation
-        if raising and newest and not host.in_force and self.may_raise():
+        if raising and newest and not host.in_force and self.may_raise(host.node):
             now = list(await self.driver.set_limits(host.name, [max(a, b) for a, b in zip(now, goal, strict=True)]))
         # The truth is what is read afterwards, not what the setting call answered.
         host.reading = await self.driver.read(host.name)

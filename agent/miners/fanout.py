@@ -1,4 +1,5 @@
-"""Turns at machines, most urgent first, over a bounded number of lines at once.
+"""Turns at machines, most urgent first, over a bounded number of lines at once: what is due of machines on their way to another
+mode (commands, and the readings that prove them) before what is due of the others, whose reading can wait.
 
 A site has one fan-out for every thousand machines, whole PDUs together: where a PDU's network is dead, its timeouts hold the
 lines of its own fan-out and nobody else's.
@@ -62,8 +63,14 @@ class FanOut:
         self.tasks: set[asyncio.Task[None]] = set()
         self.count = itertools.count()
         # Entries are never changed: one that is not its machine's `due` any more is passed over.
-        self.heap = [(miner.due, next(self.count), miner) for miner in miners]
-        heapq.heapify(self.heap)
+        self.urgent: list[tuple[float, int, Miner]] = []
+        self.polls: list[tuple[float, int, Miner]] = []
+        for miner in miners:
+            self._push(miner)
+
+    def _push(self, miner: Miner) -> None:
+        heap = self.urgent if not miner.due or miner.awaited(time.monotonic()) else self.polls
+        heapq.heappush(heap, (miner.due, next(self.count), miner))
 
     def ask(self, miner: Miner, at: float = 0.0) -> None:
         """A turn at `at` (monotonic seconds) or sooner; 0 comes before all that is due."""
@@ -71,7 +78,7 @@ class FanOut:
             return
         miner.due = min(miner.due, at)
         if not miner.busy:
-            heapq.heappush(self.heap, (miner.due, next(self.count), miner))
+            self._push(miner)
         self.news.set()
 
     async def run(self) -> None:
@@ -93,12 +100,14 @@ class FanOut:
         while True:
             self.news.clear()
             now = time.monotonic()
-            while self.heap and self.heap[0][0] <= now:
-                due, _, miner = heapq.heappop(self.heap)
-                if due == miner.due and not miner.busy:
-                    return miner
+            for heap in (self.urgent, self.polls):
+                while heap and heap[0][0] <= now:
+                    due, _, miner = heapq.heappop(heap)
+                    if due == miner.due and not miner.busy:
+                        return miner
+            first = min((heap[0][0] for heap in (self.urgent, self.polls) if heap), default=None)
             try:
-                async with asyncio.timeout(self.heap[0][0] - now if self.heap else None):
+                async with asyncio.timeout(None if first is None else first - now):
                     await self.news.wait()
             except TimeoutError:
                 pass
@@ -109,5 +118,5 @@ class FanOut:
         finally:
             miner.busy = False
             self.gate.release()
-            heapq.heappush(self.heap, (miner.due, next(self.count), miner))
+            self._push(miner)
             self.news.set()

@@ -53,6 +53,10 @@ class Miner:
         """The circuit is open: it does not answer."""
         return self.failures >= BREAK_AFTER
 
+    def awaited(self, now: float) -> bool:
+        """Each of its readings is waited for: it is on its way to another mode, and answers (`now`: monotonic seconds)."""
+        return self.settle_until > now and not self.broken
+
     def watts_in(self, mode: str) -> int:
         """Nameplate W of a mode; an unknown mode counts as the top."""
         return self.watts_of.get(mode, max(self.watts_of.values()))

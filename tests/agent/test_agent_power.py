@@ -81,6 +81,39 @@ def test_soft_limit_holds_wakes_and_a_stale_meter_holds_all(tmp_path):
     drive(tmp_path, check)
 
 
+def two_pdus():
+    """A host and a miner on each of two PDUs."""
+    spec = small_site(miners=2)
+    first = spec["nodes"][1]
+    spec["nodes"].append({**first, "name": "pdu-2"})
+    spec["hosts"][1]["power_node"] = spec["miners"][1]["power_node"] = "pdu-2"
+    return spec
+
+
+def test_a_node_over_its_cap_holds_back_only_what_it_carries(tmp_path):
+    async def check(world, control):
+        await until(lambda: len(control.seen["meters"]) == 3, "meters")
+        root = two_pdus()["nodes"][0] | {"margin_w": 0}
+        pdus = [root | {"name": f"pdu-{i}", "parent": "site", "cap_w": 100_000} for i in (1, 2)]
+        # Its own load is more than what can be shed there: it stays over.
+        control.safety = {"generation": 1, "nodes": [root, pdus[0] | {"cap_w": 500}, pdus[1]], "shed_order": []}
+        control.bump()
+        await until(lambda: "over_cap" in control.kinds(), "pdu-1 is over")
+        for host in ("h001", "h002"):
+            control.limits(host, [700] * 8, "full")
+        control.place("plc_1", ["sleep", "60"], host="h001")
+        control.place("plc_2", ["sleep", "60"], host="h002")
+        await until(lambda: control.state("plc_2") == "running", "pdu-2 has its watts, and starts")
+        assert control.row("plc_1")["reason"] == "waiting_power"
+        assert control.seen["hosts"]["h001"]["limits_w"] == [200] * 8
+        assert control.seen["miners"]["m0001"][1] == "normal"
+        control.safety = {"generation": 2, "nodes": [root, *pdus], "shed_order": []}
+        control.bump()
+        await until(lambda: control.state("plc_1") == "running", "no longer over")
+
+    drive(tmp_path, check, spec=two_pdus())
+
+
 @pytest.mark.parametrize("mode", ["shed", "off"])
 def test_modes_lower(tmp_path, mode):
     async def check(world, control):

@@ -13,7 +13,7 @@ from agent.store import Store
 
 pytestmark = pytest.mark.serverless
 
-ROW = {"name": "h1", "gpus": 2, "gpu_min_w": 100, "gpu_max_w": 300, "cap_control": True}
+ROW = {"name": "h1", "power_node": "pdu-1", "gpus": 2, "gpu_min_w": 100, "gpu_max_w": 300, "cap_control": True}
 
 
 class Machine:
@@ -45,7 +45,7 @@ def test_a_wish_that_comes_while_an_older_one_is_applied_is_not_taken_for_done(t
     store, machine = Store(tmp_path), Machine()
     machine.limits = (then, then)  # so that the first wish has something to set
     power = HostPower(
-        [ROW], machine, store, Reports(), Events(store), beat_s=5, may_raise=lambda: True, draining=lambda _: set()
+        [ROW], machine, store, Reports(), Events(store), beat_s=5, may_raise=lambda _: True, draining=lambda _: set()
     )
     power.observe([machine.reading()], 1.0)
     power.apply(wish(1, first))

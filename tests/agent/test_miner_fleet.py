@@ -354,6 +354,29 @@ def test_who_is_asked_comes_before_who_is_due():
     assert "m48" in order[3:6]
 
 
+def test_who_settles_is_read_before_all_that_is_only_polled():
+    """A backlog (a network whose timeouts hold the lines) must not keep the readings that prove a command."""
+    miners = [stub(f"m{i}") for i in range(50)]
+    now = time.monotonic()
+    for one in miners:
+        one.due = now - 1
+    settling, broken = miners[48:]
+    settling.settle_until = broken.settle_until = now + 60
+    settling.due = broken.due = now - 0.5  # due later than every poll
+    broken.failures = 3  # it is waited for no more
+    order = []
+
+    async def turn(one):
+        order.append(one.name)
+        again = one is settling and order.count(one.name) < 4
+        one.due = time.monotonic() + (0 if again else 100)
+        await asyncio.sleep(0)
+
+    turns(miners, 1, turn, lambda _: len(order) == 53)
+    assert order[:4] == ["m48"] * 4
+    assert order[-1] == "m49"
+
+
 def test_who_is_asked_during_a_turn_has_another_one():
     """The race of a command that comes while the machine is being read: it does not wait for the next poll."""
     one = stub("m0")

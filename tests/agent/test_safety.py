@@ -29,7 +29,7 @@ def look(meters, miners=None, hosts=None, order=(), memory=None, now=100.0, at=1
 
 def test_below_the_caps_nothing_happens():
     decision = look({"site": 28_000, "a": 15_000}, fleet(m1=("a", 3000)))
-    assert decision.may_raise
+    assert not decision.holds(("a", "site"))
     assert not decision.shed
     assert not decision.no_wakes
 
@@ -37,14 +37,23 @@ def test_below_the_caps_nothing_happens():
 def test_above_95_percent_wakes_stop_under_that_node_only():
     decision = look({"site": 20_000, "a": 19_100, "b": 900})
     assert decision.no_wakes == {"a"}
-    assert decision.may_raise, "a grant of control is not a wake"
+    assert not decision.holds(("a", "site")), "a grant of control is not a wake"
 
 
 def test_sheds_in_controls_order_under_the_node_that_is_over():
     miners = fleet(m1=("a", 3000), m2=("b", 3000), m3=("a", 3000), m4=("a", 25))
     decision = look({"a": 21_000}, miners, order=["m2", "m4", "m3", "m1"])
     assert decision.shed == (("m3", "a"),), "not b's machine, not the one asleep, no more than needed"
-    assert not decision.may_raise
+    assert decision.holds(("a", "site"))
+
+
+def test_a_node_over_its_cap_holds_what_it_carries_and_nothing_else():
+    tree, over = Tree(NODES), look({"site": 29_000, "a": 21_000, "b": 900})
+    assert [over.holds(tree.above(name)) for name in ("a", "b", "site")] == [True, False, False]
+    assert over.holds(tree.above("nobody knows where")), "it may hang under the one that is over"
+    over = look({"site": 31_000, "a": 900, "b": 900})
+    assert [over.holds(tree.above(name)) for name in ("a", "b", "site")] == [True] * 3
+    assert not look({"a": 900}).holds(tree.above("nobody knows where"))
 
 
 def test_what_a_pdu_sheds_also_counts_for_the_site():
@@ -80,7 +89,7 @@ def test_over_a_curtailments_limit_machines_sleep_and_jobs_are_left_to_control()
 
     found = decided(9_000, fleet(m1=("a", 3000)))
     assert (found.over, found.shed) == (("a",), (("m1", "a"),))
-    assert not found.may_raise
+    assert found.holds(("a", "site"))
     assert decided(7_700, {}).no_wakes == {"a"}
     found = decided(9_000, fleet(m1=("a", 25)))
     assert (found.over, found.shed, found.cap_hosts, found.evict) == (("a",), (), (), ())
@@ -104,7 +113,6 @@ def test_an_announced_call_begins_at_its_hour_without_control():
 def test_a_stale_meter_stops_all_raising():
     decision = look({"a": 1_000}, now=120.0, at=100.0)
     assert decision.stale == ("a",)
-    assert not decision.may_raise
 
 
 @given(

@@ -10,7 +10,7 @@ from django.db import transaction
 from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
 from marketplace.locks import Lock, acquire
 from marketplace.models import Miner, Placement, PowerNode, ShedBatch, ShedClaim, Site
-from marketplace.services import power
+from marketplace.services import feeds, power
 from scheduler import cycle, site_loop
 from tests.faults.yard import Yard
 
@@ -157,28 +157,81 @@ def test_meter_over_95_percent(yard):
 
 
 # --- meter > cap: the site's own loop sleeps machines, then caps GPUs; a breaker is not a control
-def test_meter_over_the_cap(yard):
-    physics, memory = yard.physics, Memory()
-    physics.fixed[1] += 1.08 * physics.cap[1] - physics.true_w[1]
-    for _ in range(40):
+def own_loop(yard, seconds, memory, done, grow=lambda _second: 0.0):
+    """The site's own loop, with nobody else: each second the physics goes on, it decides, and its devices obey. `grow`: watts that
+    somebody adds at pdu-1; `done`: what was done, (what, whom, whose).
+    """
+    physics, fleet = yard.physics, yard.fleet
+    for second in range(seconds):
         yard.now += timedelta(seconds=1)
+        physics.fixed[1] += grow(second)
         physics.step(1.0, yard.now.timestamp())
-        meters = {name: (w, at) for name, w, at in physics.meters()}
+        floor = {h: max(physics.hosts.limits(i)) <= 200 for i, h in enumerate(physics.hosts.names)}
+        work = {h: [] for h in physics.hosts.names}
+        for key, (i, *_) in physics.hosts.workloads.items():
+            work[physics.hosts.names[i]].append(key)
         miners = {
-            name: MinerFacts(name, row["power_node"], round(yard.fleet.true_w[i]), 25, shed=bool(yard.fleet.asleep[i]))
-            for i, (name, row) in enumerate(zip(yard.fleet.names, yard.spec["miners"], strict=True))
+            name: MinerFacts(name, row["power_node"], round(fleet.true_w[i]), 25, shed=bool(fleet.asleep[i]))
+            for i, (name, row) in enumerate(zip(fleet.names, yard.spec["miners"], strict=True))
         }
         hosts = {
-            h: HostFacts(h, f"pdu-{i + 1}", capped=False, placements=()) for i, h in enumerate(physics.hosts.names)
+            row["name"]: HostFacts(row["name"], row["power_node"], floor[row["name"]], tuple(work[row["name"]]))
+            for row in yard.spec["hosts"]
         }
-        rows, order = yard.safety["nodes"], yard.safety["shed_order"]
-        found = decide(Tree(rows), order, meters, miners, hosts, memory, yard.now.timestamp(), stale_s=15, settle_s=8)
-        for name, _ in found.shed:
-            yard.fleet.asleep[yard.fleet.index[name]] = True
-            yard.fleet._retarget(yard.fleet.index[name])
+        meters = {name: (w, at) for name, w, at in physics.meters()}
+        tree, order = Tree(yard.safety["nodes"]), yard.safety["shed_order"]
+        found = decide(tree, order, meters, miners, hosts, memory, yard.now.timestamp(), stale_s=15, settle_s=8)
+        for name, node in found.shed:
+            done.append(("sleep", name, node))
+            fleet.asleep[fleet.index[name]] = True
+            fleet._retarget(fleet.index[name])
+        for name, node in found.cap_hosts:
+            done.append(("cap", name, node))
+            physics.hosts.set_limits(physics.hosts.index[name], [200] * 8)
+        for key, node in found.evict:
+            done.append(("evict", key, node))
+            physics.hosts.detach(key)
+
+
+def test_meter_over_the_cap(yard):
+    physics, done = yard.physics, []
+    physics.fixed[1] += 1.08 * physics.cap[1] - physics.true_w[1]
+    own_loop(yard, 40, Memory(), done)
     assert not physics.trips
     assert physics.true_w[1] <= physics.cap[1]
-    assert {yard.spec["miners"][i]["power_node"] for i in range(14) if yard.fleet.asleep[i]} == {"pdu-1"}
+    assert {(what, yard.miner(name).power_node.name) for what, name, _ in done} == {("sleep", "pdu-1")}
+
+
+def test_meter_over_the_cap_with_jobs_caps_gpus_and_then_evicts(yard):
+    """A load that grows until no machine is left to sleep, then beyond what the GPUs can give: the last rung is the youngest job,
+    and nothing of the other PDU is touched. The breaker holds throughout.
+    """
+    jobs = [yard.submit(gpus=4) for _ in range(4)]
+    yard.until(lambda: all(yard.state(job) == "running" for job in jobs), seconds=240)
+    yard.turn(6)
+    here = {str(p.pk) for p in Placement.objects.filter(host__name="h1")}
+    assert len(here) == 2
+    physics, memory, done = yard.physics, Memory(), []
+    cap, other = physics.cap[1], physics.true_w[2]
+
+    def until_left(watts):  # of the PDU's cap, by a load that grows for 40 s
+        step = (cap - watts - physics.fixed[1]) / 40
+        return lambda second: step if second < 40 else 0.0
+
+    own_loop(yard, 100, memory, done, until_left(8_000))
+    assert [what for what, *_ in done][-1] == "cap"
+    assert {name for what, name, _ in done if what == "cap"} == {"h1"}
+    assert set(yard.under("pdu-1")) == {n for n in yard.under("pdu-1") if yard.fleet.asleep[yard.fleet.index[n]]}
+    assert here <= set(physics.hosts.workloads), "capped, not evicted"
+    assert physics.true_w[1] <= cap
+    done.clear()
+    own_loop(yard, 100, memory, done, until_left(4_000))
+    assert [what for what, *_ in done] == ["evict"] * len(done)
+    assert done[0][1] == max(here, key=int), "the youngest first"
+    assert physics.true_w[1] <= cap
+    assert not physics.trips
+    assert {node for *_, node in done} == {"pdu-1"}
+    assert physics.true_w[2] == pytest.approx(other, rel=0.05)
 
 
 # --- control plane away: running work goes on within its lease; the site holds or lowers, never raises
@@ -220,7 +273,9 @@ def test_duplicate_beat(yard):
     yard.turn()
     cycle.run(yard.contract.cell_id, now=yard.now)
     site = Site.objects.get(pk=yard.site.pk)
-    one, two = (site_loop.think(site, now=yard.now) for _ in range(2))
+    rates = feeds.rates(site, now=yard.now)
+    ledgers = [power.Ledger.of(site.pk) for _ in range(2)]
+    one, two = (site_loop.think(site_loop.Seen(site, ledger, [], rates, yard.now)) for ledger in ledgers)
     assert one.commands
     assert one == two
     done = []

@@ -3,13 +3,14 @@
 Each setting is explained in docs/operate.md (a test compares the two).
 """
 
-from datetime import timedelta
 from pathlib import Path
 
 import environ
 import structlog
 from csp.constants import NONCE, NONE, SELF
 from django.core.exceptions import ImproperlyConfigured
+
+from marketplace import beat
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 env = environ.Env()
@@ -138,30 +139,7 @@ CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # a worker outlives an outage of Re
 CELERY_TASK_PUBLISH_RETRY = False  # a nudge that cannot be sent is dropped: the sweep finds the row
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_TASK_DEFAULT_QUEUE = "default"
-CELERY_TIMEZONE = "UTC"
-CELERY_BEAT_SCHEDULE = {
-    "drain-outbox": {"task": "marketplace.tasks.drain_outbox", "schedule": 2.0, "options": {"expires": 2}},
-    "site-loops": {"task": "scheduler.tasks.tick_sites", "schedule": 5.0, "options": {"expires": 5}},
-    "fair-share": {"task": "scheduler.tasks.roll_usage", "schedule": 60.0, "options": {"expires": 60}},
-    "cells": {"task": "scheduler.tasks.tick_cells", "schedule": 5.0, "options": {"expires": 5}},
-    "cycle-records": {"task": "scheduler.tasks.forget_records", "schedule": 60.0, "options": {"expires": 60}},
-    "market-clock": {"task": "marketplace.tasks.market_clock", "schedule": 10.0, "options": {"expires": 10}},
-    "maintenance": {"task": "marketplace.tasks.tick_maintenance", "schedule": 5.0, "options": {"expires": 5}},
-    "grid": {"task": "marketplace.tasks.tick_grid", "schedule": 5.0, "options": {"expires": 5}},
-    "feeds": {"task": "marketplace.tasks.fetch_feeds", "schedule": 60.0, "options": {"expires": 60}},
-    "pool-payouts": {"task": "marketplace.tasks.pull_payouts", "schedule": 60.0, "options": {"expires": 60}},
-    "profit": {"task": "marketplace.tasks.roll_profit", "schedule": 300.0, "options": {"expires": 300}},
-    "usage": {"task": "billing.tasks.meter", "schedule": 30.0, "options": {"expires": 30}},
-    "collect": {"task": "billing.tasks.sweep", "schedule": 60.0, "options": {"expires": 60}},
-    "spot": {"task": "marketplace.tasks.tick_spot", "schedule": 5.0, "options": {"expires": 5}},
-    "spot-record": {"task": "marketplace.tasks.forget_spot", "schedule": 60.0, "options": {"expires": 60}},
-    "screening": {"task": "marketplace.tasks.tick_screening", "schedule": 30.0, "options": {"expires": 30}},
-    "bids": {"task": "marketplace.tasks.tick_bids", "schedule": 30.0, "options": {"expires": 30}},
-    "reliability": {"task": "marketplace.tasks.roll_reliability", "schedule": 900.0, "options": {"expires": 900}},
-    "verifications": {"task": "marketplace.tasks.tick_verifications", "schedule": 10.0, "options": {"expires": 10}},
-    "saved-searches": {"task": "marketplace.tasks.follow_market", "schedule": 10.0, "options": {"expires": 10}},
-    "reconcile": {"task": "billing.tasks.reconcile", "schedule": timedelta(hours=1)},
-}
+CELERY_TIMEZONE = "UTC"  # what runs when: CELERY_BEAT_SCHEDULE, below (marketplace.beat)
 
 # --- people
 AUTH_USER_MODEL = "marketplace.User"
@@ -255,12 +233,7 @@ SPOT_HISTORY_DAYS = max(62, env.int("SPOT_HISTORY_DAYS", default=180))  # a mont
 DEFRAG_SECONDS = max(0, env.int("DEFRAG_SECONDS", default=60))
 DEFRAG_MOVES = max(0, env.int("DEFRAG_MOVES", default=4))
 DEFRAG_GAIN = max(1, env.int("DEFRAG_GAIN", default=2))
-if DEFRAG_SECONDS and DEFRAG_MOVES:
-    CELERY_BEAT_SCHEDULE["defragment"] = {
-        "task": "scheduler.tasks.tick_defrag",
-        "schedule": float(DEFRAG_SECONDS),
-        "options": {"expires": DEFRAG_SECONDS},
-    }
+CELERY_BEAT_SCHEDULE = beat.schedule(defragment_s=DEFRAG_SECONDS if DEFRAG_MOVES else 0)
 
 # --- screening (marketplace.services.screening)
 SCREENING_PROVIDER = env.str("SCREENING_PROVIDER", default="manual")

@@ -1,10 +1,11 @@
 """Plan -> rows: the only writer. Re-runs the fit rule on locked rows, job by job, and commits what still holds.
 
-One transaction: locks (cell, sites), the cell's fence, hosts; then one statement a table. A job whose replicas no longer all
-fit is left waiting and counted as a conflict; nothing of it is written.
+One transaction: locks (cell, organizations whose slice of their limit must grow, sites), the cell's fence, slices, hosts; then one
+statement a table. A job whose replicas no longer all fit, or that its organization's limit does not hold beside what other cells
+have committed, is left waiting and counted as a conflict; nothing of it is written.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,7 +19,7 @@ from django.db.models import QuerySet
 from marketplace import arrays, outbox, prepared
 from marketplace.locks import Lock, acquire
 from marketplace.models import Job, Placement
-from marketplace.services import drains, power
+from marketplace.services import drains, power, slices
 from marketplace.services import hosts as host_rows
 from marketplace.services import placements as placement_service
 from marketplace.services import replicas as gangs
@@ -29,6 +30,7 @@ from scheduler.core import fit_kernels as fit
 from scheduler.core import recheck
 from scheduler.core.fit import bounds
 from scheduler.core.pack import bits, classes_of
+from scheduler.core.slices import refused
 from scheduler.core.state import State, unscored
 from scheduler.core.types import I64, HostFlag, Plan, Preemption, Reason, Request
 from scheduler.core.types import Placement as Planned
@@ -73,14 +75,16 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
         victims = [p.placement for p in plan.preemptions]
         if victims:
             sites |= set(_standing(victims).values_list("site_id", flat=True))
-        acquire((Lock.CELL, snapshot.cell.pk), *((Lock.SITE, pk) for pk in sites))
+        wanted: dict[int, list[Planned]] = defaultdict(list)
+        for p in plan.placements:
+            wanted[p.job].append(p)
+        asked = _asked(snapshot, wanted)
+        growing = slices.beyond(snapshot.cell.pk, asked) if asked else []
+        acquire((Lock.CELL, snapshot.cell.pk), *((Lock.ORG, pk) for pk in growing), *((Lock.SITE, pk) for pk in sites))
         # Locked: who begins a newer cycle raises the generation, waits for us to end, and sees what we wrote.
         fence = "SELECT generation FROM marketplace_cell WHERE id = %s FOR NO KEY UPDATE"
         if prepared.row(fence, [snapshot.cell.pk]) != (snapshot.generation,):
             raise FencedError(f"cell {snapshot.cell.name}: generation {snapshot.generation} is over")
-        wanted: dict[int, list[Planned]] = defaultdict(list)
-        for p in plan.placements:
-            wanted[p.job].append(p)
         here = _Here(sites, {}, now)
         if wanted:
             # Reservations are made and moved under the cell's lock, which we hold: what was sold since the snapshot is seen.
@@ -88,6 +92,8 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
             begun, ahead = reservations(snapshot.cell.pk, now, longest_s)
             here = _Here(sites, ahead, now)
             _refuse(snapshot, wanted, begun, outcome)
+        if asked and wanted:
+            _limit(snapshot, wanted, slices.hold(snapshot.cell.pk, asked, growing), outcome)
         if victims and wanted:
             _evict(snapshot, plan.preemptions, wanted, here, outcome)
         if wanted:
@@ -110,6 +116,29 @@ def _refuse(snapshot: Snapshot, wanted: dict[int, list[Planned]], begun: Begun, 
     outcome.conflicts = {job: Reason.INVALID for job in wanted if job not in waiting}
     outcome.conflicts |= dict.fromkeys(closed & waiting, Reason.HOST_RESERVED_FOR_OWNER)
     for job in outcome.conflicts:
+        del wanted[job]
+
+
+def _milli(replicas: Sequence[Planned]) -> int:
+    return sum(len(p.gpus) * p.gpu_milli for p in replicas)
+
+
+def _asked(snapshot: Snapshot, wanted: dict[int, list[Planned]]) -> dict[int, int]:
+    """Milli-GPU that each organization would hold in the cell, by the snapshot and the plan. Since the snapshot only commits of
+    this cell could have added to what it holds, and the fence has none pass.
+    """
+    planned: Counter[int] = Counter()
+    for job, replicas in wanted.items():
+        planned[snapshot.jobs[job].organization_id] += _milli(replicas)
+    return {organization: snapshot.held[organization] + milli for organization, milli in planned.items() if milli}
+
+
+def _limit(snapshot: Snapshot, wanted: dict[int, list[Planned]], may_hold: dict[int, int], outcome: Outcome) -> None:
+    """Takes out of `wanted`, from the plan's end, what does not fit beside what its organization holds in other cells."""
+    free = {organization: milli - snapshot.held[organization] for organization, milli in may_hold.items()}
+    jobs = ((job, snapshot.jobs[job].organization_id, _milli(replicas)) for job, replicas in wanted.items())
+    for job in refused(jobs, free):
+        outcome.conflicts[job] = Reason.ORGANIZATION_LIMIT
         del wanted[job]
 
 

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
 REST_S = 0.1  # a worker's, at most, after a cycle
 # Refused for what nobody's leaving would change.
-NO_ROOM_NEEDED = (Reason.OVER_QUOTA, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL)
+NO_ROOM_NEEDED = (
+    Reason.OVER_QUOTA, Reason.ORGANIZATION_LIMIT, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL,
+)  # fmt: skip
 
 
 @contextmanager
@@ -217,7 +219,9 @@ def _refused(decided: list[Decided], taken: snapshot.Snapshot, outcome: commit.O
         if d.placed and (r := asked.get(d.job)):
             kept = bool(r.promised_hosts) and min(r.promised_hosts) >= 0
             found[d.job] = d._replace(
-                earliest_start=r.promised_start if kept else 0, held=r.promised_hosts if kept else ()
+                binding=outcome.conflicts[d.job],
+                earliest_start=r.promised_start if kept else 0,
+                held=r.promised_hosts if kept else (),
             )
     return found
 

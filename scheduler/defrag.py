@@ -50,8 +50,8 @@ HORIZON_S: Final = 3600  # of its run, what a job that starts now is counted to 
 SERVED: Final = 32  # jobs for which room is looked for in one tick, oldest first
 LEAST_MILLI: Final = 100  # a job without GPUs is worth as much as a tenth of one
 
-# Running placements whose owner allows a move. Where jobs of the same contract wait for its ceiling, what leaves would not
-# come back before them: there nobody is moved.
+# Running placements whose owner allows a move. Where jobs of the same contract wait for its ceiling, or of the organization for its
+# limit, what leaves would not come back before them: there nobody is moved.
 _MOVABLE = """
 SELECT p.id, j.id, j.checkpoint_grace_s
 FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = j.contract_id
@@ -60,6 +60,8 @@ WHERE p.cell_id = %(cell)s AND p.state = 'running' AND j.state = 'running' AND (
   AND p.running_at <= %(rested)s AND (%(jobs)s::bigint[] IS NULL OR j.id = ANY(%(jobs)s))
   AND NOT EXISTS (SELECT 1 FROM marketplace_job w JOIN scheduler_decision d ON d.job_id = w.id
     WHERE w.contract_id = j.contract_id AND w.state IN ('queued', 'requeued') AND d.reason = 'OVER_QUOTA')
+  AND NOT EXISTS (SELECT 1 FROM marketplace_job w JOIN scheduler_decision d ON d.job_id = w.id
+    WHERE w.organization_id = j.organization_id AND w.state IN ('queued', 'requeued') AND d.reason = 'ORGANIZATION_LIMIT')
 ORDER BY p.id
 """
 _SERVED = """

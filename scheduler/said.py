@@ -81,7 +81,7 @@ def _waits(job: Job, decision: Decision) -> str:
     if decision.outcome == "placed":  # it stood somewhere, and queues again
         return "The job waits: no cycle has looked at it since it was queued again."
     found, lead = words.reason(decision.reason), "The job waits:"
-    if found is Reason.OVER_QUOTA and (ceiling := _ceiling(job)):
+    if found in _CEILINGS and (ceiling := _ceiling(job, found)):
         text = ceiling
     elif found is Reason.PRICE_LIMIT and job.price_limit is not None:
         now, unit = words.amount(price(job.contract)), f"{job.contract.currency} per GPU-hour"
@@ -117,22 +117,26 @@ def _room(job: Job) -> str:
     return told if told.startswith(words.ROOM) else ""
 
 
-def _ceiling(job: Job) -> str:
-    """Which ceiling stops it, with its figures; '' when none does by now."""
-    live = Placement.objects.exclude(state__in=Placement.FINAL)
-    held = live.annotate(milli=F("gpu_indices__len") * F("gpu_milli"))
+_CEILINGS: Final = {Reason.OVER_QUOTA, Reason.ORGANIZATION_LIMIT}
+
+
+def _ceiling(job: Job, found: Reason) -> str:
+    """The ceiling that stops it, with its figures; '' when it does not by now."""
+    held = Placement.objects.exclude(state__in=Placement.FINAL).annotate(milli=F("gpu_indices__len") * F("gpu_milli"))
     need = job.total_gpus * job.gpu_milli
-    contract = Contract.objects.get(pk=job.contract_id)
-    limit = Organization.objects.values_list("gpu_limit", flat=True).get(pk=job.organization_id)
-    for whose, most, rows in (
-        ("contract", contract.gpu_count, held.filter(contract=contract)),
-        ("organization", limit, held.filter(organization=job.organization_id)),
-    ):
-        used = rows.aggregate(sum=Sum("milli"))["sum"] or 0
-        if used + need > most * WHOLE:
-            size = words.count(most, "GPU")
-            return f"its {whose}'s ceiling is {size}; {used / WHOLE:g} are in use, and it needs {need / WHOLE:g}"
-    return ""
+    if found is Reason.OVER_QUOTA:
+        most = Contract.objects.values_list("gpu_count", flat=True).get(pk=job.contract_id)
+        held, said = held.filter(contract=job.contract_id), f"its contract's ceiling is {words.count(most, 'GPU')}"
+    else:
+        most = Organization.objects.values_list("gpu_limit", flat=True).get(pk=job.organization_id)
+        held, said = (
+            held.filter(organization=job.organization_id),
+            f"the organization limit is {words.count(most, 'GPU')}",
+        )
+    used = held.aggregate(sum=Sum("milli"))["sum"] or 0
+    if used + need <= most * WHOLE:
+        return ""
+    return f"{said}; {used / WHOLE:g} are in use, and it needs {need / WHOLE:g}"
 
 
 def outside(job: Job) -> str:

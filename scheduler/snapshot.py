@@ -93,6 +93,7 @@ class Snapshot:
     model_of: dict[int, int]  # GpuModel id -> position in the models mask
     names: cells.Names  # `names.taints`: taint -> its bit
     repairs: dict[int, rules.Repair]  # running jobs whose requests are for lost ranks alone
+    held: Counter[int]  # milli-GPU that live placements in this cell hold, by organization
 
 
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
@@ -109,7 +110,8 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     reserved = Parts(hosts, begun)
     model_of = hosts.models[0]
     fleet = _fleet(hosts, reserved, ahead, nodes, _site_flags(sites, now)[site_of], _sick(cell.pk))
-    requests = _requests(jobs, begun, model_of, may_preempt=not standing.leaving(cell.pk))
+    held = standing.held({job.organization_id for job in jobs}, cell.pk)
+    requests = _requests(jobs, begun, model_of, held, may_preempt=not standing.leaving(cell.pk))
     host_of = hosts.id_list if not len(reserved) else hosts.id_list + hosts["host_id"][reserved.rows].tolist()
     ruled = [job.id for job in jobs if job.ruled]
     capacity = max(1.0, 1000.0 * float(fleet.gpu_count.sum()))
@@ -136,6 +138,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         model_of=model_of,
         names=hosts.names,
         repairs=repairs,
+        held=held.here,
     )
 
 
@@ -224,12 +227,16 @@ def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> lis
 
 
 def _requests(
-    jobs: list[Waiting], claims: dict[int, dict[int, set[int]]], model_of: dict[int, int], *, may_preempt: bool
+    jobs: list[Waiting],
+    claims: dict[int, dict[int, set[int]]],
+    model_of: dict[int, int],
+    held: standing.Held,
+    *,
+    may_preempt: bool,
 ) -> list[Request]:
     reserved = {contract for by_contract in claims.values() for contract in by_contract}
     names = _model_names(model_of)
-    used, by_org = _held_milli({job.organization_id for job in jobs})
-    made = [_request(job, reserved, names, used, by_org) for job in jobs]
+    made = [_request(job, reserved, names, held) for job in jobs]
     return made if may_preempt else [replace(request, may_preempt=False) for request in made]
 
 
@@ -251,7 +258,8 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     """What running jobs would ask for if they queued again now; those that could not be placed at all are left out."""
     found = prepared.rows(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
     rows = [Waiting(*row) for row in found]
-    made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, may_preempt=False)
+    held = standing.held({row.organization_id for row in rows}, taken.cell.pk)
+    made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, held, may_preempt=False)
     taints, policy = taken.names.taints, taken.policy
     rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, policy=policy)
     return made
@@ -294,24 +302,7 @@ def _pack(requests: list[Request], fleet: Fleet, hosts: cells.Hosts, reserved: P
         )
 
 
-def _held_milli(organizations: set[int]) -> tuple[Counter[int], Counter[int]]:
-    """Milli-GPU that live placements hold now, by contract and by organization."""
-    used: Counter[int] = Counter()
-    by_org: Counter[int] = Counter()
-    found = prepared.rows(
-        "SELECT contract_id, organization_id, sum(cardinality(gpu_indices) * gpu_milli) FROM marketplace_placement"
-        " WHERE state NOT IN ('released', 'failed', 'lost') AND organization_id = ANY(%s) GROUP BY 1, 2",
-        [sorted(organizations)],
-    )
-    for contract_id, organization_id, milli in found:
-        used[contract_id] += milli
-        by_org[organization_id] += milli
-    return used, by_org
-
-
-def _request(
-    job: Waiting, reserved: set[int], names: dict[str, int], used: Counter[int], by_org: Counter[int]
-) -> Request:
+def _request(job: Waiting, reserved: set[int], names: dict[str, int], held: standing.Held) -> Request:
     return Request(
         job=job.id,
         org=job.organization_id,
@@ -330,8 +321,8 @@ def _request(
         queued_at=job.queued_s,
         weight=job.fair_share_weight * 1000,
         quota_id=job.contract_id,
-        quota_milli=max(0, job.contract_gpus * 1000 - used[job.contract_id]),
-        limit_milli=max(0, job.gpu_limit * 1000 - by_org[job.organization_id]),
+        quota_milli=max(0, job.contract_gpus * 1000 - held.contract[job.contract_id]),
+        limit_milli=max(0, job.gpu_limit * 1000 - held.organization[job.organization_id]),
         may_preempt=job.contract_kind != "spot",
         duration_s=job.lasts_s or 0,
     )

@@ -1,6 +1,7 @@
 """What stands in a cell: who could give way or will end, what an eviction would cost, and who is on the way out already."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -97,6 +98,29 @@ def _running(p: Row, reserved: Mapping[tuple[int, int], int], row: int, now_s: i
         quota_id=p.contract,
         preemptible=p.grace_end is None,
     )
+
+
+class Held(NamedTuple):
+    """Milli-GPU that live placements hold now, by contract and by organization over all cells, and by organization in this one."""
+
+    contract: Counter[int]
+    organization: Counter[int]
+    here: Counter[int]
+
+
+def held(organizations: Collection[int], cell_id: int) -> Held:
+    found = Held(Counter(), Counter(), Counter())
+    rows = prepared.rows(
+        "SELECT contract_id, organization_id, cell_id, sum(cardinality(gpu_indices) * gpu_milli) FROM marketplace_placement"
+        " WHERE state NOT IN ('released', 'failed', 'lost') AND organization_id = ANY(%s) GROUP BY 1, 2, 3",
+        [sorted(organizations)],
+    )
+    for contract_id, organization_id, cell, milli in rows:
+        found.contract[contract_id] += milli
+        found.organization[organization_id] += milli
+        if cell == cell_id:
+            found.here[organization_id] += milli
+    return found
 
 
 def leaving(cell_id: int) -> bool:

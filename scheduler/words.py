@@ -35,7 +35,8 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.TOPOLOGY: ("a place where its replicas may stand as asked (topology)", "in the right NVLink domain"),
     Reason.NO_WATTS: ("power at the site", "with power for it"),
     Reason.GANG_INCOMPLETE: ("room for all replicas at once", "with room for all"),
-    Reason.OVER_QUOTA: ("its contract's or organization's ceiling of GPUs is reached", "under the ceiling"),
+    Reason.OVER_QUOTA: ("its contract's ceiling of GPUs is reached", "under the ceiling"),
+    Reason.ORGANIZATION_LIMIT: ("the organization limit of GPUs is reached", "under the organization's limit"),
     Reason.PRICE_LIMIT: ("the price is above its limit", "within the price limit"),
     Reason.INVALID: ("the job as it stands cannot be placed", "valid"),
     Reason.EMPTY_CELL: ("its region has no host", "in its region"),
@@ -187,6 +188,8 @@ def change(c: Change, was: Request, names: dict[str, Any]) -> str:
         text = f"With a price limit of {price} or more per GPU-hour" if price else "With a higher price limit"
     elif c.kind == "quota":
         text = "With a higher ceiling of GPUs"
+    elif c.kind == "limit":
+        text = "With a higher limit of GPUs for the organization"
     elif c.kind == "contract":
         text = "Under an on-demand contract instead of spot"
     elif c.kind == "job":

@@ -211,8 +211,10 @@ class _Search:
             yield self.least("spread", [replace(me, topology=replace(t, max_per_domain=b)) for b in bounds])
         if not me.price_ok:
             yield self.least("price", [replace(me, price_ok=True)])
-        if me.quota_id or me.quota_milli >= 0 or me.limit_milli >= 0:
-            yield self.least("quota", [replace(me, quota_id=0, quota_milli=-1, limit_milli=-1)])
+        if me.quota_id or me.quota_milli >= 0:
+            yield self.least("quota", [replace(me, quota_id=0, quota_milli=-1)])
+        if me.limit_milli >= 0:
+            yield self.least("limit", [replace(me, limit_milli=-1)])
         if me.kind == Kind.SPOT:
             firm = replace(me, kind=Kind.ON_DEMAND)
             if hosts := self.in_queue(firm, evict=True):

@@ -104,10 +104,9 @@ class _Planner:
         late = self._pass([i for i in order if i not in self.done])
         # A job refused for its quota gets a second look: one that was charged before it may not have been placed.
         if late:
-            late = self._pass(late)
-        for i in late:
-            change = "a larger quota, or an end of other jobs"
-            self.out.decisions.append(_refused(self.requests[i], Reason.OVER_QUOTA, change))
+            late = self._pass(list(late))
+        for i, bound in late.items():
+            self.out.decisions.append(_refused(self.requests[i], bound, "a larger quota, or an end of other jobs"))
         meta = self.packer.cache.meta
         self.out.counters = {
             "jobs": len(self.requests),
@@ -133,7 +132,7 @@ class _Planner:
             refusal = self._refusal(r)
             if refusal is not None:
                 self._decided(i, refusal)
-            elif self.quotas.charge(r):
+            elif self.quotas.charge(r) is Reason.OK:
                 rows = [int(self.rank[h]) if 0 <= h < len(self.rank) else -1 for h in r.promised_hosts]
                 whole = len(rows) == r.replicas
                 where = self.ties.where(r)
@@ -203,9 +202,9 @@ class _Planner:
         return False
 
     # --- the pass
-    def _pass(self, order: list[int]) -> list[int]:
-        """Considers jobs in order; returns those over their quota."""
-        late: list[int] = []
+    def _pass(self, order: list[int]) -> dict[int, Reason]:
+        """Considers jobs in order; returns those over a limit, and which."""
+        late: dict[int, Reason] = {}
         singles: list[int] = []
         for i in order:
             r = self.requests[i]
@@ -217,8 +216,8 @@ class _Planner:
             refusal = self._refusal(r)
             if refusal is not None:
                 self.out.decisions.append(refusal)
-            elif not self.quotas.charge(r):
-                late.append(i)
+            elif (bound := self.quotas.charge(r)) is not Reason.OK:
+                late[i] = bound
             elif r.replicas > 1 or r.tied:
                 self._singles(singles)
                 singles = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
-from scheduler.core.types import Request
+from scheduler.core.types import Reason, Request
 
 Key = tuple[str, int]
+_REASON: Final = {"quota": Reason.OVER_QUOTA, "org": Reason.ORGANIZATION_LIMIT}
 
 
 class Quotas:
@@ -18,20 +20,24 @@ class Quotas:
             for key, free in _limits(r):
                 self.left[key] = min(free, self.left.get(key, free))
 
-    def charge(self, r: Request) -> bool:
-        """Takes the job off all its limits; False, and nothing taken, when one of them has not that much left."""
-        need = r.replicas * r.gpus * r.gpu_milli
+    def charge(self, r: Request) -> Reason:
+        """Takes the job off all its limits: OK; or says which has not that much left, and takes nothing."""
+        if not r.quota_id and 0 <= r.quota_milli < _need(r):
+            return Reason.OVER_QUOTA
         keys = [key for key, _ in _limits(r)]
-        if (not r.quota_id and 0 <= r.quota_milli < need) or any(self.left[key] < need for key in keys):
-            return False
-        for key in keys:
-            self.left[key] -= need
-        return True
+        bound = next((_REASON[key[0]] for key in keys if self.left[key] < _need(r)), Reason.OK)
+        for key in keys if bound is Reason.OK else ():
+            self.left[key] -= _need(r)
+        return bound
 
     def refund(self, r: Request) -> None:
         """Undoes `charge`."""
         for key, _ in _limits(r):
-            self.left[key] += r.replicas * r.gpus * r.gpu_milli
+            self.left[key] += _need(r)
+
+
+def _need(r: Request) -> int:
+    return r.replicas * r.gpus * r.gpu_milli
 
 
 def _limits(r: Request) -> list[tuple[Key, int]]:

@@ -38,6 +38,7 @@ class Reason(IntEnum):
     LEAVES_TOO_SOON = 21
     AFFINITY = 22
     RESERVED_SOON = 23  # it would fit, but may stand on GPUs when their reservation begins
+    ORGANIZATION_LIMIT = 24  # of the whole job, too: its organization holds as many GPUs as it may
 
 
 FIT_STAGES: Final = (

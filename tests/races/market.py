@@ -75,7 +75,8 @@ class Market:
             granted = [p for p in here if p.state in Placement.AT_SITE]
             active = {i for p in granted for i in p.gpu_indices}
             assert host.reserved_w >= (host.base_w + len(active) * host.gpu_max_w if granted else 0)
-        assert sites.recompute_reserved(self.site) == dict(PowerNode.objects.values_list("id", "reserved_mw"))
+        nodes = PowerNode.objects.filter(site=self.site)
+        assert sites.recompute_reserved(self.site) == dict(nodes.values_list("id", "reserved_mw"))
         for node in PowerNode.objects.all():
             assert node.reserved_mw <= node.allowed_mw
         for job in Job.objects.all():

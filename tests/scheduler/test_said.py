@@ -123,7 +123,7 @@ def quota(market):
     return market.submit(tight, gpus=8)
 
 
-def budget(market):
+def limit(market):
     type(market.customer).objects.filter(pk=market.customer.pk).update(gpu_limit=10)
     market.submit(gpus=4)
     return market.submit(gpus=8)
@@ -169,7 +169,7 @@ def leaving(market):
         (watts, "power at the site, short by", {"gpus"}),
         (price, "it costs 2.5 USD per GPU-hour now, above its limit of 2", {"price"}),
         (quota, "its contract's ceiling is 8 GPUs; 4 are in use, and it needs 8", {"gpus", "quota", "job"}),
-        (budget, "its organization's ceiling is 10 GPUs; 4 are in use, and it needs 8", {"gpus", "quota"}),
+        (limit, "the organization limit is 10 GPUs; 4 are in use, and it needs 8", {"gpus", "limit"}),
         (reservation, "the hosts that would do are reserved", {"window"}),
         (taint, "the hosts that would do have taints that it does not tolerate", {"taints"}),
         (affinity, "its affinity rules keep it off the hosts that would do", {"apart"}),

@@ -28,8 +28,8 @@ def test_each_limit_binds_where_it_is_the_smaller():
     assert placed(jobs) == {2}
 
 
-def test_what_a_limit_refuses_is_over_quota_and_costs_nobody_else():
+def test_what_a_limit_refuses_is_named_and_costs_nobody_else():
     jobs = [Request(job=1, org=1, gpus=8, limit_milli=4000), Request(job=2, org=1, gpus=4, limit_milli=4000)]
     decisions = {d.job: d for d in plan(box(), jobs).decisions}
-    assert decisions[1].reason == Reason.OVER_QUOTA
+    assert decisions[1].reason == decisions[1].binding == Reason.ORGANIZATION_LIMIT
     assert decisions[2].placed

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from celery import shared_task
 from django.db.models import F
 from django.utils import timezone
 
-from billing import events, invoices, payments, payouts, standing, upfront, usage, webhooks
+from billing import budgets, events, invoices, payments, payouts, standing, upfront, usage, webhooks
 from billing import reconcile as reconciling
 from billing.core.money import format_minor
 from billing.models import BillingAccount, Invoice
 from marketplace.models import Contract, Organization
 from marketplace.outbox import handler
-from marketplace.services import contracts, mails, screening
+from marketplace.services import contracts, mails, screening, spending
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ CLOSE_BATCH = 500
 def meter() -> int:
     """Close usage intervals that are due."""
     return usage.meter_all(timezone.now())
+
+
+@shared_task(name="billing.tasks.measure_budgets")
+def measure_budgets() -> int:
+    """What the month has come to, where a budget asks; steps reached are told."""
+    return budgets.measure_all(timezone.now())
 
 
 @shared_task(name="billing.tasks.sweep")
@@ -111,6 +117,11 @@ def contract_cancelled(payload: dict[str, Any]) -> None:
 @handler(standing.DEFAULT)
 def default_contracts(payload: dict[str, Any]) -> None:
     standing.default_contracts(payload["invoice"], now=timezone.now())
+
+
+@handler(spending.ALERT)
+def budget_alert(payload: dict[str, Any]) -> None:
+    spending.alert(payload["organization"], date.fromisoformat(payload["month"]), payload["percent"])
 
 
 @handler("billing.notify")

@@ -18,6 +18,7 @@ EVERY: Final = {  # name: (task, seconds)
     "pool-payouts": ("marketplace.tasks.pull_payouts", 60),
     "profit": ("marketplace.tasks.roll_profit", 300),
     "usage": ("billing.tasks.meter", 30),
+    "budgets": ("billing.tasks.measure_budgets", 60),
     "collect": ("billing.tasks.sweep", 60),
     "spot": ("marketplace.tasks.tick_spot", 5),
     "spot-record": ("marketplace.tasks.forget_spot", 60),

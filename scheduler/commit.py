@@ -1,12 +1,12 @@
 """Plan -> rows: the only writer. Re-runs the fit rule on locked rows, job by job, and commits what still holds.
 
-One transaction: locks (cell, organizations whose slice of their limit must grow, sites), the cell's fence, slices, hosts; then one
-statement a table. A job whose replicas no longer all fit, or that its organization's limit does not hold beside what other cells
-have committed, is left waiting and counted as a conflict; nothing of it is written.
+One transaction: locks (cell, organizations whose slice of their GPU limit must grow or that limit what an hour costs, sites), the
+cell's fence, slices, hosts; then one statement a table. A job whose replicas no longer all fit, or that its organization's limits do
+not hold beside what other cells have committed, is left waiting and counted as a conflict; nothing of it is written.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
@@ -26,6 +26,7 @@ from marketplace.services import replicas as gangs
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.transitions import transition_many
 from scheduler import fleet as cells
+from scheduler import spending
 from scheduler.core import fit_kernels as fit
 from scheduler.core import recheck
 from scheduler.core.fit import bounds
@@ -80,7 +81,9 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
             wanted[p.job].append(p)
         asked = _asked(snapshot, wanted)
         growing = slices.beyond(snapshot.cell.pk, asked) if asked else []
-        acquire((Lock.CELL, snapshot.cell.pk), *((Lock.ORG, pk) for pk in growing), *((Lock.SITE, pk) for pk in sites))
+        paying = asked.keys() & snapshot.spending.left.keys()
+        owners = ((Lock.ORG, pk) for pk in {*growing, *paying})
+        acquire((Lock.CELL, snapshot.cell.pk), *owners, *((Lock.SITE, pk) for pk in sites))
         # Locked: who begins a newer cycle raises the generation, waits for us to end, and sees what we wrote.
         fence = "SELECT generation FROM marketplace_cell WHERE id = %s FOR NO KEY UPDATE"
         if prepared.row(fence, [snapshot.cell.pk]) != (snapshot.generation,):
@@ -93,7 +96,12 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
             here = _Here(sites, ahead, now)
             _refuse(snapshot, wanted, begun, outcome)
         if asked and wanted:
-            _limit(snapshot, wanted, slices.hold(snapshot.cell.pk, asked, growing), outcome)
+            may_hold = slices.hold(snapshot.cell.pk, asked, growing)
+            free = {pk: milli - snapshot.held[pk] for pk, milli in may_hold.items()}
+            _limit(snapshot, wanted, free, _milli, Reason.ORGANIZATION_LIMIT, outcome)
+        if paying and wanted:
+            left, price = spending.read(paying, (), now=now).left, {r.job: r.price for r in snapshot.requests}
+            _limit(snapshot, wanted, left, lambda all_: _milli(all_) * price[all_[0].job], Reason.HOURLY_LIMIT, outcome)
         if victims and wanted:
             _evict(snapshot, plan.preemptions, wanted, here, outcome)
         if wanted:
@@ -133,12 +141,20 @@ def _asked(snapshot: Snapshot, wanted: dict[int, list[Planned]]) -> dict[int, in
     return {organization: snapshot.held[organization] + milli for organization, milli in planned.items() if milli}
 
 
-def _limit(snapshot: Snapshot, wanted: dict[int, list[Planned]], may_hold: dict[int, int], outcome: Outcome) -> None:
-    """Takes out of `wanted`, from the plan's end, what does not fit beside what its organization holds in other cells."""
-    free = {organization: milli - snapshot.held[organization] for organization, milli in may_hold.items()}
-    jobs = ((job, snapshot.jobs[job].organization_id, _milli(replicas)) for job, replicas in wanted.items())
+def _limit(
+    snapshot: Snapshot,
+    wanted: dict[int, list[Planned]],
+    free: Mapping[int, int],
+    need: Callable[[Sequence[Planned]], int],
+    why: Reason,
+    outcome: Outcome,
+) -> None:
+    """Takes out of `wanted`, from the plan's end, what does not fit beside what its organization has in other cells: `free` by
+    organization, `need` of a job.
+    """
+    jobs = ((job, snapshot.jobs[job].organization_id, need(replicas)) for job, replicas in wanted.items())
     for job in refused(jobs, free):
-        outcome.conflicts[job] = Reason.ORGANIZATION_LIMIT
+        outcome.conflicts[job] = why
         del wanted[job]
 
 

@@ -29,7 +29,8 @@ AGAIN_S = 0.3  # when another cycle of the cell runs, this nudge comes back then
 REST_S = 0.1  # a worker's, at most, after a cycle
 # Refused for what nobody's leaving would change.
 NO_ROOM_NEEDED = (
-    Reason.OVER_QUOTA, Reason.ORGANIZATION_LIMIT, Reason.PRICE_LIMIT, Reason.INVALID, Reason.EMPTY_CELL,
+    Reason.OVER_QUOTA, Reason.ORGANIZATION_LIMIT, Reason.HOURLY_LIMIT, Reason.BUDGET_USED, Reason.PRICE_LIMIT, Reason.INVALID,
+    Reason.EMPTY_CELL,
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ SERVED: Final = 32  # jobs for which room is looked for in one tick, oldest firs
 LEAST_MILLI: Final = 100  # a job without GPUs is worth as much as a tenth of one
 
 # Running placements whose owner allows a move. Where jobs of the same contract wait for its ceiling, or of the organization for its
-# limit, what leaves would not come back before them: there nobody is moved.
+# limits, what leaves would not come back before them: there nobody is moved.
 _MOVABLE = """
 SELECT p.id, j.id, j.checkpoint_grace_s
 FROM marketplace_placement p JOIN marketplace_job j ON j.id = p.job_id JOIN marketplace_contract c ON c.id = j.contract_id
@@ -61,7 +61,8 @@ WHERE p.cell_id = %(cell)s AND p.state = 'running' AND j.state = 'running' AND (
   AND NOT EXISTS (SELECT 1 FROM marketplace_job w JOIN scheduler_decision d ON d.job_id = w.id
     WHERE w.contract_id = j.contract_id AND w.state IN ('queued', 'requeued') AND d.reason = 'OVER_QUOTA')
   AND NOT EXISTS (SELECT 1 FROM marketplace_job w JOIN scheduler_decision d ON d.job_id = w.id
-    WHERE w.organization_id = j.organization_id AND w.state IN ('queued', 'requeued') AND d.reason = 'ORGANIZATION_LIMIT')
+    WHERE w.organization_id = j.organization_id AND w.state IN ('queued', 'requeued')
+      AND d.reason IN ('ORGANIZATION_LIMIT', 'HOURLY_LIMIT'))
 ORDER BY p.id
 """
 _SERVED = """
@@ -139,7 +140,7 @@ def rooms(taken: Snapshot) -> list[Room]:
     waits = [r for r in taken.requests if r.job in served and _only_room(r)]
     if not waits or not movable:
         return []
-    asks = {r.job: r for r in requests_of(taken, [job for job, _ in movable.values()]) if r.price_ok}
+    asks = {r.job: r for r in requests_of(taken, [job for job, _ in movable.values()]) if r.price_ok and r.budget_ok}
     stands: list[tuple[Running, Request, int]] = []
     for p in taken.running:
         job, grace = movable.get(p.placement, (0, 0))
@@ -173,10 +174,8 @@ def rooms(taken: Snapshot) -> list[Room]:
 
 def _only_room(r: Request) -> bool:
     """Whether it could start at once if there were room: its ceilings hold it already."""
-    need = r.gpus * r.gpu_milli
-    return (
-        r.price_ok and not r.promised_start and all(left < 0 or left >= need for left in (r.quota_milli, r.limit_milli))
-    )
+    free = (r.quota_milli, r.milli), (r.limit_milli, r.milli), (r.rate_left, r.milli * r.price)
+    return r.price_ok and r.budget_ok and not r.promised_start and all(left < 0 or left >= need for left, need in free)
 
 
 def _milli(r: Request) -> int:

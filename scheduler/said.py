@@ -8,11 +8,13 @@ from typing import Any, Final
 from django.db.models import F, Max, Min, Sum
 from django.utils import timezone
 
+from billing.core import budgets
+from billing.core.money import format_minor
 from billing.models import PriceVersion
-from marketplace.models import BillingStanding, Contract, Job, Organization, Placement
+from marketplace.models import BillingStanding, Budget, Contract, Job, Organization, Placement
 from marketplace.models.spot import INTERVAL
 from marketplace.services import spot_prices
-from scheduler import words
+from scheduler import spending, words
 from scheduler.core.types import WHOLE, Reason
 from scheduler.models import Decision
 
@@ -81,7 +83,7 @@ def _waits(job: Job, decision: Decision) -> str:
     if decision.outcome == "placed":  # it stood somewhere, and queues again
         return "The job waits: no cycle has looked at it since it was queued again."
     found, lead = words.reason(decision.reason), "The job waits:"
-    if found in _CEILINGS and (ceiling := _ceiling(job, found)):
+    if ceiling := _ceiling(job, found):
         text = ceiling
     elif found is Reason.PRICE_LIMIT and job.price_limit is not None:
         now, unit = words.amount(price(job.contract)), f"{job.contract.currency} per GPU-hour"
@@ -117,26 +119,39 @@ def _room(job: Job) -> str:
     return told if told.startswith(words.ROOM) else ""
 
 
-_CEILINGS: Final = {Reason.OVER_QUOTA, Reason.ORGANIZATION_LIMIT}
-
-
 def _ceiling(job: Job, found: Reason) -> str:
-    """The ceiling that stops it, with its figures; '' when it does not by now."""
-    held = Placement.objects.exclude(state__in=Placement.FINAL).annotate(milli=F("gpu_indices__len") * F("gpu_milli"))
-    need = job.total_gpus * job.gpu_milli
+    """The limit that stops it, with its figures; '' when it does not by now, and for any other reason."""
+    if found in {Reason.HOURLY_LIMIT, Reason.BUDGET_USED}:
+        return _money(job, found)
+    live = Placement.objects.exclude(state__in=Placement.FINAL).annotate(milli=F("gpu_indices__len") * F("gpu_milli"))
     if found is Reason.OVER_QUOTA:
         most = Contract.objects.values_list("gpu_count", flat=True).get(pk=job.contract_id)
-        held, said = held.filter(contract=job.contract_id), f"its contract's ceiling is {words.count(most, 'GPU')}"
-    else:
+        held, limit = live.filter(contract=job.contract_id), "its contract's ceiling"
+    elif found is Reason.ORGANIZATION_LIMIT:
         most = Organization.objects.values_list("gpu_limit", flat=True).get(pk=job.organization_id)
-        held, said = (
-            held.filter(organization=job.organization_id),
-            f"the organization limit is {words.count(most, 'GPU')}",
-        )
-    used = held.aggregate(sum=Sum("milli"))["sum"] or 0
+        held, limit = live.filter(organization=job.organization_id), "the organization limit"
+    else:
+        return ""
+    used, need = held.aggregate(sum=Sum("milli"))["sum"] or 0, job.total_gpus * job.gpu_milli
     if used + need <= most * WHOLE:
         return ""
-    return f"{said}; {used / WHOLE:g} are in use, and it needs {need / WHOLE:g}"
+    return f"{limit} is {words.count(most, 'GPU')}; {used / WHOLE:g} are in use, and it needs {need / WHOLE:g}"
+
+
+def _money(job: Job, found: Reason) -> str:
+    row = Budget.objects.filter(organization=job.organization_id).first()
+    currency, money = job.contract.currency, spending.read({job.organization_id}, {job.contract_id}, now=timezone.now())
+    if found is Reason.BUDGET_USED and row and row.monthly_minor is not None and money.used_up:
+        budget, spent = (format_minor(n, currency) for n in (row.monthly_minor, row.spent_minor))
+        return f"the organization's budget of {budget} for this month is used up ({spent} are spent)"
+    if found is Reason.HOURLY_LIMIT and row and row.hourly_minor is not None:
+        need = job.total_gpus * job.gpu_milli * money.prices[job.contract_id]
+        if need > money.left[job.organization_id]:
+            rates = money.running[job.organization_id], need
+            runs, more = (format_minor(budgets.minor(rate, currency), currency) for rate in rates)
+            limit = format_minor(row.hourly_minor, currency)
+            return f"the organization's hourly limit is {limit}; what runs costs {runs} an hour, and it would cost {more} more"
+    return ""
 
 
 def outside(job: Job) -> str:

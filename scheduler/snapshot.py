@@ -18,7 +18,7 @@ from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.conditions import SILENT
 from scheduler import fleet as cells
-from scheduler import promises, rules, standing, usage
+from scheduler import promises, rules, spending, standing, usage
 from scheduler.core import gang
 from scheduler.core.types import I32, I64, Fleet, HostFlag, Level, Policy, Request, Running
 from scheduler.reserved import Ahead, Parts, claimed, reservations
@@ -94,6 +94,7 @@ class Snapshot:
     names: cells.Names  # `names.taints`: taint -> its bit
     repairs: dict[int, rules.Repair]  # running jobs whose requests are for lost ranks alone
     held: Counter[int]  # milli-GPU that live placements in this cell hold, by organization
+    spending: spending.Spending
 
 
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
@@ -124,13 +125,16 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     if running:
         usage.bind(requests, now=now)
     promises.bind(cell.pk, requests, fleet, host_of)
+    stands = standing.running(cell.pk, hosts.id_list, reserved.row_of(len(hosts)), now) if running else []
+    money = spending.read({job.organization_id for job in jobs}, {job.contract_id for job in jobs}, now=now)
+    spending.bind(requests, stands, money, mended=repairs)
     return Snapshot(
         cell=cell,
         generation=cell.generation,
         now=now,
         fleet=fleet,
         requests=requests,
-        running=standing.running(cell.pk, hosts.id_list, reserved.row_of(len(hosts)), now) if running else [],
+        running=stands,
         policy=policy,
         host_of=host_of,
         node_of=nodes.ids.tolist(),
@@ -139,6 +143,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         names=hosts.names,
         repairs=repairs,
         held=held.here,
+        spending=money,
     )
 
 
@@ -262,6 +267,8 @@ def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, held, may_preempt=False)
     taints, policy = taken.names.taints, taken.policy
     rules.bind(made, taken.fleet, taken.host_of, ruled=[], taints=taints, mended={}, now=taken.now, policy=policy)
+    money = spending.read({row.organization_id for row in rows}, {row.contract_id for row in rows}, now=taken.now)
+    spending.bind(made, (), money, mended=())
     return made
 
 

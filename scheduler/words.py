@@ -37,6 +37,11 @@ REASONS: Final[dict[Reason, tuple[str, str]]] = {
     Reason.GANG_INCOMPLETE: ("room for all replicas at once", "with room for all"),
     Reason.OVER_QUOTA: ("its contract's ceiling of GPUs is reached", "under the ceiling"),
     Reason.ORGANIZATION_LIMIT: ("the organization limit of GPUs is reached", "under the organization's limit"),
+    Reason.HOURLY_LIMIT: (
+        "it would take what running work costs an hour over the organization's limit",
+        "within the hourly limit",
+    ),
+    Reason.BUDGET_USED: ("the organization's budget of this month is used up", "within the month's budget"),
     Reason.PRICE_LIMIT: ("the price is above its limit", "within the price limit"),
     Reason.INVALID: ("the job as it stands cannot be placed", "valid"),
     Reason.EMPTY_CELL: ("its region has no host", "in its region"),
@@ -190,6 +195,10 @@ def change(c: Change, was: Request, names: dict[str, Any]) -> str:
         text = "With a higher ceiling of GPUs"
     elif c.kind == "limit":
         text = "With a higher limit of GPUs for the organization"
+    elif c.kind == "rate":
+        text = "With a higher hourly spending limit"
+    elif c.kind == "budget":
+        text = "With a larger budget for the month"
     elif c.kind == "contract":
         text = "Under an on-demand contract instead of spot"
     elif c.kind == "job":

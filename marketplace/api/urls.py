@@ -5,6 +5,7 @@ from django.urls import URLPattern, URLResolver
 from marketplace.api import (
     agent,
     amendments,
+    budgets,
     calendar_feeds,
     calendars,
     contracts,
@@ -44,7 +45,7 @@ RESOURCES = (  # asked from the first to the last: what is called most stands fi
     jobs, health, organizations, screening, keys, sites, conversions, hosts, reliability, verifications, probe, miners, power, profit,
     pool_feeds,
     curtailments, grid, maintenance, calendar_feeds, listings, calendars, saved, quotes, contracts, amendments, spot, forward,
-    usage, invoices,
+    usage, budgets, invoices,
     payment_methods, payouts, agent, staff,
     webhooks, schema,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from marketplace.models.energy import DeviceHour, PoolFeed, ProfitHour, Receipt
 from marketplace.models.forward import Fill, Resale, StandingBid
 from marketplace.models.grid import CurtailmentNotice, CurtailmentReport, GridSource
 from marketplace.models.jobs import Job, JobEvent
-from marketplace.models.limits import OrganizationSlice
+from marketplace.models.limits import Budget, OrganizationSlice
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
 from marketplace.models.maintenance import (
     CalendarFeed,
@@ -63,6 +63,7 @@ __all__ = [
     "ApiKey",
     "AuditEvent",
     "BillingStanding",
+    "Budget",
     "BusinessProfile",
     "CalendarFeed",
     "Cell",

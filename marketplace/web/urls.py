@@ -2,6 +2,7 @@
 
 from marketplace.web import (
     amendments,
+    budget,
     cards,
     contracts,
     forward,
@@ -33,6 +34,7 @@ urlpatterns = [
     *usage.urlpatterns,
     *invoices.urlpatterns,
     *cards.urlpatterns,
+    *budget.urlpatterns,
     *organizations.urlpatterns,
     *team.urlpatterns,
     *verification.urlpatterns,

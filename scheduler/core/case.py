@@ -57,6 +57,7 @@ class Case:
                 placement=0, job=r.job, org=r.org, kind=r.kind, host=p.host, gpus=p.gpus, gpu_milli=p.gpu_milli, cpu=r.cpu,
                 ram=r.ram, nvme=r.nvme, vram=vram, priority=r.priority, gang_size=r.replicas,
                 ends_at=self.now_s + self.policy.lag_s + r.duration_s if r.duration_s else 0, quota_id=r.quota_id,
+                price=r.price,
             )  # fmt: skip
             begun.append(began)
         shift(fleet, begun, -1)
@@ -101,20 +102,25 @@ class Case:
 
 
 def _charged(requests: Sequence[Request], rows: Sequence[Running], sign: int) -> list[Request]:
-    """The requests with what placements came to hold (-1) or gave back (1) off, or on, what is free under shared ceilings."""
+    """The requests with what placements came to hold (-1) or gave back (1) off, or on, what is free under shared limits."""
     held: Counter[tuple[str, int]] = Counter()
     for row in rows:
         milli = len(row.gpus) * row.gpu_milli
         held["quota", row.quota_id] += milli
         held["org", row.org] += milli
+        held["rate", row.org] += milli * row.price
     if not any(held.values()):
         return list(requests)
 
     def left(r: Request) -> Request:
-        quota, org = held["quota", r.quota_id] if r.quota_id else 0, held["org", r.org]
-        free = r.quota_milli if r.quota_milli < 0 else max(0, r.quota_milli + sign * quota)
-        limit = r.limit_milli if r.limit_milli < 0 else max(0, r.limit_milli + sign * org)
-        return r if (free, limit) == (r.quota_milli, r.limit_milli) else replace(r, quota_milli=free, limit_milli=limit)
+        keys = ("quota", r.quota_id), ("org", r.org), ("rate", r.org)
+        was = r.quota_milli, r.limit_milli, r.rate_left
+        free = [n if n < 0 else max(0, n + sign * held[key]) for key, n in zip(keys, was, strict=True)]
+        if not r.quota_id:
+            free[0] = r.quota_milli
+        if tuple(free) == was:
+            return r
+        return replace(r, quota_milli=free[0], limit_milli=free[1], rate_left=free[2])
 
     return [left(r) for r in requests]
 

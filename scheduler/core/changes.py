@@ -215,6 +215,10 @@ class _Search:
             yield self.least("quota", [replace(me, quota_id=0, quota_milli=-1)])
         if me.limit_milli >= 0:
             yield self.least("limit", [replace(me, limit_milli=-1)])
+        if me.rate_left >= 0:
+            yield self.least("rate", [replace(me, rate_left=-1)])
+        if not me.budget_ok:
+            yield self.least("budget", [replace(me, budget_ok=True)])
         if me.kind == Kind.SPOT:
             firm = replace(me, kind=Kind.ON_DEMAND)
             if hosts := self.in_queue(firm, evict=True):

@@ -233,6 +233,8 @@ class _Planner:
             return _refused(r, Reason.INVALID, error)
         if not r.price_ok:
             return _refused(r, Reason.PRICE_LIMIT, "a higher price limit, or a cheaper hour")
+        if not r.budget_ok:
+            return _refused(r, Reason.BUDGET_USED, "a larger budget for the month, or the next month")
         if not len(self.fleet):
             return _refused(r, Reason.EMPTY_CELL, "no host in this cell")
         return None

@@ -1,46 +1,58 @@
-"""Limits that jobs share: a contract's ceiling and its organization's own. They are feasibility: they refuse, they never order."""
+"""Limits that jobs share: a contract's ceiling, its organization's of GPUs, and its organization's of what they cost an hour. They are
+feasibility: they refuse, they never order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from scheduler.core.types import Reason, Request
 
 Key = tuple[str, int]
-_REASON: Final = {"quota": Reason.OVER_QUOTA, "org": Reason.ORGANIZATION_LIMIT}
+_REASON: Final = {
+    "quota": Reason.OVER_QUOTA, "org": Reason.ORGANIZATION_LIMIT, "rate": Reason.HOURLY_LIMIT,
+}  # fmt: skip
 
 
 class Quotas:
-    """What is still free under each limit, milli-GPU. A job that waits gives back what it was charged; one with a promise keeps it."""
+    """What is still free under each limit: milli-GPU, or billionths of the major unit an hour. A job that waits gives back what it was
+    charged; one with a promise keeps it.
+    """
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self.left: dict[Key, int] = {}
         for r in requests:
-            for key, free in _limits(r):
-                self.left[key] = min(free, self.left.get(key, free))
+            for limit in _limits(r):
+                self.left[limit.key] = min(limit.free, self.left.get(limit.key, limit.free))
 
     def charge(self, r: Request) -> Reason:
         """Takes the job off all its limits: OK; or says which has not that much left, and takes nothing."""
-        if not r.quota_id and 0 <= r.quota_milli < _need(r):
+        if not r.quota_id and 0 <= r.quota_milli < r.milli:
             return Reason.OVER_QUOTA
-        keys = [key for key, _ in _limits(r)]
-        bound = next((_REASON[key[0]] for key in keys if self.left[key] < _need(r)), Reason.OK)
-        for key in keys if bound is Reason.OK else ():
-            self.left[key] -= _need(r)
+        limits = _limits(r)
+        bound = next((_REASON[key[0]] for key, _, need in limits if self.left[key] < need), Reason.OK)
+        for key, _, need in limits if bound is Reason.OK else ():
+            self.left[key] -= need
         return bound
 
     def refund(self, r: Request) -> None:
         """Undoes `charge`."""
-        for key, _ in _limits(r):
-            self.left[key] += _need(r)
+        for key, _, need in _limits(r):
+            self.left[key] += need
 
 
-def _need(r: Request) -> int:
-    return r.replicas * r.gpus * r.gpu_milli
+class _Limit(NamedTuple):
+    key: Key
+    free: int
+    need: int
 
 
-def _limits(r: Request) -> list[tuple[Key, int]]:
-    """Limits that the job shares with others, and the milli-GPU free under each."""
-    found = [(("quota", r.quota_id), r.quota_milli)] if r.quota_id and r.quota_milli >= 0 else []
-    return [*found, (("org", r.org), r.limit_milli)] if r.limit_milli >= 0 else found
+def _limits(r: Request) -> list[_Limit]:
+    """Limits that the job shares with others: what is free under each, and what it needs."""
+    found = [
+        (("quota", r.quota_id), r.quota_milli if r.quota_id else -1, r.milli),
+        (("org", r.org), r.limit_milli, r.milli),
+        (("rate", r.org), r.rate_left, r.milli * r.price),
+    ]
+    return [_Limit(*limit) for limit in found if limit[1] >= 0]

@@ -39,6 +39,8 @@ class Reason(IntEnum):
     AFFINITY = 22
     RESERVED_SOON = 23  # it would fit, but may stand on GPUs when their reservation begins
     ORGANIZATION_LIMIT = 24  # of the whole job, too: its organization holds as many GPUs as it may
+    HOURLY_LIMIT = 25  # what its organization's running work costs an hour would pass the limit set for it
+    BUDGET_USED = 26  # its organization's budget of the month is used up
 
 
 FIT_STAGES: Final = (

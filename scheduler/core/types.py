@@ -147,6 +147,11 @@ class Request:
     may_preempt: bool = True
     duration_s: int = 0  # upper bound on the run time, 0 = unknown
     limit_milli: int = -1  # milli-GPU that its organization may still take over all its contracts, -1 = no limit
+    # Work paid by use, where its organization limits what it spends: millionths per GPU-hour, and billionths an hour that may come
+    # to what it spends over all its contracts (-1 = no limit); whether the month's budget lets anything new begin.
+    price: int = 0
+    rate_left: int = -1
+    budget_ok: bool = True
     promised_start: int = 0  # seconds; a start time given earlier and to be kept, 0 = none
     promised_hosts: tuple[int, ...] = ()  # the host held for each replica, as indices of the fleet
     tolerates: int = 0  # bit i = taint i of the cell
@@ -156,6 +161,11 @@ class Request:
     apart: tuple[Tie, ...] = ()
     joins: tuple[int, ...] = ()
     members: tuple[int, ...] = ()
+
+    @property
+    def milli(self) -> int:
+        """Milli-GPU of all replicas."""
+        return self.replicas * self.gpus * self.gpu_milli
 
     @property
     def tied(self) -> bool:
@@ -185,6 +195,7 @@ class Running:
     gang_min: int = 0  # replicas that its gang may shrink to (0 = it goes whole)
     ends_at: int = 0  # seconds, 0 = unknown
     quota_id: int = 0  # the ceiling that it counts towards, as `Request.quota_id`
+    price: int = 0  # as `Request.price`
     preemptible: bool = True
 
 

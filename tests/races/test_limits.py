@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from marketplace.models import Job, Organization, OrganizationSlice, Placement
-from marketplace.services import slices
+from marketplace.models import Contract, Job, Organization, OrganizationSlice, Placement
+from marketplace.services import slices, spending
 from scheduler import commit, cycle, why
 from scheduler.core.types import Reason
 from tests import factories as f
@@ -169,3 +169,51 @@ def test_a_limit_that_was_lowered_holds_for_what_comes_after():
     assert Job.objects.get(pk=small.pk).state == "placed"
     assert held() == 9000
     assert shared() == 9000
+
+
+# --- what an hour costs
+def test_two_cells_with_one_remainder_of_an_hourly_limit():
+    one, two = two_cells(limit=64)
+    for market in (one, two):
+        market.contract = f.contract(
+            market.contract.listing, one.contract.organization, kind="on_demand", price=2_000_000
+        )
+    spending.set_limits(one.actor, one.contract.organization, hourly_minor=1500, now=NOW)
+    mine, other = one.submit(gpus=6), two.submit(gpus=6)
+    plans = [one.planned(), two.planned()]
+    outcomes = at_once([lambda p=p: commit.commit(*p, now=NOW) for p in plans])
+    assert sorted((len(o.placed), list(o.conflicts.values())) for o in outcomes) == [
+        (0, [Reason.HOURLY_LIMIT]),
+        (1, []),
+    ]
+    assert held() == 6000
+    waits = Job.objects.get(pk__in=[mine.pk, other.pk], state="queued")
+    cycle.run(waits.cell_id, now=NOW)
+    assert Job.objects.get(pk=waits.pk).decision.reason == "HOURLY_LIMIT"
+    spending.set_limits(one.actor, one.contract.organization, hourly_minor=2400, now=NOW)
+    cycle.run(waits.cell_id, now=NOW)
+    assert Job.objects.get(pk=waits.pk).state == "placed"
+
+
+def test_a_budget_stops_what_is_new_and_nothing_else():
+    """What runs goes on; what a running gang lost is placed again; a reserved contract's work costs nothing more."""
+    one, _ = two_cells(limit=64, hosts=2)
+    organization = one.contract.organization
+    held_contract = one.contract
+    use = one.contract = f.contract(held_contract.listing, organization, kind="on_demand", gpu_count=64)
+    runs = one.submit(gpus=2)
+    one.cycle()
+    one.report(runs, "running", running_at=NOW)
+    spending.set_limits(one.actor, organization, monthly_minor=0, now=NOW)
+    new = one.submit(gpus=1)
+    Contract.objects.filter(pk=held_contract.pk).update(kind="reserved")
+    one.contract = held_contract
+    paid = one.submit(gpus=1)
+    one.cycle()
+    states = dict(Job.objects.values_list("pk", "state"))
+    assert states == {runs.pk: "running", new.pk: "queued", paid.pk: "placed"}
+    assert Job.objects.get(pk=new.pk).decision.reason == "BUDGET_USED"
+    spending.set_limits(one.actor, organization, monthly_minor=None, now=NOW)
+    one.cycle()
+    assert Job.objects.get(pk=new.pk).state == "placed"
+    assert use.pk == Job.objects.get(pk=new.pk).contract_id

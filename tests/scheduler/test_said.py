@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from billing.models import PriceVersion
 from marketplace.models import BillingStanding, Host, Job, Placement, PowerNode, Reservation
-from marketplace.services import drains, jobs, placements
+from marketplace.services import drains, jobs, placements, spending
 from scheduler import cycle, why
 from tests import factories as f
 
@@ -129,6 +129,20 @@ def limit(market):
     return market.submit(gpus=8)
 
 
+def hourly(market):
+    contract = market.book(market.customer, kind="on_demand", price=2_500_000)
+    spending.set_limits(f.actor(market.customer), market.customer, hourly_minor=2200, now=NOW)
+    market.submit(contract, gpus=4)
+    return market.submit(contract, gpus=8)
+
+
+def budget(market):
+    spending.set_limits(f.actor(market.customer), market.customer, monthly_minor=50_000, now=NOW)
+    month = NOW.date().replace(day=1)
+    spending.record_spend(market.customer.pk, month=month, spent_minor=51_230, now=NOW)
+    return market.submit(market.book(market.customer, kind="on_demand"))
+
+
 def reservation(market):
     holder = market.book(f.organization("Secret Rival"), kind="reserved", gpu_count=16, starts_at=NOW, ends_at=at(7200))
     promise = Reservation.objects.create(
@@ -170,6 +184,16 @@ def leaving(market):
         (price, "it costs 2.5 USD per GPU-hour now, above its limit of 2", {"price"}),
         (quota, "its contract's ceiling is 8 GPUs; 4 are in use, and it needs 8", {"gpus", "quota", "job"}),
         (limit, "the organization limit is 10 GPUs; 4 are in use, and it needs 8", {"gpus", "limit"}),
+        (
+            hourly,
+            "the organization's hourly limit is 22.00 USD; what runs costs 10.00 USD an hour, and it would cost 20.00 USD more",
+            {"gpus", "rate", "job"},
+        ),
+        (
+            budget,
+            "the organization's budget of 500.00 USD for this month is used up (512.30 USD are spent)",
+            {"budget"},
+        ),
         (reservation, "the hosts that would do are reserved", {"window"}),
         (taint, "the hosts that would do have taints that it does not tolerate", {"taints"}),
         (affinity, "its affinity rules keep it off the hosts that would do", {"apart"}),

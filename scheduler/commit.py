@@ -6,7 +6,7 @@ not hold beside what other cells have committed, is left waiting and counted as 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
@@ -79,9 +79,10 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
         wanted: dict[int, list[Planned]] = defaultdict(list)
         for p in plan.placements:
             wanted[p.job].append(p)
-        asked = _asked(snapshot, wanted)
+        milli = {job: sum(len(p.gpus) * p.gpu_milli for p in replicas) for job, replicas in wanted.items()}
+        asked = _asked(snapshot, milli)
         growing = slices.beyond(snapshot.cell.pk, asked) if asked else []
-        paying = asked.keys() & snapshot.spending.left.keys()
+        paying = asked.keys() & snapshot.money.left.keys()
         owners = ((Lock.ORG, pk) for pk in {*growing, *paying})
         acquire((Lock.CELL, snapshot.cell.pk), *owners, *((Lock.SITE, pk) for pk in sites))
         # Locked: who begins a newer cycle raises the generation, waits for us to end, and sees what we wrote.
@@ -97,11 +98,12 @@ def commit(snapshot: Snapshot, plan: Plan, *, now: datetime) -> Outcome:
             _refuse(snapshot, wanted, begun, outcome)
         if asked and wanted:
             may_hold = slices.hold(snapshot.cell.pk, asked, growing)
-            free = {pk: milli - snapshot.held[pk] for pk, milli in may_hold.items()}
-            _limit(snapshot, wanted, free, _milli, Reason.ORGANIZATION_LIMIT, outcome)
+            free = {pk: most - snapshot.held[pk] for pk, most in may_hold.items()}
+            _limit(snapshot, wanted, free, milli, Reason.ORGANIZATION_LIMIT, outcome)
         if paying and wanted:
-            left, price = spending.read(paying, (), now=now).left, {r.job: r.price for r in snapshot.requests}
-            _limit(snapshot, wanted, left, lambda all_: _milli(all_) * price[all_[0].job], Reason.HOURLY_LIMIT, outcome)
+            cost = {r.job: milli.get(r.job, 0) * r.price for r in snapshot.requests}
+            left = spending.read(paying, (), now=now).left
+            _limit(snapshot, wanted, left, cost, Reason.HOURLY_LIMIT, outcome)
         if victims and wanted:
             _evict(snapshot, plan.preemptions, wanted, here, outcome)
         if wanted:
@@ -127,33 +129,28 @@ def _refuse(snapshot: Snapshot, wanted: dict[int, list[Planned]], begun: Begun, 
         del wanted[job]
 
 
-def _milli(replicas: Sequence[Planned]) -> int:
-    return sum(len(p.gpus) * p.gpu_milli for p in replicas)
-
-
-def _asked(snapshot: Snapshot, wanted: dict[int, list[Planned]]) -> dict[int, int]:
-    """Milli-GPU that each organization would hold in the cell, by the snapshot and the plan. Since the snapshot only commits of
-    this cell could have added to what it holds, and the fence has none pass.
+def _asked(snapshot: Snapshot, milli: Mapping[int, int]) -> dict[int, int]:
+    """Milli-GPU that each organization would hold in the cell with what jobs take (`milli`). Since the snapshot only commits of this
+    cell could have added to what it holds, and the fence has none pass.
     """
     planned: Counter[int] = Counter()
-    for job, replicas in wanted.items():
-        planned[snapshot.jobs[job].organization_id] += _milli(replicas)
-    return {organization: snapshot.held[organization] + milli for organization, milli in planned.items() if milli}
+    for job, more in milli.items():
+        planned[snapshot.jobs[job].organization_id] += more
+    return {organization: snapshot.held[organization] + more for organization, more in planned.items() if more}
 
 
 def _limit(
     snapshot: Snapshot,
     wanted: dict[int, list[Planned]],
     free: Mapping[int, int],
-    need: Callable[[Sequence[Planned]], int],
+    need: Mapping[int, int],
     why: Reason,
     outcome: Outcome,
 ) -> None:
-    """Takes out of `wanted`, from the plan's end, what does not fit beside what its organization has in other cells: `free` by
-    organization, `need` of a job.
+    """Takes out of `wanted`, from the plan's end, what does not fit beside what its organization has in other cells: what is `free` by
+    organization, the `need` of each job.
     """
-    jobs = ((job, snapshot.jobs[job].organization_id, need(replicas)) for job, replicas in wanted.items())
-    for job in refused(jobs, free):
+    for job in refused(((job, snapshot.jobs[job].organization_id, need[job]) for job in wanted), free):
         outcome.conflicts[job] = why
         del wanted[job]
 

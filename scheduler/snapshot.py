@@ -94,7 +94,7 @@ class Snapshot:
     names: cells.Names  # `names.taints`: taint -> its bit
     repairs: dict[int, rules.Repair]  # running jobs whose requests are for lost ranks alone
     held: Counter[int]  # milli-GPU that live placements in this cell hold, by organization
-    spending: spending.Spending
+    money: spending.Spending
 
 
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
@@ -143,7 +143,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
         names=hosts.names,
         repairs=repairs,
         held=held.here,
-        spending=money,
+        money=money,
     )
 
 

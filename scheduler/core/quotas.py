@@ -5,7 +5,7 @@ feasibility: they refuse, they never order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from scheduler.core.types import Reason, Request
 
@@ -23,8 +23,8 @@ class Quotas:
     def __init__(self, requests: Iterable[Request]) -> None:
         self.left: dict[Key, int] = {}
         for r in requests:
-            for limit in _limits(r):
-                self.left[limit.key] = min(limit.free, self.left.get(limit.key, limit.free))
+            for key, free, _ in _limits(r):
+                self.left[key] = min(free, self.left.get(key, free))
 
     def charge(self, r: Request) -> Reason:
         """Takes the job off all its limits: OK; or says which has not that much left, and takes nothing."""
@@ -42,17 +42,13 @@ class Quotas:
             self.left[key] += need
 
 
-class _Limit(NamedTuple):
-    key: Key
-    free: int
-    need: int
-
-
-def _limits(r: Request) -> list[_Limit]:
-    """Limits that the job shares with others: what is free under each, and what it needs."""
-    found = [
-        (("quota", r.quota_id), r.quota_milli if r.quota_id else -1, r.milli),
-        (("org", r.org), r.limit_milli, r.milli),
-        (("rate", r.org), r.rate_left, r.milli * r.price),
-    ]
-    return [_Limit(*limit) for limit in found if limit[1] >= 0]
+def _limits(r: Request) -> list[tuple[Key, int, int]]:
+    """Limits that the job shares with others: key, what is free under it, what the job needs."""
+    found = []
+    if r.quota_id and r.quota_milli >= 0:
+        found.append((("quota", r.quota_id), r.quota_milli, r.milli))
+    if r.limit_milli >= 0:
+        found.append((("org", r.org), r.limit_milli, r.milli))
+    if r.rate_left >= 0:
+        found.append((("rate", r.org), r.rate_left, r.milli * r.price))
+    return found

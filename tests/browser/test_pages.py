@@ -135,7 +135,7 @@ def test_no_page_breaks_a_rule_of_axe_or_overflows(chromium, market, width, them
         f"/listings/{listing.public_id}?count=9&level=spine", f"/listings/{listing.public_id}/quote", f"/quotes/{quote.public_id}",
         "/contracts", f"/contracts/{job.contract.public_id}", "/jobs", "/jobs/new", f"/jobs/{job.public_id}", "/usage", "/invoices",
         f"/invoices/{invoice.public_id}", "/billing/card", "/searches",
-        "/verification", "/team", "/keys", "/organizations/new", "/join", "/reliability", "/nothing/here",
+        "/verification", "/billing/budget", "/team", "/keys", "/organizations/new", "/join", "/reliability", "/nothing/here",
     ]  # fmt: skip
     found = check(open_page(chromium, market, width=width, theme=theme), market["url"], paths, width)
     public = [

@@ -27,9 +27,13 @@ def reached(spent_minor: int, budget_minor: int) -> int:
 
 def billionths(minor: int, currency: str) -> int:
     """Minor units as billionths of the major unit."""
-    return minor * 10 ** (9 - exponent(currency))
+    return minor * _scale(currency)
 
 
 def minor(billionths_: int, currency: str) -> int:
     """Billionths of the major unit in minor units, rounded up: a cost is never shown as less than a limit that refuses it."""
-    return -(-billionths_ // 10 ** (9 - exponent(currency)))
+    return -(-billionths_ // _scale(currency))
+
+
+def _scale(currency: str) -> int:
+    return int(10 ** (9 - exponent(currency)))

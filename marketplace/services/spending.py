@@ -88,9 +88,16 @@ def record_spend(organization_id: int, *, month: date, spent_minor: int, now: da
 
 
 def alert(organization_id: int, month: date, step: int) -> int:
-    """The mail of a step to owners and billing people, by the figures of now; returns how many were sent. 0 once it is untrue."""
+    """The mail of a step to owners and billing people, by the figures of now; returns how many were sent. None once it is untrue, or
+    a higher step was told.
+    """
     row = Budget.objects.select_related("organization").filter(organization_id=organization_id).first()
-    if row is None or row.monthly_minor is None or row.month != month or percent(row) < step:
+    if (
+        row is None
+        or row.monthly_minor is None
+        or row.month != month
+        or (percent(row) < step or row.told_percent > step)
+    ):
         return 0
     return mails.send(mails.addresses(organization_id, ("owner", "billing")), letter(row, step))
 

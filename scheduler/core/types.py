@@ -147,11 +147,9 @@ class Request:
     may_preempt: bool = True
     duration_s: int = 0  # upper bound on the run time, 0 = unknown
     limit_milli: int = -1  # milli-GPU that its organization may still take over all its contracts, -1 = no limit
-    # Work paid by use, where its organization limits what it spends: millionths per GPU-hour, and billionths an hour that may come
-    # to what it spends over all its contracts (-1 = no limit); whether the month's budget lets anything new begin.
-    price: int = 0
-    rate_left: int = -1
-    budget_ok: bool = True
+    price: int = 0  # of work paid by use under an hourly limit: millionths of the major unit per GPU-hour
+    rate_left: int = -1  # billionths of it an hour that its organization may still add to what runs, -1 = no limit
+    budget_ok: bool = True  # whether its organization's budget of the month lets new work begin
     promised_start: int = 0  # seconds; a start time given earlier and to be kept, 0 = none
     promised_hosts: tuple[int, ...] = ()  # the host held for each replica, as indices of the fleet
     tolerates: int = 0  # bit i = taint i of the cell

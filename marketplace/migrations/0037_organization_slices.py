@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0035_placement_time'),
+        ('marketplace', '0036_shortfalls_of_hosts'),
     ]
 
     operations = [

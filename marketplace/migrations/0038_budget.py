@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('marketplace', '0036_organization_slices'),
+        ('marketplace', '0037_organization_slices'),
     ]
 
     operations = [

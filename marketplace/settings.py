@@ -161,7 +161,8 @@ ACCOUNT_RATE_LIMITS = (
     else {"login_failed": "10/m/ip,5/5m/key", "signup": "20/m/ip"}
 )
 LOGIN_URL, LOGIN_REDIRECT_URL = "account_login", "/"
-vars().update(env.email("EMAIL_URL", default="consolemail://"))
+EMAIL_CONFIG = env.email("EMAIL_URL", default="consolemail://")
+vars().update(EMAIL_CONFIG)
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", default="Tailrace <no-reply@tailrace.invalid>")
 
 # --- API

@@ -51,7 +51,6 @@ class Member(Person):
 
     def __init__(self, clock: Any, organization: Organization, role: str = "owner"):
         super().__init__(clock, f.client(organization, role))
-        self.organization = organization
 
     def book(self, listing, kind, gpus, **more):
         """A contract, by way of its quote."""

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trace-dir")
     parser.add_argument("--traces", default="", help="comma-separated pod lists")
     parser.add_argument("--seeds", default="", help="comma-separated seeds")
+    parser.add_argument("--weights", default="", help="packing: weights of the score, as hole=4,open_host=250")
+    parser.add_argument("--ablation", action="store_true", help="packing: each weight left out once, too")
     parser.add_argument("--out", help="folder for NAME.json")
     given = parser.parse_args(argv)
     if given.name == "table":
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         given.trace_dir,
         tuple(filter(None, given.traces.split(","))),
         tuple(int(s) for s in given.seeds.split(",") if s),
+        tuple((name, float(value)) for name, _, value in (w.partition("=") for w in given.weights.split(",") if w)),
+        given.ablation,
     )
     print(f"== {given.name}", flush=True)
     try:

@@ -32,6 +32,8 @@ class Options:
     trace_dir: str | None = None
     traces: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()  # packing: of the score, instead of its own
+    ablation: bool = False  # packing: each weight left out once, too
 
 
 @dataclass

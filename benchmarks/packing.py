@@ -1,6 +1,14 @@
 """Packing on openb by the published protocol of FGD (ATC'23): arrivals one by one, nothing moved, nothing refused that fits.
 
-Allocated GPU % is the mean over the arrivals at which the demand so far rounds to 100 % (130 %) of the GPUs.
+Allocated GPU % is the mean over the arrivals at which the demand so far rounds to 100 % (130 %) of the GPUs. Beside it a bound
+(`benchmarks.packing_bound`): of whoever may refuse anything, and of whoever keeps all that ours took before it first had no room for a
+job of one GPU; moves unlimited.
+
+Any seed will do: where no order file is published, arrivals and ties are drawn as the published protocol draws them
+(`benchmarks.protocol`); gains are then against our own FGD. The weights of the score were chosen so, on seeds 1001..1004:
+
+    python -m benchmarks packing --seeds 1001,1002,1003,1004 --weights fragmentation=0.5
+    python -m benchmarks packing --seeds 1001,1002,1003,1004 --ablation       # each weight set to nothing, one at a time
 """
 
 from __future__ import annotations
@@ -8,20 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks import protocol, traces
+from benchmarks import packing_bound, protocol, traces
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes, Trace
 from scheduler.core.fit_kernels import fit_kernel
 from scheduler.core.jit import kernel
 from scheduler.core.pack import Packer, Run, classes_of
-from scheduler.core.score import MixEstimate, tables_for
+from scheduler.core.score import DEFAULT_WEIGHTS, MixEstimate, Weights, tables_for
 from scheduler.core.state import State, refresh_all, take
 from scheduler.core.types import I32, I64, Fleet, Request
 
+Known = dict[tuple[str, str, int], tuple[float, float]]  # (trace, policy, seed) -> published % at the two points
 POINTS = (100, 130)
+TERMS = tuple(Weights.__annotations__)
 CUTS = 16  # orders of tied shapes tried against a published run
 
 
@@ -31,6 +43,7 @@ class Outcome:
     multi_drops: int
     placed: int
     refused_fitting: int
+    kept: I64  # arrivals that were placed before the first job of one GPU was dropped
 
 
 @kernel
@@ -91,6 +104,7 @@ def play(
     audit: bool = False,
     rank: list[int] | None = None,
     ties: int = 0,
+    weights: Weights = DEFAULT_WEIGHTS,
 ) -> Outcome:
     """One run of one policy. `rank` of each node for ties, instead of the order file's; `ties` of the mix as `Trace.shapes`."""
     arrivals, permutation = trace.orders[seed]
@@ -102,9 +116,10 @@ def play(
         run = Run(seq)
         random_run(seed, run.seq, placer.classes, placer.state, run.host)
     elif online:
-        run = _learning(fleet, vectors, trace, arrivals, seq, packer)
+        run = _learning(fleet, vectors, trace, arrivals, seq, packer, weights)
     else:
-        run = Packer(fleet, vectors, tables_for(fleet, trace.shapes(ties=ties), packer), steps=len(seq)).place(seq)
+        tables = tables_for(fleet, trace.shapes(ties=ties), packer, weights)
+        run = Packer(fleet, vectors, tables, steps=len(seq)).place(seq)
     refused = 0
     if audit:
         fresh = Packer(fleet, vectors, tables_for(fleet, trace.shapes(), "best_fit"))
@@ -112,10 +127,10 @@ def play(
     return _outcome(nodes, trace.pods[arrivals], run, refused)
 
 
-def _learning(fleet: Fleet, vectors: I64, trace: Trace, arrivals: I64, seq: I32, packer: str) -> Run:
+def _learning(fleet: Fleet, vectors: I64, trace: Trace, arrivals: I64, seq: I32, packer: str, weights: Weights) -> Run:
     """The mix is learned from what has arrived: nothing known for the first 16, then new tables as it grows by a quarter."""
     mix = MixEstimate()
-    placer = Packer(fleet, vectors, tables_for(fleet, [], packer), steps=len(seq))
+    placer = Packer(fleet, vectors, tables_for(fleet, [], packer, weights), steps=len(seq))
     whole, start, until = Run(seq), 0, 16
     rows = trace.pods[arrivals].tolist()
     while start < len(seq):
@@ -125,7 +140,7 @@ def _learning(fleet: Fleet, vectors: I64, trace: Trace, arrivals: I64, seq: I32,
         for cpu, ram, gpus, milli, models in rows[start:until]:
             mix.observe(cpu, ram, gpus, milli, models)
         start, until = until, min(len(seq), until + max(16, until // 4))
-        placer.tables = tables_for(fleet, mix.shapes(), packer)
+        placer.tables = tables_for(fleet, mix.shapes(), packer, weights)
         refresh_all(placer.state, placer.tables)
         placer.watts_returned()
     return whole
@@ -139,7 +154,48 @@ def _outcome(nodes: Nodes, pods: I64, run: Run, refused: int) -> Outcome:
     allocated = 100 * np.cumsum(np.where(placed, asked, 0)) / capacity
     require(allocated[-1] <= 100, "more GPU placed than there is")
     at = tuple(float(allocated[demand == p].mean()) if np.any(demand == p) else float(allocated[-1]) for p in POINTS)
-    return Outcome((at[0], at[1]), int((~placed & (pods[:, 2] > 1)).sum()), int(placed.sum()), refused)
+    single = np.flatnonzero(~placed & (pods[:, 2] == 1))
+    kept = np.flatnonzero(placed[: single[0] if len(single) else len(placed)])
+    return Outcome((at[0], at[1]), int((~placed & (pods[:, 2] > 1)).sum()), int(placed.sum()), refused, kept)
+
+
+def bounds(nodes: Nodes, trace: Trace, seed: int, ours: Outcome) -> list[list[float]]:
+    """By point: what nobody who refuses at will allocates more than, and nobody who keeps what `ours` took at first; % of the GPUs.
+    Empty without `highspy`.
+    """
+    pods = trace.pods[trace.orders[seed][0]]
+    demand = np.rint(100 * np.cumsum(pods[:, 2] * pods[:, 3]) / (nodes.gpu_total * 1000))
+    found = []
+    for i, point in enumerate(POINTS):
+        last = int(np.flatnonzero(demand <= point)[-1]) + 1
+        both = [
+            packing_bound.allocated(nodes, pods[:last], pods[kept[kept < last]]) for kept in (ours.kept[:0], ours.kept)
+        ]
+        if None in both:
+            return []
+        found.append([value for value in both if value is not None])
+        require(ours.at[i] <= found[-1][0] + 1e-6, f"{trace.name}, seed {seed}: more allocated than the bound says")
+    return found
+
+
+def ablation(
+    nodes: Nodes, readers: dict[str, Callable[[], Trace]], seeds: tuple[int, ...], known: Known, weights: Weights
+) -> dict[str, list[float]]:
+    """Weight left out -> mean gain over FGD at 100 % and 130 %, and the worst list's, points; first with all of them."""
+    every = [trace() for trace in readers.values()]
+    base = [
+        np.mean([known.get((t.name, "FGD", s)) or play(nodes, t, s, "fgd").at for s in seeds], axis=0) for t in every
+    ]
+    out = {}
+    for name in ("none", *TERMS):
+        w = weights if name == "none" else weights._replace(**{name: 0.0})
+        ours = [np.mean([play(nodes, t, s, "tailrace", weights=w).at for s in seeds], axis=0) for t in every]
+        gains = np.array(ours) - np.array(base)
+        out[name] = [round(float(v), 3) for v in (*gains.mean(axis=0), gains.min())]
+        print(
+            f"without {name:16} {out[name][0]:+.3f} @100 {out[name][1]:+.3f} @130 {out[name][2]:+.3f} worst", flush=True
+        )
+    return out
 
 
 def as_published(
@@ -164,9 +220,7 @@ def as_published(
 
 def load(
     options: Options,
-) -> tuple[
-    Nodes, dict[str, Callable[[], Trace]], tuple[int, ...], dict[tuple[str, str, int], tuple[float, float]], str
-]:
+) -> tuple[Nodes, dict[str, Callable[[], Trace]], tuple[int, ...], Known, str]:
     """(nodes, lazily read traces, seeds, published figures, where from)."""
     folder = traces.directory(options.trace_dir)
     seeds = options.seeds or (traces.SEEDS[:1] if options.quick else traces.SEEDS)
@@ -175,31 +229,43 @@ def load(
         return nodes, {trace.name: lambda: trace}, seeds, {}, "built-in generator"
     nodes = traces.read_nodes(folder)
     chosen = options.traces or traces.trace_names(folder)
-    readers: dict[str, Callable[[], Trace]] = {
-        name: partial(traces.read_trace, folder, name, nodes.models, seeds) for name in chosen
-    }
+    readers: dict[str, Callable[[], Trace]] = {name: partial(_read, folder, name, nodes, seeds) for name in chosen}
     return nodes, readers, seeds, traces.published(folder), "openb"
 
 
+def _read(folder: Path, name: str, nodes: Nodes, seeds: tuple[int, ...]) -> Trace:
+    """A pod list with an order for each seed: the file's, else drawn by the published protocol."""
+    trace = traces.read_trace(folder, name, nodes.models, seeds)
+    for seed in seeds:
+        if seed not in trace.orders:
+            arrivals, permutation, _ = protocol.order(trace.pods, nodes.gpu_total, seed, len(nodes))
+            trace.orders[seed] = arrivals, permutation
+    return trace
+
+
 def run(options: Options) -> Report:
+    unknown = {name for name, _ in options.weights} - set(TERMS)
+    require(not unknown, f"--weights {', '.join(sorted(unknown))}: there are {', '.join(TERMS)}")
+    weights = DEFAULT_WEIGHTS._replace(**dict(options.weights))
     nodes, readers, seeds, published, source = load(options)
     columns = "trace|random|best fit|FGD|ours|gain @100|gain @130|online|multi drops FGD/ours|FGD off published"
     table = [columns.split("|")]
     gains, online_gains, errors, plain_errors, refused, drops = [], [], [], [], 0, [0, 0]
     peer: dict[str, list[float]] = {"fgd": [], "best_fit": [], "random": []}
-    default = []
+    default: list[float] = []
+    singles: list[dict[str, Any]] = []
+    limits: list[list[list[float]]] = []
     for name, reader in readers.items():
         trace = reader()
-        used = [seed for seed in seeds if seed in trace.orders]
-        require(bool(used), f"{name}: no order file for seeds {seeds}")
+        used = list(seeds)
         runs = {p: [play(nodes, trace, s, p) for s in used] for p in ("fgd", "best_fit")}
         runs["random"] = [play(nodes, trace, used[0], "random")]
-        runs["tailrace"] = [play(nodes, trace, s, "tailrace", audit=True) for s in used]
-        runs["online"] = [play(nodes, trace, s, "tailrace", online=True) for s in used]
+        runs["tailrace"] = [play(nodes, trace, s, "tailrace", audit=True, weights=weights) for s in used]
+        runs["online"] = [play(nodes, trace, s, "tailrace", online=True, weights=weights) for s in used]
         require(min(o.placed for o in runs["tailrace"]) > 0, f"{name}: nothing placed")
         mean = {p: np.mean([o.at for o in outs], axis=0) for p, outs in runs.items()}
         known = [published[name, "FGD", s] for s in used if (name, "FGD", s) in published]
-        base = np.mean(known, axis=0) if known else mean["fgd"]
+        base = np.mean([published.get((name, "FGD", s), o.at) for s, o in zip(used, runs["fgd"], strict=True)], axis=0)
         if known:
             again = [
                 (published[name, "FGD", s], *as_published(nodes, trace, s, published[name, "FGD", s], o))
@@ -209,6 +275,13 @@ def run(options: Options) -> Report:
             target, plain, near = (np.mean([row[i] for row in again], axis=0) for i in range(3))
             errors.append(float(np.abs(near - target).max()))
             plain_errors.append(float(np.abs(plain - target).max()))
+        for i, s in enumerate(used):
+            limit = bounds(nodes, trace, s, runs["tailrace"][i]) if not (options.quick and limits) else []
+            limits += [limit] if limit else []
+            singles.append(
+                {"trace": name, "seed": s, "FGD published": published.get((name, "FGD", s)), "bound": limit}
+                | {p: outs[i].at for p, outs in runs.items() if i < len(outs)}
+            )
         gains.append(mean["tailrace"] - base)
         online_gains.append(mean["online"] - base)
         refused += sum(o.refused_fitting for o in runs["tailrace"])
@@ -242,6 +315,13 @@ def run(options: Options) -> Report:
         "multi_gpu_drops_vs_fgd": ("<=", 1.0),
         "online_mix_cost_points": ("<=", 0.3),
     }
+    limited = {
+        f"lp_{who}_at_{point}": float(np.mean([limit[i][j] for limit in limits]))
+        for i, point in enumerate(POINTS)
+        for j, who in enumerate(("free", "keeping_ours"))
+        if limits
+    }
+    left_out = ablation(nodes, readers, seeds, published, weights) if options.ablation else {}
     if not default:
         figures["default_at_130"] = peer_mean = float(np.mean([g[1] for g in gains]) + np.mean(peer["fgd"]))
         require(peer_mean > 0, "nothing allocated")
@@ -249,14 +329,18 @@ def run(options: Options) -> Report:
         "packing",
         figures,
         {f"{p}_at_130": float(np.mean(v)) for p, v in peer.items()}
-        | {"fgd_plain_error_points": max(plain_errors, default=0.0)},
+        | {"fgd_plain_error_points": max(plain_errors, default=0.0)}
+        | limited,
         {
             "source": source,
             "traces": list(readers),
             "seeds": list(seeds),
             "nodes": len(nodes),
             "gpus": nodes.gpu_total,
+            "weights": dict(zip(TERMS, weights, strict=True)),
+            **({"left out: mean gain @100, @130, worst list": left_out} if left_out else {}),
         },
         must,
         table,
+        singles,
     )

@@ -39,7 +39,8 @@ class Line:
 SHOWN: dict[str, tuple[Line, ...]] = {
     "packing": (
         Line("mean_gain_points", "GPUs allocated over FGD's at 100 and 130 % demand: mean of 17 lists", "{:+.2f} points",
-             "at 130 %: FGD {fgd_at_130:.1f} %, best fit {best_fit_at_130:.1f} %, random {random_at_130:.1f} %"),
+             "at 130 %: FGD {fgd_at_130:.1f} %, best fit {best_fit_at_130:.1f} %, random {random_at_130:.1f} %, "
+             "LP bound {lp_keeping_ours_at_130:.1f} %"),
         Line("worst_gain_points", "the same, on the worst list", "{:+.2f} points"),
         Line("multi_gpu_drops_vs_fgd", "jobs of several GPUs dropped, times FGD's", "{:.2f}"),
         Line("refused_fitting", "jobs refused that would have fitted"),

@@ -12,7 +12,7 @@ the
 - Balance: milli-GPU that the free CPU (and memory) of a host could never serve.
 From the whole of it, since requests for several GPUs are few and large:
 - Slots: how often a request needs z idle GPUs of one host; `state.price_slots` weighs that against what is left.
-Formulas, weights and ablation: the experiment `python -m benchmarks packing` (weights are in `Weights`).
+Weights are in `Weights`; how they were chosen, and what each is good for: `python -m benchmarks packing --ablation`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Terms of the score in milli-GPU; each was chosen on training seeds and left out once (see the packing
-    benchmark).
+    """Terms of the score in milli-GPU. Each was chosen on seeds 1001..1004 and left out once; `benchmarks/packing.py` says by
+    which commands.
     """
 
     fragmentation: float = 0.4  # per milli-GPU of F: 1.0 counts a hole twice, once here and once in V

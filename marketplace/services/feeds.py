@@ -36,6 +36,7 @@ AHEAD = timedelta(minutes=5)
 HISTORY = timedelta(days=2)  # of a file of a year, what a fetch still looks at
 HASHING = (Kind.DIFFICULTY, Kind.BTC_USD, Kind.BLOCK_HEIGHT, Kind.FEES_SAT)
 LOCAL = (Kind.ENERGY, Kind.CARBON)  # by zone
+SILENT = timedelta(days=7)  # a zone's price as old as this is nobody's feed any more: the site's own price stands
 
 for _plugin in settings.TARIFF_PLUGINS:  # each registers its kinds (scheduler.core.tariffs.register)
     import_module(_plugin)
@@ -174,8 +175,8 @@ class Energy:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a site's watts cost and may earn now. `hashing`: None while any of its feeds is stale, and then nothing increases;
-    `carbon_g_mwh`: grams of CO2 of a MWh, None where nobody says.
+    """What a site's watts cost and may earn now. `hashing`: None while any of its feeds is stale, that of energy too, and then
+    nothing increases; `carbon_g_mwh`: grams of CO2 of a MWh, None where nobody says.
     """
 
     energy: Energy
@@ -188,12 +189,15 @@ def rates(site: Site, *, now: datetime) -> Rates:
     """By the newest values that are not stale, in one statement. Energy and carbon: the zone's, the nameless zone's, or the
     site's own figure; the tariff's parts by the site's clock.
     """
-    found = {key: value for key, value in _newest(site, now).items() if not value.stale}
+    newest = _newest(site, now)
+    found = {key: value for key, value in newest.items() if not value.stale}
     energy, carbon = (found.get((kind, site.region)) or found.get((kind, "")) for kind in LOCAL)
     own_g = None if site.carbon_g_per_kwh is None else site.carbon_g_per_kwh * 1000
     price = _energy_of(site, energy, now)
     fee = int(settings.POOL_FEE_PERMILLE) * 1000 if site.pool_fee_ppm is None else site.pool_fee_ppm
-    return Rates(price, carbon.value if carbon else own_g, fee, _hashing(site, found, price.uusd_mwh, fee))
+    silent = energy is None and any(k == Kind.ENERGY and now - v.observed_at < SILENT for (k, _), v in newest.items())
+    hashing = None if silent else _hashing(site, found, price.uusd_mwh, fee)
+    return Rates(price, carbon.value if carbon else own_g, fee, hashing)
 
 
 def _energy_of(site: Site, found: Value | None, now: datetime) -> Energy:

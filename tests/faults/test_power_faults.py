@@ -266,6 +266,29 @@ def test_price_stale(yard):
     yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=200)
 
 
+def test_energy_price_stale(yard):
+    def said(uusd_mwh):
+        feeds.store(
+            "energy_microusd_per_mwh",
+            uusd_mwh,
+            source="test",
+            observed_at=yard.now,
+            now=yard.now,
+            scope=yard.site.region,
+        )
+
+    said(40_000_000)
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.now += timedelta(hours=3)  # what hashing pays is known all the time
+    yard.end(job)
+    yard.turn(20)
+    asleep = Miner.objects.filter(desired_mode=0).count()
+    assert asleep >= 3
+    said(40_000_000)
+    yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=200)
+
+
 # --- duplicate beat, two schedulers: fencing generation; the older loses
 def test_duplicate_beat(yard):
     yard.submit()

@@ -136,6 +136,27 @@ def test_the_tariff_and_the_pool_of_a_site_are_in_its_prices():
     ) == (True, False, True)
 
 
+def test_an_energy_feed_that_falls_silent_is_no_cheap_hour():
+    site = f.site()
+    here = {"source": "x", "observed_at": NOW, "now": NOW}
+    for kind, value in (("difficulty", 150 * 10**12), ("block_height", 930_000), ("fees_sat_per_block", 10**7)):
+        feeds.store(kind, value, **here)
+
+    def hashing(at):
+        feeds.store("btc_usd_cents", 9_000_000, source="x", observed_at=at, now=at)
+        return feeds.rates(site, now=at).hashing
+
+    assert (
+        hashing(NOW).energy_uusd_mwh == site.energy_price_microusd_per_kwh * 1000
+    )  # nobody ever fed it: its own price
+    feeds.store("energy_microusd_per_mwh", 4_000_000_000, scope=site.region, **here)
+    assert hashing(NOW + timedelta(minutes=1)).energy_uusd_mwh == 4_000_000_000
+    assert hashing(NOW + timedelta(hours=3)) is None
+    late = NOW + timedelta(hours=4)
+    feeds.store("energy_microusd_per_mwh", 20_000_000, source="x", observed_at=late, now=late, scope=site.region)
+    assert hashing(late).energy_uusd_mwh == 20_000_000
+
+
 @pytest.mark.parametrize(
     ("change", "field"), [({"timezone": "Mars"}, "/timezone"), ({"tariff": [{"kind": "moon"}]}, "/tariff/0/kind")]
 )

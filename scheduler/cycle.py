@@ -17,7 +17,7 @@ from marketplace.models import Cell, Job, Placement, PowerNode
 from marketplace.services import drains, holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from scheduler import commit, promises, snapshot
+from scheduler import commit, promises, reasons, snapshot
 from scheduler import record as records
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
@@ -133,6 +133,7 @@ def _run(cell: Cell, now: datetime) -> tuple[Cycle, Callable[[], object]]:
             placements=outcome.placements,
             preempted=len(outcome.preempted),
             conflicts=len(outcome.conflicts),
+            promises_broken=promises.tell_broken(cell, taken.requests, made, now),
             snapshot_us=(t1 - t0) // 1000,
             plan_us=(t2 - t1) // 1000,
             commit_us=(perf_counter_ns() - t2) // 1000,
@@ -142,7 +143,12 @@ def _run(cell: Cell, now: datetime) -> tuple[Cycle, Callable[[], object]]:
             outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
         elif outcome.placed and len(taken.requests) >= snapshot.MAX_JOBS:  # more than one cycle's worth waits
             job_service.nudge_cell(cell.pk)
-    return record, partial(records.keep, record, taken, made, outcome.conflicts)
+    return record, partial(_keep, record, taken, made, outcome.conflicts)
+
+
+def _keep(record: Cycle, taken: snapshot.Snapshot, made: Plan, refused: dict[int, Reason]) -> None:
+    reasons.keep(record, taken, made, refused)
+    records.keep(record, taken, made, refused)
 
 
 def picture(cell: Cell, now: datetime, *, running: bool) -> snapshot.Snapshot:

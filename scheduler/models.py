@@ -23,6 +23,10 @@ class Cycle(TenantModel):
     conflicts = models.PositiveIntegerField(
         default=0, help_text="planned, but refused at commit because the rows had moved"
     )
+    promises_broken = models.PositiveIntegerField(
+        default=0, help_text="jobs whose promised start could not be kept: they have a later one, or none"
+    )
+    reasons = models.BinaryField(null=True, help_text="why the placed stand where they do (`scheduler.reasons`)")
     snapshot_us = models.PositiveIntegerField(default=0)
     plan_us = models.PositiveIntegerField(default=0)
     commit_us = models.PositiveIntegerField(default=0)

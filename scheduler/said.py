@@ -95,7 +95,8 @@ def _waits(job: Job, decision: Decision) -> str:
         lead = "The job waits for" if found in words.LACKS else lead
     if decision.held_hosts and (room := _room(job)):
         text += f". For it, {room}"
-    return f"{lead} {text}."
+    broken = _broken(job)
+    return f"{lead} {text}." + (f" {broken[0].upper()}{broken[1:]}." if broken else "")
 
 
 # Reasons behind which a reservation may stand: its host's open row shows what goes with reserved GPUs as taken.
@@ -117,6 +118,13 @@ def _room(job: Job) -> str:
     """What the job's history says last, if that is of room being made for it."""
     told = job.events.order_by("-id").values_list("reason", flat=True).first() or ""
     return told if told.startswith(words.ROOM) else ""
+
+
+def _broken(job: Job) -> str:
+    """The last start that was promised to the job since it queues, and could not be kept."""
+    told = job.events.filter(reason__startswith=words.BROKEN).order_by("-id")
+    told = told.filter(at__gte=job.queued_at) if job.queued_at else told
+    return told.values_list("reason", flat=True).first() or ""
 
 
 def _ceiling(job: Job, found: Reason) -> str:

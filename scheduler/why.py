@@ -31,7 +31,7 @@ from marketplace.models import (
 )
 from marketplace.services import job_rules
 from marketplace.tenancy import Actor
-from scheduler import record, said, snapshot, words
+from scheduler import reasons, record, said, snapshot, words
 from scheduler.core.case import Case, Window
 from scheduler.core.changes import Change, changes, reserved
 from scheduler.core.choice import Choice, choice
@@ -301,15 +301,11 @@ def _placed(job: Job, decision: Decision, staff: bool) -> dict[str, Any]:
     rows = Placement.objects.filter(job=job, attempt=job.attempt).exclude(rank__in=job.lost_ranks)
     last = rows.order_by("rank", "-epoch").distinct("rank").select_related("host", "site")[:MAX_SHOWN]
     where = [{"rank": p.rank, "site": p.site.name, "host": p.host.name, "gpus": p.gpu_indices} for p in last]
-    bare = {
-        "placed": {"replicas": where, "candidates": None, "terms": []},
-        "note": "That cycle is no longer on record.",
-    }
     row = _kept(decision)
     known = record.load(row) if row is not None else None
     why = choice(known.case, known.plan, job.pk) if known else None
     if known is None or why is None:
-        return bare
+        return _outlived(job, decision, where)
     stages = [{"stage": s.name, "label": words.stage(s.name), "hosts_left": n} for s, n in why.stages]
     placed = {
         "replicas": where,
@@ -323,6 +319,23 @@ def _placed(job: Job, decision: Decision, staff: bool) -> dict[str, Any]:
         "evicted": [ids.encode("job", j) for j in why.evicted] if staff else [],
     }
     return {"placed": placed, "stages": stages, "text": _placed_text(why, len(why.placements)), "note": ""}
+
+
+def _outlived(job: Job, decision: Decision, where: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of a place when the record of its cycle is gone: the scores went with it, the hosts left did not."""
+    known = reasons.of(decision.cycle_id, job.pk)
+    placed: dict[str, Any] = {"replicas": where, "candidates": None, "terms": []}
+    if known is None:
+        return {"placed": placed, "note": "That cycle is no longer on record."}
+    gang = job.replicas > 1
+    fitted = f"{known.candidates} of {known.hosts} hosts could take {'a replica' if gang else 'it'}"
+    best = "and all replicas were placed together" if gang else "and it got the one with the best score"
+    return {
+        "placed": {**placed, "hosts": known.hosts, "candidates": known.candidates},
+        "stages": [{"stage": s.name, "label": words.stage(s.name), "hosts_left": n} for s, n in known.stages],
+        "text": f"The job has been placed: when its cycle began, {fitted}, {best}.",
+        "note": "The scores of that cycle are no longer on record.",
+    }
 
 
 def _placed_text(why: Choice, replicas: int) -> str:

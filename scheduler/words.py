@@ -10,6 +10,8 @@ from scheduler.core.types import Level, Reason, Request
 
 # So begins the event of a waiting job for which others leave a host (scheduler.defrag).
 ROOM: Final = "room is being made"
+# And so that of one whose promised start is lost (scheduler.promises).
+BROKEN: Final = "the start promised for"
 
 # What stops it, and what the hosts left after the stage have.
 REASONS: Final[dict[Reason, tuple[str, str]]] = {

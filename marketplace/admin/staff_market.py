@@ -188,7 +188,8 @@ class StaffPlacementAdmin(look.Shown, StaffAdmin):
 @admin.register(Cycle, site=staff_site)
 class CycleAdmin(look.Shown, StaffAdmin):
     list_display = (
-        "generation", "cell", "started_at", "jobs_considered", "jobs_placed", "placements", "preempted", "conflicts", "shown_ms",
+        "generation", "cell", "started_at", "jobs_considered", "jobs_placed", "placements", "preempted", "conflicts", "promises_broken",
+        "shown_ms",
     )  # fmt: skip
     list_select_related = ("cell",)
     list_filter = ("cell",)

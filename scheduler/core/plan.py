@@ -84,7 +84,7 @@ class _Planner:
         self.horizon = backfill.Horizon(self.packer.state, running, self.held, now_s, policy.lag_s)
         self.promised: dict[int, backfill.Hold] = {}  # request -> its hold, given earlier or by this plan
         self.done: set[int] = set()  # requests that were decided before the order began
-        self.broken = 0
+        self.broken: list[int] = []  # requests that lost the start they were promised
         self.depth = policy.backfill_depth if any(r.ends_at > now_s for r in running) else 0
         self.quotas = Quotas(requests)
         self.out = Plan()
@@ -107,6 +107,8 @@ class _Planner:
             late = self._pass(list(late))
         for i, bound in late.items():
             self.out.decisions.append(_refused(self.requests[i], bound, "a larger quota, or an end of other jobs"))
+        placed = {p.job for p in self.out.placements}
+        self.out.broken = [job for i in self.broken if (job := self.requests[i].job) not in placed]
         meta = self.packer.cache.meta
         self.out.counters = {
             "jobs": len(self.requests),
@@ -114,7 +116,7 @@ class _Planner:
             "placements": len(self.out.placements),
             "preemptions": len(self.out.preemptions),
             "holds": len(self.promised),
-            "promises_broken": self.broken,
+            "promises_broken": len(self.out.broken),
             "classes": self.class_count,
             "rescored": int(meta[kernels.META_RESCORED]),
             "filled": int(meta[kernels.META_FILLED]),
@@ -143,7 +145,8 @@ class _Planner:
                     self._hold(i, hold)
         for i in lost:
             hold = self._promise(i)
-            self.broken += hold is None or hold.start > self.requests[i].promised_start
+            if hold is None or hold.start > self.requests[i].promised_start:
+                self.broken.append(i)
         idle = (self.packer.state.gfree >= WHOLE).sum(axis=1)
         for i in mine:
             if i in self.promised and self._start_promised(i, idle):

@@ -267,6 +267,7 @@ class Plan:
     preemptions: list[Preemption] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)  # in the order in which jobs were considered
     counters: dict[str, int] = field(default_factory=dict)
+    broken: list[int] = field(default_factory=list)  # jobs that wait beyond the start they were promised
 
 
 _LATER: Final = ("taints", "leaves", "claimed_at", "owed_cpu", "owed_ram", "owed_nvme")  # zeros when left out

@@ -8,7 +8,7 @@ from marketplace import outbox
 from marketplace.models import Agent, Host, OutboxMessage, Placement, PowerNode
 from marketplace.services import availability
 from marketplace.services.availability import LAG_S, WATTS_S
-from scheduler import cycle, site_loop, snapshot, standing, tasks
+from scheduler import cycle, site_loop, snapshot, standing, tasks, why, words
 from scheduler.models import Decision
 from tests import factories as f
 from tests.factories import NOW
@@ -77,6 +77,39 @@ def test_a_refusal_at_the_commit_leaves_the_promise_as_it_was(market, monkeypatc
     decision = Decision.objects.get(job=second)
     assert (decision.outcome, decision.reason) == ("waiting", "HOST_UNSCHEDULABLE")
     assert (decision.earliest_start, decision.held_hosts) == (promised.earliest_start, promised.held_hosts)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_promise_that_breaks_is_said_in_the_cycle_the_log_the_jobs_story_and_its_explanation(market, caplog, other):  # noqa: F811
+    site, host, _, _, contract = market
+    first = submit(contract, max_seconds=600)
+    cycle.run(first.cell_id, now=NOW)
+    second = submit(contract, max_seconds=300)
+    whole = cycle.run(first.cell_id, now=later(10))
+    assert (whole.promises_broken, "cannot be kept" in why.explain(second, fresh=True)["text"]) == (0, False)
+    promised = words.moment(Decision.objects.get(job=second).earliest_start)
+    then = "no other can be promised yet"
+    if other:  # one that is busy, and free later
+        PowerNode.objects.update(cap_w=500_000)
+        beside = f.host(site, power_node="pdu-1", name="beside")
+        contract.listing.hosts.add(beside)
+        theirs = f.contract(contract.listing, f.organization())
+        long = f.job(theirs, gpus=8, max_seconds=5000)
+        f.placement(long, beside, state="running", running_at=later(11))
+        then = "it is now promised for"
+    Host.objects.filter(pk=host.pk).update(state="draining")
+    broken = cycle.run(first.cell_id, now=later(20))
+    assert broken.promises_broken == 1
+    assert f"promised starts of 1 jobs cannot be kept: [{second.pk}]" in caplog.text
+    story = second.events.order_by("-id").first()
+    assert (story.from_state, story.to_state) == ("queued", "queued")
+    assert story.reason.startswith(f"the start promised for {promised} cannot be kept")
+    assert then in story.reason
+    second.refresh_from_db()
+    assert f"The start promised for {promised} cannot be kept" in why.explain(second, fresh=True)["text"]
+    # Said once: the next cycle keeps the new one, or has none to break.
+    assert cycle.run(first.cell_id, now=later(30)).promises_broken == 0
+    assert second.events.filter(reason__startswith=words.BROKEN).count() == 1
 
 
 def test_a_job_that_is_cancelled_takes_its_promise_with_it(market):  # noqa: F811

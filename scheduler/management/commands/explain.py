@@ -72,7 +72,7 @@ def text(job: Job, answer: dict[str, Any]) -> str:
 
 def _where(placed: dict[str, Any]) -> list[str]:
     lines = [f"    replica {r['rank']}: {r['host']} of {r['site']}, GPUs {r['gpus']}" for r in placed["replicas"]]
-    if placed["candidates"] is not None:
+    if placed["terms"]:
         second = "" if placed["second"] is None else f"; the next best scored {placed['second']:g}"
         lines.append(f"  score of replica 0's host {placed['score']:g} milli-GPU{second}:")
         lines += [f"    {t['milli_gpu']:>10.2f}  {t['name']}  ({t['label']})" for t in placed["terms"]]

@@ -1,5 +1,6 @@
 """Windows that have begun on hosts that fall sick, while others mend the same, buy, and bring the host back: nothing is sold twice."""
 
+import threading
 from datetime import timedelta
 
 import pytest
@@ -12,7 +13,7 @@ from marketplace.services.contracts import healing
 from tests import factories as f
 from tests.factories import NOW
 from tests.marketplace.test_stand_ins import STAFF, never_oversold
-from tests.races.market import Market, sold
+from tests.races.market import Market, blocked, sold
 from tests.races.test_gpu_health import reporter
 from tests.threads import at_once, in_thread
 
@@ -86,41 +87,61 @@ def test_the_last_host_goes_to_who_stands_in_or_to_a_buyer_never_to_both():
     fallen.sound()
 
 
-def test_a_buyer_between_the_look_and_the_hold_waits(monkeypatch):
-    """Injected: a rival buys when room was found, and before it is taken."""
+@pytest.fixture
+def beside(monkeypatch):
+    """A rival injected when room was found and is not yet taken: it goes as far as it gets. `join()`: its answer; `waited`: for us."""
+
+    class Rival:
+        def enters(self, act):
+            grow, over = healing.holds.grow, threading.Event()
+
+            def run():
+                try:
+                    return act()
+                finally:
+                    over.set()
+
+            def slow(*args, **kwargs):
+                self.join = in_thread(run)
+                while not (blocked() or over.wait(0.01)):
+                    pass
+                self.waited = not over.is_set()
+                return grow(*args, **kwargs)
+
+            monkeypatch.setattr(healing.holds, "grow", slow)
+
+    return Rival()
+
+
+def test_a_buyer_between_the_look_and_the_hold_waits(beside):
     fallen = Fallen(spare=1)
-    rivals = []
-    grow = healing.holds.grow
-
-    def slow(*args, **kwargs):
-        rivals.append(in_thread(fallen.buy))
-        return grow(*args, **kwargs)
-
-    monkeypatch.setattr(healing.holds, "grow", slow)
+    beside.enters(fallen.buy)
     assert healing.heal(LATER) == 1
-    (join,) = rivals
-    error = join()
+    error = beside.join()
+    assert beside.waited
     assert isinstance(error, MarketError)
     assert error.code == "no_capacity"
     fallen.sound()
 
 
-def test_the_host_returns_in_the_midst_and_is_whole_again_for_one_of_them(monkeypatch):
-    """Injected: it is well again after it was looked at; it waits for the site's lock, and is for sale then."""
+def test_the_host_returns_in_the_midst_and_waits_and_is_for_sale_then(beside):
     fallen = Fallen(spare=1)
-    rivals = []
-    grow = healing.holds.grow
-
-    def slow(*args, **kwargs):
-        rivals.append(in_thread(fallen.back))
-        return grow(*args, **kwargs)
-
-    monkeypatch.setattr(healing.holds, "grow", slow)
+    beside.enters(fallen.back)
     assert healing.heal(LATER) == 1
-    (join,) = rivals
-    assert join().state == "active"
+    assert beside.join().state == "active"
+    assert beside.waited
     assert fallen.at != fallen.host.pk
     assert fallen.buy().reservation.blocks.get().host_id == fallen.host.pk
+    fallen.sound()
+
+
+def test_a_second_who_mends_waits_and_finds_it_done(beside):
+    fallen = Fallen(spare=2)
+    heal = healing.heal
+    beside.enters(lambda: heal(LATER))
+    assert heal(LATER) == 1
+    assert beside.join() == 0
+    assert beside.waited
     fallen.sound()
 
 

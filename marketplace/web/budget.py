@@ -62,7 +62,7 @@ def _show(
     row, currency, now = services.of(organization), organization.currency, timezone.now()
     measured = row.month is not None and (row.month.year, row.month.month) == (now.year, now.month)
     spent = row.spent_minor if measured else None
-    part = min(100, spent * 100 // row.monthly_minor) if spent is not None and row.monthly_minor else None
+    part = spent * 100 // row.monthly_minor if spent is not None and row.monthly_minor else None
     running = budgets.minor(spending.running_rate(organization.pk, now=now), currency)
     if form is None:
         scale = -exponent(currency)
@@ -71,7 +71,7 @@ def _show(
         form = BudgetForm(currency=currency, initial=initial)
     context = {
         "row": row, "spent": spent, "part": part, "running": running, "currency": currency, "form": form, "now": now,
-        "bar": charts.meter(part, 100, label=f"{part} % of the budget is spent") if part is not None else "",
+        "bar": charts.meter(max(0, min(100, part)), 100, label=f"{part} % of the budget is spent") if part is not None else "",
         "used_up": spent is not None and row.monthly_minor is not None and spent >= row.monthly_minor, **more,
     }  # fmt: skip
     return render(request, "budget.html", context, status=status)

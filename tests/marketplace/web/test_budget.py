@@ -35,7 +35,9 @@ def test_it_is_set_in_the_major_unit_and_shown_with_what_is_spent(market, browse
     assert 'value="1200.50"' in page
     assert "used up" not in page
     spending.record_spend(market.customer.pk, month=month(now), spent_minor=130_000, now=now)
-    assert "It is used up" in text(client.get(HERE))
+    page = text(client.get(HERE))
+    assert "of $1,200.50, 108 %" in page
+    assert "It is used up" in page
 
 
 def test_last_months_spend_is_not_this_months(market, browser):

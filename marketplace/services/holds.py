@@ -37,13 +37,13 @@ def number(
 ) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]] | None:
     """(indices for [start, end), {key: new indices} of claims that must move), or None where the host has no room.
 
-    Pure. Devices that are free as they stand are preferred; nothing moves then.
+    Pure. Devices that are free as they stand are preferred, in the order of `usable`; nothing moves then.
     """
     rivals = list(taken)
     busy = {i for t in rivals if t.start < end and start < t.end for i in t.indices}
     free = [i for i in usable if i not in busy]
     if len(free) >= count:
-        return tuple(free[:count]), {}
+        return tuple(sorted(free[:count])), {}
     found = recolour(usable, [Taken(0, start, end, (-1,) * count, pinned=False), *rivals])
     return None if found is None else (found.pop(0), found)
 
@@ -164,9 +164,19 @@ def _write_moves(rivals: Sequence[tuple[Taken, ReservationBlock | None]], moves:
 
 
 def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:
+    """{host: its working devices, in the order in which a claim takes them}: idle ones, then those of spot, the lowest bid first."""
+    ids = list(host_ids)
     broken = ArrayAgg("gpus__index", filter=Q(gpus__healthy=False), default=Value([]))
-    rows = Host.objects.filter(pk__in=list(host_ids)).order_by().values_list("pk", "gpu_count").annotate(broken=broken)
-    return {pk: [i for i in range(count) if i not in out] for pk, count, out in rows}
+    rows = Host.objects.filter(pk__in=ids).order_by().values_list("pk", "gpu_count").annotate(broken=broken)
+    bids: dict[tuple[int, int], int] = {}
+    spot = Placement.objects.filter(host_id__in=ids, contract__kind=Kind.SPOT).exclude(state__in=Placement.FINAL)
+    for host, indices, bid in spot.values_list("host_id", "gpu_indices", "contract__limit_price"):
+        for i in indices:  # parts of one device leave together
+            bids[host, i] = max(bids.get((host, i), 0), bid or 0)
+    return {
+        pk: sorted((i for i in range(count) if i not in out), key=lambda i: (bids.get((pk, i), -1), i))
+        for pk, count, out in rows
+    }
 
 
 def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken, ReservationBlock | None]]]:

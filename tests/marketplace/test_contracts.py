@@ -188,6 +188,18 @@ def test_nobody_pays_for_gpus_that_spot_is_still_leaving(listing, customer, gpus
     assert contract.ends_at == NOW + 10 * HOUR
 
 
+def test_a_claim_takes_idle_gpus_first_then_those_of_the_lowest_bid(listing, customer):
+    host = listing.hosts.get()
+    for limit, indices in ((900_000, [0, 1]), (700_000, [2, 3])):
+        spot = factories.contract(listing, kind="spot", limit_price=limit)
+        factories.placement(factories.job(spot, gpus=2, state="running"), host, indices, state="running")
+    taken = [
+        accept(customer, ask(customer, listing, gpus=n, start=None, end=NOW + 10 * HOUR)).reservation.blocks.get()
+        for n in (4, 2)
+    ]
+    assert [block.gpu_indices for block in taken] == [[4, 5, 6, 7], [2, 3]]
+
+
 def test_the_organizations_limit_counts_what_is_held_at_the_worst_instant(customer):
     site = factories.site()
     listing = factories.listing(site, hosts=[factories.host(site) for _ in range(4)])

@@ -23,7 +23,7 @@ from marketplace.models import ConversionPlan, FeedValue, Miner, PowerNode, Site
 from marketplace.services import audit, feeds
 from marketplace.tenancy import Actor
 from scheduler.core import tariffs
-from scheduler.core.conversion.defaults import DEFAULTS, Assumption
+from scheduler.core.conversion.defaults import DEFAULTS, Assumption, Confidence
 from scheduler.core.conversion.inputs import Batch, ConversionError, Hall, Lease, Market, Rental
 from scheduler.core.conversion.inputs import Site as Inputs
 from scheduler.core.conversion.months import Month, Outcome
@@ -134,7 +134,7 @@ class _Values:
     def __init__(self, site: Site, now: datetime) -> None:
         self.assumptions: dict[str, Assumption] = {}
         prices = feeds.rates(site, now=now).hashing
-        self.known: dict[str, tuple[int, str, str]] = {
+        self.known: dict[str, tuple[int, str, Confidence]] = {
             "mining_pue_permille": (site.miner_pue_permille, f"{site.name}, as its operator says", "high"),
             "energy_uusd_mwh": _usual_energy(site, now),
         }
@@ -157,7 +157,7 @@ class _Values:
         return int(found.value)
 
 
-def _usual_energy(site: Site, now: datetime) -> tuple[int, str, str]:
+def _usual_energy(site: Site, now: datetime) -> tuple[int, str, Confidence]:
     """(micro-USD of a MWh over all hours, source, confidence). A plan is for years: not this interval's price but the mean of what
     the zone's feed has shown, where that is a week at least, else the site's own price; with what the tariff adds in a week's mean.
     """

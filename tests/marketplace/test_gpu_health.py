@@ -42,6 +42,7 @@ def test_what_does_when_it_comes_again(error):
     assert verdict(close).endswith("3 times in 24 hours")
     assert not verdict([reported(*error, hours) for hours in (0, 11, 24)])
     assert not verdict([reported("ecc", 0), reported("retired", 0), reported("xid", 94)]), "of one kind"
+    assert not verdict([reported("xid", code) for code in sorted(AGAIN)]), "of one XID"
 
 
 @pytest.mark.serverless
@@ -130,6 +131,7 @@ def test_three_in_a_day_told_in_three_reports(place):
     again = event(place, 10, kind="ecc", code=0)
     report(place, again, hours=10)  # told of a GPU that is out already: nothing new
     assert OutboxMessage.objects.filter(topic=gpu_health.TOLD).count() == 1
+    assert AuditEvent.objects.filter(verb="host.gpu_sick").count() == 1
 
 
 def test_the_operator_is_told_what_and_what_to_do(place):

@@ -176,7 +176,7 @@ def _stand_in(row: Reservation, level: str, done: Mended, now: datetime) -> None
     near = holds.neighbours(row, level)
     beside = able if near is None else able & set(near)
     gpus, found = wanted, _room(row, wanted, level, beside if stays else able, now)
-    if not found.admitted and level != "host":
+    if not found.admitted:  # beside what stays, or in the place where its host will be back
         less = _room(row, wanted, level, beside, now)
         gpus = less.alternatives.in_window.get(level, 0) if less.alternatives is not None else 0
         found = _room(row, gpus, level, beside, now) if 0 < gpus < wanted else found

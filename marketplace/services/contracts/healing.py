@@ -77,7 +77,9 @@ def _wanted(now: datetime) -> list[int]:
         contract__state=Contract.State.ACTIVE, starts_at__lte=now, ends_at__gt=now,
         blocks__host__in=Host.objects.filter(_GONE),
     )  # fmt: skip
-    missing_some = _open(now).order_by().values_list("contract_id", flat=True)
+    missing_some = (
+        _open(now).filter(contract__state=Contract.State.ACTIVE).order_by().values_list("contract_id", flat=True)
+    )
     found |= set(begun.order_by().values_list("contract_id", flat=True).union(missing_some)[:HEAL_BATCH])
     return sorted(pk for pk in found if pk is not None)
 
@@ -111,6 +113,8 @@ def _mend(contract_id: int, now: datetime) -> int:
         contract = (
             Contract.objects.select_for_update(no_key=True, of=("self",)).select_related("quote").get(pk=shown.pk)
         )
+        if contract.state not in {Contract.State.ACTIVE, Contract.State.PENDING_PAYMENT}:
+            return 0  # it ended meanwhile
         rows = Reservation.objects.filter(contract=contract, state=Reservation.State.FIRM, ends_at__gt=now)
         held_inside = Reservation.objects.filter(state=Reservation.State.HELD, held_until__gt=now, within__isnull=False)
         mine = list(
@@ -118,7 +122,7 @@ def _mend(contract_id: int, now: datetime) -> int:
             .select_for_update(no_key=True, of=("self",))
         )  # fmt: skip
         level = contract.quote.level if contract.quote is not None else "site"
-        begun = [row for row in mine if row.starts_at <= now] if contract.state == Contract.State.ACTIVE else []
+        begun = [row for row in mine if row.starts_at <= now]
         short = _write_down(contract, begun, now, now)
         for row in mine:
             if now < row.starts_at and row.claims_at <= now + HEAL_AHEAD and row.maintenance_id is None:

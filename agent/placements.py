@@ -368,14 +368,13 @@ class Placements:
     def work(self, item: Placement) -> Work:
         """The complete work of a placement: the user's environment, then ours, then the secrets."""
         spec = item.spec
-        gang = list(spec.get("gang") or [item.id])
         master = str(spec.get("master_host") or item.host)
         ours = {
             "TAILRACE_PLACEMENT": item.id,
             "TAILRACE_JOB": str(spec.get("job", "")),
             "TAILRACE_SITE": self.site,
             "TAILRACE_HOST": item.host,
-            "TAILRACE_GANG_SIZE": str(spec.get("world_size", len(gang))),
+            "TAILRACE_GANG_SIZE": str(spec.get("world_size", len(spec.get("gang") or [item.id]))),
             "TAILRACE_GANG_EPOCH": str(spec.get("epoch", 0)),
             "TAILRACE_GPU_MILLI": str(spec.get("gpu_milli", 1000)),
             "TAILRACE_GRACE_SECONDS": str(int(item.grace_s)),

@@ -281,11 +281,8 @@ _HOST_COLUMNS: Final[dict[str, Any]] = {
 }  # fmt: skip
 _GPU_COLUMNS: Final[dict[str, Any]] = {"gpu_free": np.int32, "vram_free": np.int32, "nvlink": np.int16}
 _NODE_COLUMNS: Final[dict[str, Any]] = {
-    "node_parent": np.int32,
-    "node_k_gpu": np.int32,
-    "node_free_mw": np.int64,
-    "node_reclaimable_mw": np.int64,
-}
+    "node_parent": np.int32, "node_k_gpu": np.int32, "node_free_mw": np.int64, "node_reclaimable_mw": np.int64,
+}  # fmt: skip
 
 
 @dataclass(slots=True)

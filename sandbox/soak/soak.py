@@ -25,6 +25,7 @@ from sandbox.market.clock import QUARTER, Clock
 from sandbox.market.doors import Stripe, Web, sign_up
 from sandbox.market.screener import Screener, profile
 from sandbox.site.physics import Physics
+from sandbox.soak.calls import Calls
 from sandbox.soak.faults import Fault, Faults
 from sandbox.soak.grounds import Grounds
 from sandbox.soak.watch import Watch
@@ -67,7 +68,8 @@ class Soak:
         mails, settings.EMAIL_BACKEND = settings.EMAIL_BACKEND, "django.core.mail.backends.locmem.EmailBackend"
         self.surgeon = Surgeon()
         try:
-            with self.clock, Web() as self.web, Stripe() as self.stripe, Screener(self.clock):
+            calls = Calls(self, self._dice())
+            with self.clock, Web() as self.web, Stripe() as self.stripe, Screener(self.clock), calls as self.calls:
                 self._open()
                 self._weather(began)
                 self._clear_up()
@@ -102,7 +104,8 @@ class Soak:
         (listing,) = owner.listings
         self.contract = self._book(listing, {"kind": "on_demand", "gpu_count": 8 * HOSTS})
         self.jobs: list[str] = []
-        self.job_at = self.call_at = self.clock.now
+        self.job_at = self.clock.now
+        self.calls.begin()
         self.faults = Faults(self, self._dice())
 
     def _book(self, listing: str, terms: dict[str, Any]) -> str:
@@ -126,7 +129,7 @@ class Soak:
             self.faults.turn(self.counts())
             if self.control:
                 self._customers()
-                self._grid()
+                self.calls.turn()
             self._turn(TURN_S if not self.watch.calm() else LIVE_S if self.faults.live else CALM_S)
             for fault in self.faults.live:
                 self.outcome.violations += fault.watch(self.clock.now, self.counts())
@@ -138,6 +141,7 @@ class Soak:
         """No more faults, calls and jobs: in BACK everything has settled."""
         for fault in [*self.faults.live]:
             self.faults.end(fault, self.counts())
+        self.calls.end()
         began = self.clock.now
         while self.jobs:
             self._cancel(self.jobs.pop())
@@ -166,6 +170,7 @@ class Soak:
                 self.site.tell(self.dice.choice(self.site.said), now)
             if now.second < seconds:  # each minute
                 self._do(lambda: contracts.clock(now))
+            self.calls.listen()
             self._work()
             self._do(lambda: site_loop.run(self.site.pk, now=now))
             if self.doubled:
@@ -204,7 +209,7 @@ class Soak:
         at = self.clock.now.replace(second=0)
         for kind, value in (
             (FeedValue.Kind.DIFFICULTY, 148 * 10**12), (FeedValue.Kind.BTC_USD, 9_000_000), (FeedValue.Kind.BLOCK_HEIGHT, 930_000),
-            (FeedValue.Kind.FEES_SAT, 2_000_000), (FeedValue.Kind.ENERGY, 42_000_000),
+            (FeedValue.Kind.FEES_SAT, 2_000_000), (FeedValue.Kind.ENERGY, self.calls.uusd_mwh),
         ):  # fmt: skip
             feeds.store(kind, Decimal(value), source="soak", observed_at=at, now=self.clock.now)
 
@@ -228,25 +233,6 @@ class Soak:
     def _cancel(self, job: str) -> None:
         if "cancel" in self.customer.get(f"jobs/{job}")["actions"]:
             self.customer.post(f"jobs/{job}/cancel")
-
-    def _grid(self) -> None:
-        """A grid call every few hours, down to a part of the site's power for some minutes."""
-        if self.clock.now < self.call_at:
-            return
-        if self.call_at > QUARTER + timedelta(minutes=30):
-            root = self.site.physics.cap[0]
-            starts = self.clock.now + timedelta(minutes=self.dice.choice((0, 0, 5)))
-            node = next(
-                n for n in self.operator.get(f"sites/{self.site.public_id}/power-nodes")["data"] if n["parent"] is None
-            )
-            body = {
-                "node": node["id"], "cap_w": round(root * self.dice.choice((0.4, 0.6, 0.8))), "starts_at": starts.isoformat(),
-                "ends_at": (starts + timedelta(minutes=self.dice.choice((10, 30)))).isoformat(),
-                "reference": f"call {starts:%d %H%M}",
-            }  # fmt: skip
-            self.operator.post("curtailments", body)
-            self.watch.counts["grid calls"] += 1
-        self.call_at = self.clock.now + timedelta(hours=self.dice.uniform(1, 4))
 
 
 def _registered() -> tuple[Any, ...]:

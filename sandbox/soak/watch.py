@@ -65,6 +65,11 @@ class Watch:
             now["sleeps confirmed" if row["state"] == "confirmed" else f"sleeps not believed: {row['reason']}"] += row[
                 "n"
             ]
+        calls = rows(
+            f"SELECT source, count(*) AS n FROM marketplace_curtailment WHERE site_id = {self.site.pk} GROUP BY 1"
+        )
+        for row in calls:
+            now[f"grid calls: {row['source']}"] = row["n"]
         for name, n in now.items():
             self.counts[name] += max(0, n - self.seen[name])
         self.seen = now

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sandbox.soak.soak import Soak
 
 MINUTE = timedelta(minutes=1)
+ASLEEP_LEAVES = 0.85  # of a PDU's cap, when its machines sleep and its hosts are parked
 
 
 @dataclass
@@ -145,10 +146,11 @@ class Faults:
         return self._intruder("meter > cap", 1.06)
 
     def _intruder(self, row: str, share: float) -> Fault:
-        """Somebody plugs in what no book knows of, until a PDU draws this share of its cap."""
+        """Somebody plugs in what no book knows of, until a PDU draws this share of its cap; but what carries it with all else asleep."""
         physics = self.soak.site.physics
         i = self.dice.choice([i for i, name in enumerate(physics.node_names) if name.startswith("pdu")])
-        watts = max(0.0, share * float(physics.cap[i]) - float(physics.true_w[i]))
+        spare = float(physics.cap[i]) * ASLEEP_LEAVES
+        watts = min(spare, max(0.0, share * float(physics.cap[i]) - float(physics.true_w[i])))
         up = [i]
         while physics.parent[up[-1]] >= 0:
             up.append(int(physics.parent[up[-1]]))

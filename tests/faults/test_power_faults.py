@@ -392,6 +392,23 @@ def test_power_returns_nothing_is_woken_until_it_is_metered_and_then_group_by_gr
     assert sum(1 for watts in steps if watts) >= len(sleepers & set(yard.under(where)))
 
 
+# --- what the meters saw before a command
+def test_readings_above_the_meter_before_a_command_are_no_watts_after_it(yard):
+    """In an outage the meter falls before the readings do. What was commanded then must not hold its watts for ever: no test would
+    ever be due under a node that stands over its cap for them.
+    """
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=120)
+    yard.turn(3)
+    before = dict(PowerNode.objects.values_list("name", "margin_w"))
+    for batch in ShedBatch.objects.filter(closed_at=None):
+        batch.before = {pk: watts - 20_000 for pk, watts in batch.before.items()}
+        batch.save()
+    yard.turn(3)
+    assert ShedBatch.objects.filter(closed_at=None).exists()
+    assert dict(PowerNode.objects.values_list("name", "margin_w")) == before
+
+
 # --- the history of sheds
 def test_a_lowering_from_before_there_were_batches_is_no_failure(yard):
     """Its machine sleeps honestly; nothing is left to compare the meters with. It is believed like one that slept before."""

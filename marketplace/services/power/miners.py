@@ -326,7 +326,9 @@ def _margins(look: Look, miners: Sequence[Miner], sleeping: Iterable[ShedBatch])
     rises = []
     doubts: dict[int, datetime] | None = None
     for batch in sleeping:
-        rise = look.rise(batch, residual)
+        # No more than the meter sees and nobody admits to now: it may have seen less than was read before the command (an
+        # outage, a machine that reads too much), and readings that have come down since are no watts that somebody draws.
+        rise = {n: min(mw, residual[n]) for n, mw in look.rise(batch, residual).items()}
         if all(mw <= 1000 * share[n] for n, mw in rise.items()):
             continue
         if doubts is None:

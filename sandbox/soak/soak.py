@@ -167,7 +167,8 @@ class Soak:
             leases.pulse(now=now)
             self.site.sync(now)
             if self.doubled and self.site.link:
-                self.site.tell(self.dice.choice(self.site.said), now)
+                fresh = [r for r in self.site.said if (now - r["agent_time"]).total_seconds() < 30]  # the skew let pass
+                self.site.tell(self.dice.choice(fresh), now)
             if now.second < seconds:  # each minute
                 self._do(lambda: contracts.clock(now))
             self.calls.listen()

@@ -15,6 +15,8 @@ from typing import Any
 
 from django.db import connection
 
+from benchmarks import audit_rules as rules
+
 OVER = {"released", "failed", "lost"}  # placements
 DONE = {"succeeded", "failed", "cancelled"}  # jobs
 WAITS, STANDS = {"queued", "requeued"}, {"placed", "running", "preempting"}
@@ -41,6 +43,9 @@ class Auditor:
         self.hosts_before: dict[int, str] = {}
         self.newest_placement = 0
         self.live_before: set[int] = set()
+        self.stood: list[Row] = []
+        self.tainted: dict[int, list[str]] = {}
+        self.works: set[int] = set()  # blocks of announced maintenance
         self.booked_before: dict[int, int] = {}
         self.limits: dict[int, int | None] = {}
         self.granted_mw: dict[int, int] = {}
@@ -63,7 +68,10 @@ class Auditor:
             *_node_books(hosts, self),
             *_jobs(jobs, placements),
             *_gangs(jobs, placements),
+            *rules.losses(jobs, placements),
             *_ceilings(contracts, live),
+            *rules.limits(live, rows("SELECT id, gpu_limit FROM marketplace_organization")),
+            *self._rules(hosts, jobs, contracts, live),
             *_told(jobs, contracts, now),
             *_ends_told(jobs, contracts),
             *(
@@ -71,13 +79,28 @@ class Auditor:
                 for p in placements
                 if p["state"] in OVER and p["watts"] not in {None, "released"}
             ),
-            *_reservations(live, contracts),
+            *_reservations(live, contracts, self),
         ]
         self.newest_placement = max((p["id"] for p in placements), default=0)
         self.hosts_before = {pk: h["state"] for pk, h in hosts.items()}
-        self.live_before = {p["id"] for p in live}
+        self.live_before, self.stood = {p["id"] for p in live}, live
+        self.tainted = {pk: h["taints"] for pk, h in hosts.items()}
         self.booked_before = {pk: h["reserved_w"] for pk, h in hosts.items()}
         return found
+
+    def _rules(
+        self, hosts: dict[int, Row], jobs: dict[int, Row], contracts: dict[int, Row], live: list[Row]
+    ) -> list[str]:
+        """What jobs ask for beyond their shape (benchmarks.audit_rules)."""
+        fresh = [p for p in live if p["id"] > self.newest_placement]
+        told = rows("SELECT job_id FROM marketplace_jobevent WHERE reason LIKE 'moved to make room%'")
+        auctions = rows("SELECT listing_id, start, price FROM marketplace_spotinterval ORDER BY id") if fresh else []
+        return [
+            *rules.topology(jobs, hosts, live),
+            *rules.ties(jobs, hosts, live, self.stood, self.newest_placement),
+            *rules.places(jobs, hosts, contracts, fresh, self.tainted, auctions),
+            *rules.moved(jobs, contracts, told),
+        ]
 
     # --- hosts
     def _hosts(self, hosts: dict[int, Row], live: list[Row]) -> list[str]:
@@ -131,15 +154,16 @@ class Auditor:
         return found
 
 
-def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
+def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -> list[str]:
     """No GPU is promised twice for one moment, and nobody else comes onto one that is closed for its claim.
 
     Who came first: a placement is made, and a reservation becomes firm, under the cell's lock, so the order of their
     transactions' numbers is that of the facts. Whoever is no spot and came when the claim had begun is wrong in either order:
-    GPUs on which he stood already would not have been promised for then.
+    GPUs on which he stood already would not have been promised for then. Announced work on a host takes what stands there into
+    account, and locks its own row first: there, who comes onto what was announced at the last audit is wrong.
     """
     blocks = rows(
-        "SELECT b.host_id, b.gpu_indices, r.contract_id, r.claims_at, r.ends_at,"
+        "SELECT b.id, b.host_id, b.gpu_indices, r.contract_id, r.claims_at, r.ends_at,"
         " r.maintenance_id IS NOT NULL AND r.contract_id IS NULL AS works,"
         " greatest(b.xmin::text::bigint, r.xmin::text::bigint) AS born FROM marketplace_reservationblock b"
         " JOIN marketplace_reservation r ON r.id = b.reservation_id WHERE r.state = 'firm' ORDER BY b.id"
@@ -173,11 +197,13 @@ def _reservations(live: list[Row], contracts: dict[int, Row]) -> list[str]:
                 p["contract_id"] != b["contract_id"]
                 and p["created_at"] < b["ends_at"]
                 and not lent
+                and (not b["works"] or (b["id"] in memory.works and p["id"] > memory.newest_placement))
                 and (born[p["id"]] > b["born"] or (p["kind"] != "spot" and b["claims_at"] <= p["created_at"]))
             ):
                 found.append(
                     f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}"
                 )
+    memory.works = {b["id"] for b in blocks if b["works"]}
     over = [c["id"] for c in contracts.values() if c["state"] not in {"active", "pending_payment"}]
     return found + [f"contract {b['contract_id']} is over and holds GPUs" for b in blocks if b["contract_id"] in over]
 
@@ -287,7 +313,7 @@ def _gangs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
         gangs[p["job_id"], p["attempt"]].append(p)
     for (pk, attempt), gang in gangs.items():
         job = jobs[pk]
-        if job["on_replica_loss"] != "restart_gang":  # replicas come and go; a lost rank may stand here twice
+        if job["on_replica_loss"] != "restart_gang":  # replicas come and go: benchmarks.audit_rules.losses
             continue
         if sorted(p["rank"] for p in gang) != list(range(job["replicas"])):
             found.append(f"job {pk}, attempt {attempt}: ranks {sorted(p['rank'] for p in gang)} of {job['replicas']}")

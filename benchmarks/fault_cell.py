@@ -87,14 +87,15 @@ def build(seed: int, clock: Clock) -> World:
 def _hosts(site: Site, model: Any, dice: random.Random) -> list[Host]:
     pdus = list(site.power_nodes.filter(kind="pdu").order_by("pk"))
     gpus, parked, base = dice.choice(SHAPES)
+    linked = dice.choice(([0] * gpus, [0] * gpus, [i // (gpus // 2) for i in range(gpus)], [-1] * gpus))
     rows = []
-    for i in range(dice.choice((1, 2, 3))):
+    for i in range(dice.choice((1, 2, 3, 4))):
         capped = dice.random() < 0.85
         rows.append(
             Host(
                 site=site, cell=site.cell, power_node=dice.choice(pdus), gpu_model=model, name=f"h{i}", leaf=f"leaf-{i // 2}",
                 spine="spine-1", gpu_count=gpus, vcpu_milli=64_000, vcpu_free=64_000, ram_mib=262_144, ram_free=262_144,
-                nvme_gib=1000, nvme_free=1000, vram_mib=model.vram_mib, nvlink_domains=[0] * gpus, gpu_free=[1000] * gpus,
+                nvme_gib=1000, nvme_free=1000, vram_mib=model.vram_mib, nvlink_domains=linked, gpu_free=[1000] * gpus,
                 vram_free=[model.vram_mib] * gpus, standby_w=60, parked_w=parked, base_w=base, gpu_min_w=200, gpu_max_w=700,
                 cap_control=capped, power_state="parked" if capped else "full",
                 desired_power_state="parked" if capped else "full", reserved_w=parked if capped else base + gpus * 700,
@@ -173,7 +174,7 @@ def _yard(site: Site, agent: Agent, hosts: list[Host], miners: list[Miner], dice
 def _customers(world: World) -> None:
     """Two buyers by the hour and one of spot at every listing; some contracts end while the run goes on."""
     dice = world.dice
-    world.customers = [factories.organization() for _ in range(3)]
+    world.customers = [factories.organization(gpu_limit=dice.choice((1024, 1024, 8))) for _ in range(3)]
     for listing in world.listings:
         gpus = sum(listing.hosts.values_list("gpu_count", flat=True))
         for n, kind in enumerate(("on_demand", "on_demand", "spot")):

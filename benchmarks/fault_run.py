@@ -11,6 +11,7 @@ from typing import Any
 
 from django.apps import apps
 from django.db import connection, transaction
+from django.db.models import Q
 
 from benchmarks import fault_tasks as tasks
 from benchmarks.auditor import DONE, Auditor, kept_for_nobody, rows
@@ -19,17 +20,18 @@ from benchmarks.fault_openings import OPENINGS
 from benchmarks.faults import At, Ended, Surgeon, plain
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import Agent, Contract, Curtailment, Host, Job, Placement, Reservation, Site
-from marketplace.services import agents, contracts, jobs, sites
+from marketplace.models import Agent, Contract, Curtailment, Host, Job, Maintenance, Placement, Reservation, Site
+from marketplace.services import agents, contracts, drains, jobs, maintenance, sites, spot
 from marketplace.tenancy import SYSTEM
-from scheduler import site_loop, snapshot
-from scheduler.tasks import tick_cells
+from scheduler import defrag, site_loop, snapshot
+from scheduler.tasks import tick_cells, tick_defrag
 from tests import factories
 
 STEPS = 14
 ROUNDS = 200  # machines that were not believed come back one at a time, each after a minute or more: only then are their watts free
 assert market_tasks  # its handlers are registered by its import
-TOPICS = (tasks.CYCLE, tasks.END_JOBS, tasks.LOOP)
+PATIENCE = 8  # turns in which nobody stood and somebody waited
+TOPICS = (tasks.CYCLE, tasks.END_JOBS, tasks.LOOP, defrag.TOPIC)
 
 
 @dataclass
@@ -188,6 +190,7 @@ class _Run:
         """Faults stop; the outbox, the beat and the agents go on. All that can be done is done, promises included."""
         self.heal()
         probes: set[int] = set()
+        idle = 0
         for turn in range(ROUNDS):
             self.turn(turn)
             if self.look(step + turn):
@@ -197,6 +200,9 @@ class _Run:
                 break
             busy = waiting.exclude(state__in=("queued", "requeued")).exists() or waiting.filter(name="claim").exists()
             if not busy and turn > 3:
+                idle += 1
+                if idle > PATIENCE:
+                    self.withdraw()
                 self.leap()
         left = [f"job {j.pk} is {j.state} for ever: {j.state_reason}" for j in Job.objects.exclude(state__in=DONE)]
         self.turn(0)  # what the last ones leave is read back
@@ -204,6 +210,15 @@ class _Run:
         left += kept_for_nobody()
         self.outcome.violations += [(step + ROUNDS, words) for words in left]
         self.kept(probes, step + ROUNDS)
+
+    def withdraw(self) -> None:
+        """Who asked for a place that an empty cell does not have (a link, a domain, a price) gives it up."""
+        waiting = Job.objects.filter(state__in=("queued", "requeued"), cancel_requested_at=None)
+        for job in (
+            waiting.filter(Q(ruled=True) | Q(topology_required=True)).select_related("organization").order_by("pk")
+        ):
+            jobs.cancel(factories.actor(job.organization), job, now=self.world.now)
+            self.outcome.counts["withdrawn"] += 1
 
     def heal(self) -> None:
         world = self.world
@@ -215,6 +230,12 @@ class _Run:
             for asic in yard.asics.values():
                 asic.deaf = asic.mute = False
             sites.set_site_mode(Site.objects.get(pk=yard.pk), "auto", actor=SYSTEM, now=world.now)
+        Contract.objects.filter(kind="spot").update(limit_price=9_000_000)  # whoever bid too little bids enough
+        for work in Maintenance.objects.filter(state__in=("announced", "in_progress")):
+            over = maintenance.finish if work.state == "in_progress" else maintenance.cancel
+            over(SYSTEM, work, now=world.now)
+        for host in Host.objects.exclude(taints=[]):
+            drains.set_taints(host, [], actor=SYSTEM, now=world.now)
         for host in Host.objects.filter(state="draining"):
             sites.undrain_host(host, actor=SYSTEM, now=world.now)
 
@@ -226,7 +247,10 @@ class _Run:
         beat = number % 3 == 0
         if beat:
             contracts.clock(world.now)
+            maintenance.clock(world.now)
+            spot.run(world.cell.pk, now=world.now)
             tick_cells()
+            tick_defrag()
         for yard in world.yards if beat or shedding else ():
             site_loop.run(yard.pk, now=world.now)
         for topic in TOPICS if beat else (tasks.CYCLE,):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from benchmarks import fault_specs
 from benchmarks.fault_cell import World
 from benchmarks.fault_site import Yard
 from benchmarks.faults import Call, Ended
 from marketplace import outbox
-from marketplace.models import Agent, Cell, Contract, Host, Job, PowerNode, Site
-from marketplace.services import agents, contracts, curtailments, jobs, leases, quotes, sites
+from marketplace.models import Agent, Cell, Contract, Host, Job, Maintenance, PowerNode, Site
+from marketplace.services import agents, contracts, curtailments, drains, jobs, leases, maintenance, quotes, sites, spot
 from marketplace.services.contracts import END_JOBS
 from marketplace.services.jobs import CYCLE
 from marketplace.tenancy import SYSTEM
-from scheduler import commit, cycle, site_loop, snapshot, tasks
+from scheduler import commit, cycle, defrag, site_loop, snapshot, tasks
 from scheduler.core.plan import plan
 from tests import factories
 
@@ -80,6 +82,18 @@ class Held:
         self.plan = plan(t.fleet, t.requests, t.running, policy=t.policy, seed=1, now_s=int(world.now.timestamp()))
 
 
+def auction(world: World, _dice: random.Random) -> Task:
+    return Task("auction", lambda: spot.run(world.cell.pk, now=world.now), 35)
+
+
+def make_room(world: World, _dice: random.Random) -> Task:
+    def call() -> None:
+        with suppress(outbox.Busy):  # a cycle runs
+            defrag.run(world.cell.pk, now=world.now)
+
+    return Task("defrag", call, 40)
+
+
 def hold(world: World, _dice: random.Random) -> Task:
     """Think; the commit comes later, once or twice."""
 
@@ -101,17 +115,7 @@ def submit(world: World, dice: random.Random) -> Task | None:
     contract = _one(Contract.objects.filter(state="active").select_related("organization", "listing"), dice)
     if contract is None:
         return None
-    most = min(contract.gpu_count, max(contract.listing.hosts.values_list("gpu_count", flat=True)))
-    gpus = dice.choice((0, 1, 1, 1, 2, most))
-    share = gpus == 1 and dice.random() < 0.4
-    spec = {
-        "command": ["true"], "gpus": min(gpus, most), "gpu_milli": dice.choice((250, 500)) if share else 1000,
-        "replicas": dice.choice((1, 1, 1, 2)) if max(gpus, 1) * 2 <= contract.gpu_count else 1,
-        "vcpu_milli": dice.choice((500, 4000)), "ram_mib": dice.choice((1024, 16_384)), "nvme_gib": dice.choice((0, 0, 50)),
-        "vram_mib": dice.choice((0, 0, 20_000)) if gpus else 0,
-        "max_seconds": dice.choice((None, None, 60, 1800)),
-        "priority": dice.choice((0, 0, 5)), "topology": dice.choice(("pack", "pack", "spread", "host", "leaf")),
-    }  # fmt: skip
+    spec = fault_specs.draw(contract, dice)
     actor = factories.actor(contract.organization)
     return Task("submit", lambda: jobs.submit(actor, contract, spec, now=world.now), 8)
 
@@ -141,6 +145,15 @@ def book(world: World, dice: random.Random) -> Task:
     return Task("book", buy, 45)
 
 
+def bid(world: World, dice: random.Random) -> Task | None:
+    """A spot customer changes his limit: around what the auction asks."""
+    row = _one(Contract.objects.filter(state="active", kind="spot").select_related("organization"), dice)
+    if row is None:
+        return None
+    actor, limit = factories.actor(row.organization), dice.choice((850_000, 905_000, 1_500_000))
+    return Task("bid", lambda: spot.set_limit(actor, row, limit, now=world.now), 12)
+
+
 def terminate(world: World, dice: random.Random) -> Task | None:
     row = _one(Contract.objects.filter(state="active"), dice)
     if row is None or Contract.objects.filter(state="active").count() < 3:
@@ -160,6 +173,40 @@ def drain(world: World, dice: random.Random) -> Task | None:
 def undrain(world: World, dice: random.Random) -> Task | None:
     host = _one(Host.objects.filter(state="draining"), dice)
     return host and Task("undrain", lambda: sites.undrain_host(host, actor=SYSTEM, now=world.now), 12)
+
+
+def taint(world: World, dice: random.Random) -> Task | None:
+    host = _one(Host.objects.exclude(state="retired"), dice)
+    if host is None:
+        return None
+    to = dice.choice(([], [], [fault_specs.TAINT]))
+    return Task("taint", lambda: drains.set_taints(host, to, actor=SYSTEM, now=world.now), 6)
+
+
+def maintain(world: World, dice: random.Random) -> Task | None:
+    """Work on a host that cannot wait: announced, and done by the clock; or called off, or over early."""
+    live = _one(Maintenance.objects.filter(state__in=("announced", "in_progress")), dice)
+    if live is not None and dice.random() < 0.5:
+        ends = maintenance.finish if live.state == "in_progress" else maintenance.cancel
+        return Task("maintenance over", lambda: ends(SYSTEM, live, now=world.now), 25)
+    host = _one(Host.objects.filter(state="active").select_related("site"), dice)
+    if host is None:
+        return None
+    starts = world.now.replace(second=0, microsecond=0) + timedelta(minutes=dice.choice((1, 3, 10)))
+    ends_at = starts + timedelta(minutes=dice.choice((10, 30)))
+
+    def call() -> None:
+        row = maintenance.draft(
+            SYSTEM, host.site, scope="hosts", hosts=[host], starts_at=starts, ends_at=ends_at, text="a fan", now=world.now,
+            emergency=True, emergency_reason="it is loud",
+        )  # fmt: skip
+        maintenance.announce(SYSTEM, row, now=world.now)
+
+    return Task("maintenance", call, 30)
+
+
+def maintenance_clock(world: World, _dice: random.Random) -> Task:
+    return Task("maintenance clock", lambda: maintenance.clock(world.now), 15)
 
 
 def curtail(world: World, dice: random.Random) -> Task:
@@ -237,7 +284,7 @@ def trouble(world: World, dice: random.Random) -> Task:
 # What is most in the way of a commit that goes on at the same time.
 RIVALS: dict[str, tuple[Callable[[World, random.Random], Task | None], ...]] = {
     "cycle": (book, bare_cycle, late_commit, cancel), "bare cycle": (book, late_commit, cancel),
-    "late commit": (book, bare_cycle, cancel), "book": (bare_cycle, late_commit),
+    "late commit": (book, bare_cycle, cancel), "defrag": (work, late_commit, cancel, auction), "book": (bare_cycle, late_commit),
 }  # fmt: skip
 
 
@@ -264,5 +311,5 @@ def harmless(ended: Ended, *, cut: bool) -> bool:
 WEIGHTS: tuple[tuple[Callable[[World, random.Random], Task | None], int], ...] = (
     (work, 6), (bare_cycle, 2), (other_work, 2), (loop, 5), (clock, 2), (hold, 3), (late_commit, 4), (submit, 8), (cancel, 2),
     (book, 2), (terminate, 1), (drain, 1), (undrain, 1), (curtail, 1), (mode, 1), (sync, 7), (old_report, 1), (late_answer, 1),
-    (trouble, 1),
+    (trouble, 2), (auction, 2), (bid, 1), (make_room, 2), (taint, 1), (maintain, 1), (maintenance_clock, 2),
 )  # fmt: skip

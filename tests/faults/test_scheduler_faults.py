@@ -354,6 +354,58 @@ def test_the_auditor_names_what_is_wrong(ill):
     assert any(words in line for line in found), found
 
 
+AFFINITY = """UPDATE marketplace_job SET labels = '{{app=db}}', affinity = '[{{"rule": "{}", "level": "host", "labels": ["{}"]}}]'"""
+GANG = "UPDATE marketplace_job SET on_replica_loss = 'replace_replica', {} WHERE replicas = 2"
+RULES = {
+    "NVLink": (
+        "UPDATE marketplace_job SET nvlink = 'required'; UPDATE marketplace_host SET nvlink_domains = '{0,1,2,3,4,5,6,7}'",
+        "needs one NVLink domain",
+    ),
+    "one of each host": (
+        "UPDATE marketplace_job SET topology = 'spread', topology_required = true; UPDATE marketplace_placement SET host_id ="
+        " (SELECT min(id) FROM marketplace_host)", "replicas in one host, 1 at most",
+    ),
+    "all in one host": (
+        "UPDATE marketplace_job SET topology = 'host', topology_required = true WHERE replicas = 2; UPDATE marketplace_placement"
+        " SET host_id = (SELECT max(id) FROM marketplace_host) WHERE rank = 1", "must stand in one host",
+    ),
+    "apart": (AFFINITY.format("apart", "app=db"), "must be apart from"),
+    "near": (AFFINITY.format("near", "app=web"), "must be near"),
+    "taint": ("UPDATE marketplace_host SET taints = '{ssd=slow}'", "that it does not bear"),
+    "site": (
+        "UPDATE marketplace_job SET site_id = (SELECT max(id) FROM marketplace_site)", "its job asked for",
+    ),
+    "price": ("UPDATE marketplace_job SET price_limit = 1", "and would pay 1"),
+    "limit of an organization": ("UPDATE marketplace_organization SET gpu_limit = 1", "1 GPUs at most"),
+    "a replica that is done without": (GANG.format("lost_ranks = '{0}'"), "one of them stands"),
+    "a replica ahead of its job": (
+        GANG.format("epoch = 0") + "; UPDATE marketplace_placement SET epoch = 5", "are ahead of it",
+    ),
+    "a replica that nobody misses": (
+        GANG.format("epoch = epoch") + "; UPDATE marketplace_placement SET state = 'lost' WHERE rank = 1", "does not know that ranks",
+    ),
+    "fewer than the least": (
+        GANG.format("epoch = epoch") + "; UPDATE marketplace_job SET on_replica_loss = 'shrink', min_replicas = 2, lost_ranks = '{1}'"
+        " WHERE replicas = 2", "must be left",
+    ),
+    "moved unasked": (
+        "UPDATE marketplace_jobevent SET reason = 'moved to make room for job_x' WHERE to_state = 'placed'", "had not agreed to it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_auditor_names_the_rule_that_is_broken(rule):
+    sick(Market(hosts=2, miners=2))
+    f.site()
+    statement, words = RULES[rule]
+    auditor = Auditor()
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+    found = auditor.audit(NOW)
+    assert any(words in line for line in found), found
+
+
 def test_the_auditor_sees_work_come_to_a_host_that_is_closed():
     market = Market()
     auditor = Auditor()

@@ -174,7 +174,7 @@ def _yard(site: Site, agent: Agent, hosts: list[Host], miners: list[Miner], dice
 def _customers(world: World) -> None:
     """Two buyers by the hour and one of spot at every listing; some contracts end while the run goes on."""
     dice = world.dice
-    world.customers = [factories.organization(gpu_limit=dice.choice((1024, 1024, 8))) for _ in range(3)]
+    world.customers = [factories.organization() for _ in range(3)]
     for listing in world.listings:
         gpus = sum(listing.hosts.values_list("gpu_count", flat=True))
         for n, kind in enumerate(("on_demand", "on_demand", "spot")):
@@ -184,3 +184,7 @@ def _customers(world: World) -> None:
                 listing, world.customers[n], kind=kind, gpu_count=ceiling, ends_at=ends, limit_price=900_000 + n * 1000
             )
             world.contracts.append(made.pk)
+    for customer in world.customers:  # one contract alone stays within its organization's limit; all together may not
+        if dice.random() < 0.3:
+            customer.gpu_limit = max(customer.contracts.values_list("gpu_count", flat=True), default=1)
+            customer.save(update_fields=["gpu_limit"])

@@ -14,12 +14,11 @@ LEVELS = ("host", "leaf", "spine", "site")
 
 def draw(contract: Contract, dice: random.Random) -> dict[str, Any]:
     """One job under the contract: its shape, and in half of them what binds it beyond that."""
-    ceiling = min(contract.gpu_count, contract.organization.gpu_limit)  # what is more would wait for ever, and rightly
-    most = min(ceiling, max(contract.listing.hosts.values_list("gpu_count", flat=True)))
+    most = min(contract.gpu_count, max(contract.listing.hosts.values_list("gpu_count", flat=True)))
     gpus = min(most, dice.choice((0, 1, 1, 1, 2, most)))
     share = gpus == 1 and dice.random() < 0.4
     replicas = dice.choice((1, 1, 1, 2, 2, 3, 4, 6))
-    replicas = min(replicas, ceiling // max(gpus, 1))
+    replicas = min(replicas, contract.gpu_count // max(gpus, 1))
     spec: dict[str, Any] = {
         "command": ["true"], "gpus": gpus, "gpu_milli": dice.choice((250, 500)) if share else 1000, "replicas": replicas,
         "vcpu_milli": dice.choice((500, 4000)), "ram_mib": dice.choice((1024, 16_384)), "nvme_gib": dice.choice((0, 0, 50)),

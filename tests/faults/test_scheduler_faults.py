@@ -355,6 +355,7 @@ def test_the_auditor_names_what_is_wrong(ill):
 
 
 AFFINITY = """UPDATE marketplace_job SET labels = '{{app=db}}', affinity = '[{{"rule": "{}", "level": "host", "labels": ["{}"]}}]'"""
+ELSEWHERE = "UPDATE marketplace_placement SET host_id = (SELECT {}(id) FROM marketplace_host) WHERE rank = {}"
 GANG = "UPDATE marketplace_job SET on_replica_loss = 'replace_replica', {} WHERE replicas = 2"
 RULES = {
     "NVLink": (
@@ -362,12 +363,13 @@ RULES = {
         "needs one NVLink domain",
     ),
     "one of each host": (
-        "UPDATE marketplace_job SET topology = 'spread', topology_required = true; UPDATE marketplace_placement SET host_id ="
-        " (SELECT min(id) FROM marketplace_host)", "replicas in one host, 1 at most",
+        "UPDATE marketplace_job SET topology = 'spread', topology_required = true; " + ELSEWHERE.format("min", "rank"),
+        "replicas in one host, 1 at most",
     ),
     "all in one host": (
-        "UPDATE marketplace_job SET topology = 'host', topology_required = true WHERE replicas = 2; UPDATE marketplace_placement"
-        " SET host_id = (SELECT max(id) FROM marketplace_host) WHERE rank = 1", "must stand in one host",
+        "UPDATE marketplace_job SET topology = 'host', topology_required = true WHERE replicas = 2; "
+        + ELSEWHERE.format("max", 1),
+        "must stand in one host",
     ),
     "apart": (AFFINITY.format("apart", "app=db"), "must be apart from"),
     "near": (AFFINITY.format("near", "app=web"), "must be near"),

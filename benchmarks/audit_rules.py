@@ -98,7 +98,7 @@ def places(
     hosts: dict[int, Row],
     contracts: dict[int, Row],
     fresh: list[Row],
-    tainted: dict[int, list[str]],
+    tainted: dict[int, Any],
     auctions: list[Row],
 ) -> list[str]:
     """New placements: on hosts whose taints the job bears, at the site asked for, for no more than the job or its bid would pay."""

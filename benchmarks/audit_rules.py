@@ -105,8 +105,8 @@ def places(
     found = []
     for p in fresh:
         job, host, contract = jobs[p["job_id"]], hosts[p["host_id"]], contracts[p["contract_id"]]
-        borne = set(job["tolerations"])
-        if not any(borne >= set(taints) for taints in (host["taints"], tainted.get(host["id"], host["taints"]))):
+        borne, then = set(job["tolerations"]), tainted[host["id"]] if host["id"] in tainted else host["taints"]
+        if not any(borne >= set(taints) for taints in (host["taints"], then)):
             found.append(
                 f"placement {p['id']} came to host {host['id']} with taints {host['taints']} that it does not bear"
             )

@@ -1,11 +1,11 @@
 """Seeded runs of a small cell under faults, and every rule of safety audited between any two of them: `runs`, `violations`.
 
 A run (benchmarks.fault_run) draws a cell of one or two sites with hosts, miners, contracts of every kind and jobs with every
-rule, and disturbs it: workers are killed (SIGKILL) or cut off between two statements, go between two statements of each
-other, run twice and in any order; plans are held and committed late; agents' reports are lost, doubled, late; hosts and sites fall silent; customers
-book, cancel and leave meanwhile. After every step benchmarks.auditor reads the rows by its own SQL, and the simulated sites
-say what they really run and draw. Then the faults stop, and all that was submitted must come to its end, every reservation
-to its GPUs.
+rule, and disturbs it: workers are killed (SIGKILL) or cut off between two statements, go between two statements of each other,
+run twice and in any order; plans are held and committed late; agents' reports are lost, doubled, late; hosts and sites fall
+silent; customers book, cancel and leave meanwhile. After every step benchmarks.auditor reads the rows by its own SQL, and the
+simulated sites say what they really run and draw. Then the faults stop, and all that was submitted must come to its end, every
+reservation to its GPUs.
 
 `--seeds 7,8` runs these alone (what is printed for a violation names its seed). There is no peer: the bound is 0.
 

@@ -77,9 +77,14 @@ def fetch_feeds() -> None:
 
 
 @shared_task
-def pull_payouts() -> None:
-    """What pools say that they paid, of every feed that is due."""
-    pool_payouts.tick(timezone.now())
+def pull_payouts() -> int:
+    """What pools say that they paid: a message for every feed that is due."""
+    return pool_payouts.tick(timezone.now())
+
+
+@outbox.handler(pool_payouts.ASK, one_at_a_time=True)
+def ask_pool(payload: dict[str, Any]) -> None:
+    pool_payouts.ask(payload["feed"], now=timezone.now())
 
 
 @outbox.handler(pool_payouts.TROUBLE)

@@ -10,7 +10,6 @@ comes again. A payout of zero, for a time that is not over, or with other figure
 where it is overdue or a payout is refused its operator gets one mail.
 """
 
-import logging
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -26,7 +25,7 @@ from marketplace.models import FeedValue, PoolFeed, Receipt, Site
 from marketplace.services import audit, feeds, mails, outbound, receipts, secrets
 from marketplace.tenancy import Actor
 
-log = logging.getLogger(__name__)
+ASK = "marketplace.ask_pool"
 TROUBLE = "marketplace.pool_trouble"
 TOLD = ("owner", "admin", "engineer", "billing")
 FIELDS = ("url", "enabled", "poll_s", "stale_after_s")
@@ -118,29 +117,39 @@ def _audit(actor: Actor, what: str, row: PoolFeed, now: datetime, **said: Any) -
 
 # --- the clock
 def tick(now: datetime) -> int:
-    """Ask every feed that is due; one's trouble does not stop the others. Returns the payouts that are new."""
-    taken = 0
-    for row in PoolFeed.objects.filter(enabled=True).select_related("site").order_by("pk"):
-        try:
-            taken += pull(row, now=now)
-            _judge(row.pk, now)
-        except Exception:  # of one feed, whatever it is
-            log.exception("pool feed %s failed", row.public_id)
-    return taken
+    """A message for every feed to look at, so that one that does not answer holds up nobody; returns how many."""
+    rows = [row for row in PoolFeed.objects.filter(enabled=True).order_by("pk") if _due(row, now) or overdue(row, now)]
+    for row in rows:
+        outbox.emit(ASK, key=str(row.pk), payload={"feed": row.pk})
+    return len(rows)
 
 
-def pull(row: PoolFeed, *, now: datetime) -> int:
-    """Ask one feed, if it is due and nobody else has just asked it; what it says that is new becomes receipts. Returns how many."""
-    if row.asked_at is not None and now - row.asked_at < timedelta(seconds=row.poll_s):
+def ask(feed_id: int, *, now: datetime) -> int:
+    """Look at one feed: ask it, if it is due, and tell its operator of trouble that begins. Returns the payouts that are new."""
+    row = PoolFeed.objects.select_related("site").filter(pk=feed_id, enabled=True).first()
+    if row is None:
         return 0
+    new, wrong = pull(row, now=now)
+    _judge(row.pk, now, refused=bool(wrong))
+    return new
+
+
+def _due(row: PoolFeed, now: datetime) -> bool:
+    return row.asked_at is None or now - row.asked_at >= timedelta(seconds=row.poll_s)
+
+
+def pull(row: PoolFeed, *, now: datetime) -> tuple[int, list[str]]:
+    """Ask it, if it is due and nobody else has just asked it; what it says that is new becomes receipts. Returns (how many, what
+    was refused, in words).
+    """
     mine = PoolFeed.objects.filter(pk=row.pk, asked_at=row.asked_at)  # a rival that has read the same finds it moved
-    if not mine.update(asked_at=now):
-        return 0
+    if not _due(row, now) or not mine.update(asked_at=now):
+        return 0, []
     try:
         said = _ask(row, now - BACK)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         PoolFeed.objects.filter(pk=row.pk).update(error=f"no answer that can be understood: {error}"[:400])
-        return 0
+        return 0, []
     new, wrong, until = 0, [], row.paid_until
     for raw in said:
         try:
@@ -152,7 +161,7 @@ def pull(row: PoolFeed, *, now: datetime) -> int:
         until = max(filter(None, (until, payout.end)))
     heard = {} if wrong else {"heard_at": now}
     PoolFeed.objects.filter(pk=row.pk).update(error="; ".join(wrong)[:400], paid_until=until, **heard)
-    return new
+    return new, wrong
 
 
 def _ask(row: PoolFeed, since: datetime) -> list[Any]:
@@ -257,11 +266,11 @@ def overdue(row: PoolFeed, now: datetime) -> bool:
     return row.enabled and now - (row.paid_until or row.created_at) > timedelta(seconds=row.stale_after_s)
 
 
-def _judge(pk: int, now: datetime) -> None:
+def _judge(pk: int, now: datetime, *, refused: bool) -> None:
     """One mail when trouble begins, none while it lasts. A poll that failed is none yet: the next may not."""
     with transaction.atomic():
         row = PoolFeed.objects.select_for_update(no_key=True).get(pk=pk)
-        trouble = overdue(row, now) or row.error.startswith(("payout", "a payout"))
+        trouble = refused or overdue(row, now)
         if trouble and row.told_at is None:
             PoolFeed.objects.filter(pk=pk).update(told_at=now)
             outbox.emit(TROUBLE, key=f"{pk}-{int(now.timestamp())}", payload={"feed": pk})

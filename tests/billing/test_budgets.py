@@ -99,6 +99,18 @@ def test_a_larger_budget_puts_steps_ahead_again_a_smaller_one_tells_at_the_next_
     assert spending.record_spend(world.customer.pk, month=MONTH, spent_minor=160, now=NOW) == 100
 
 
+def test_a_round_that_has_no_time_for_all_begins_with_the_longest_unmeasured(world: World, monkeypatch):
+    monkeypatch.setattr(budgets, "ROUND_S", -1.0)
+    limits(world, monthly_minor=10_000)
+    others = [factories.organization() for _ in range(2)]
+    for other in others:
+        spending.set_limits(factories.actor(other), other, now=NOW, monthly_minor=10_000)
+    for n in range(4):
+        measured(world, HOUR + n)
+    rounds = {row.organization_id: row.measured_at for row in Budget.objects.all()}
+    assert rounds == {world.customer.pk: after(HOUR + 3), others[0].pk: after(HOUR + 1), others[1].pk: after(HOUR + 2)}
+
+
 def test_an_older_measurement_changes_nothing(world: World):
     limits(world, monthly_minor=100)
     spending.record_spend(world.customer.pk, month=MONTH, spent_minor=60, now=after(60))

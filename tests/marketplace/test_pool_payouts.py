@@ -52,9 +52,21 @@ def add(site, pool, **more):
 
 
 def look(row, at):
-    taken = pool_payouts.tick(at)
+    taken = pool_payouts.ask(row.pk, now=at)
     row.refresh_from_db()
     return taken
+
+
+def test_the_clock_writes_a_message_for_each_feed_that_is_due(site, pool):
+    row, other = add(site, pool), add(site, pool, name="other pool")
+    add(site, pool, name="switched off", enabled=False)
+    assert pool_payouts.tick(NOW) == pool_payouts.tick(NOW) == 2
+    asked = OutboxMessage.objects.filter(topic=pool_payouts.ASK)
+    assert sorted(asked.values_list("key", flat=True)) == sorted([str(row.pk), str(other.pk)])
+    look(row, NOW)
+    assert pool_payouts.tick(NOW + timedelta(minutes=1)) == 1
+    pool_payouts.remove(f.actor(site.organization), row, now=NOW)
+    assert pool_payouts.ask(row.pk, now=NOW + DAY) == 0, "gone since"
 
 
 def test_payouts_become_receipts_once_and_the_hours_are_told(site, pool):

@@ -30,6 +30,7 @@ from tests import factories
 STEPS = 14
 ROUNDS = 200  # machines that were not believed come back one at a time, each after a minute or more: only then are their watts free
 assert market_tasks  # its handlers are registered by its import
+NEARLY = timedelta(minutes=3)
 PATIENCE = 8  # turns in which nobody stood and somebody waited
 TOPICS = (tasks.CYCLE, tasks.END_JOBS, tasks.LOOP, defrag.TOPIC)
 
@@ -195,8 +196,9 @@ class _Run:
             self.turn(turn)
             if self.look(step + turn):
                 return
+            more = self.promised(probes)
             waiting = Job.objects.exclude(state__in=DONE)
-            if not waiting.exists() and not self.promised(probes):
+            if not more and not waiting.exists():
                 break
             busy = waiting.exclude(state__in=("queued", "requeued")).exists() or waiting.filter(name="claim").exists()
             if not busy and turn > 3:
@@ -266,11 +268,12 @@ class _Run:
         yard.take(agents.desired(agent, report, now=self.world.now), self.world.now)
 
     def promised(self, probes: set[int]) -> bool:
-        """Whether a firm reservation has still to be claimed. Its claim is a job over all its GPUs, when its time has come."""
+        """Whether a firm reservation has still to be claimed. Its claim is a job over all its GPUs, as soon as its time has come and
+        whoever else waits; one that is nearly over is left alone, for watts are proved free by two readings first.
+        """
         now = self.world.now
-        for r in Reservation.objects.filter(state="firm", ends_at__gt=now, contract__isnull=False).select_related(
-            "contract"
-        ):
+        firm = Reservation.objects.filter(state="firm", ends_at__gt=now + NEARLY, contract__isnull=False)
+        for r in firm.select_related("contract").order_by("starts_at", "pk"):
             if r.contract is None or r.contract.pk in probes or r.contract.state != "active":
                 continue
             if r.starts_at > now:

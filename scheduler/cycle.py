@@ -17,7 +17,7 @@ from marketplace.models import Cell, Job, Placement, PowerNode
 from marketplace.services import drains, holds, replicas
 from marketplace.services import jobs as job_service
 from marketplace.services import placements as placement_service
-from scheduler import commit, promises, reasons, snapshot
+from scheduler import commit, promises, reasons, snapshot, waiting
 from scheduler import record as records
 from scheduler.core.plan import plan
 from scheduler.core.types import Decision as Decided
@@ -83,7 +83,7 @@ def attempt(cell_id: int, *, now: datetime | None = None, rest_s: float = 0) -> 
             return None
         cell = _begun(cell_id)
         made, keep = _run(cell, moment)
-        if rest_s and made.jobs_considered < snapshot.MAX_JOBS:  # else more waits already
+        if rest_s and made.jobs_considered < waiting.MAX_JOBS:  # else more waits already
             sleep(min(rest_s, monotonic() - began))
     keep()  # nobody waits for it: the next cycle may have begun
     return made
@@ -141,8 +141,8 @@ def _run(cell: Cell, now: datetime) -> tuple[Cycle, Callable[[], object]]:
         _decide(record, taken, made.decisions, outcome)
         if outcome.conflicts:  # the rows had moved: look again soon
             outbox.emit(job_service.CYCLE, key=str(cell.pk), payload={"cell": cell.pk}, delay_s=AGAIN_S)
-        elif outcome.placed and len(taken.requests) >= snapshot.MAX_JOBS:  # more than one cycle's worth waits
-            job_service.nudge_cell(cell.pk)
+        elif len(taken.requests) >= waiting.MAX_JOBS and (outcome.placed or waiting.unseen(cell.pk, now)):
+            job_service.nudge_cell(cell.pk)  # more than one cycle's worth waits
     return record, partial(_keep, record, taken, made, outcome.conflicts)
 
 

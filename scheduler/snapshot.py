@@ -18,64 +18,15 @@ from marketplace.services import spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.conditions import SILENT
 from scheduler import fleet as cells
-from scheduler import promises, rules, spending, standing, usage
+from scheduler import promises, rules, spending, standing, usage, waiting
 from scheduler.core import gang
 from scheduler.core.types import I32, I64, Fleet, HostFlag, Level, Policy, Request, Running
 from scheduler.reserved import Ahead, Parts, claimed, reservations
 from scheduler.standing import KINDS, LAG_S
+from scheduler.waiting import Waiting
 
-MAX_JOBS = 10_000  # considered in one cycle; the rest waits for the next
 MIX_JOBS = 2000  # newest jobs of the cell from which the mix of shapes is estimated
 MIX_STEP = 20  # one part in so many
-
-
-class Waiting(NamedTuple):
-    """A job that may be placed now, with what its contract and its organization say of it. Columns of `_WAITING`, in order."""
-
-    id: int
-    organization_id: int
-    contract_id: int
-    priority: int
-    replicas: int
-    gpus: int
-    gpu_milli: int
-    vram_mib: int
-    vcpu_milli: int
-    ram_mib: int
-    nvme_gib: int
-    gpu_models: list[str]
-    topology: str
-    topology_required: bool
-    lasts_s: int | None  # most that it stands: its limit and its grace
-    queued_s: int
-    contract_kind: str
-    contract_gpus: int
-    listing_id: int
-    fair_share_weight: int
-    gpu_limit: int
-    ruled: bool  # more binds it than its shape: see `scheduler.rules`
-
-
-# Each contract's first, then each one's second: a customer who queues thousands does not hide the others.
-_WAITING = """
-WITH turn AS (
-  SELECT j.id, j.queued_at,
-    row_number() OVER (PARTITION BY j.contract_id ORDER BY j.priority DESC, j.queued_at, j.id) AS turn
-  FROM marketplace_job j JOIN marketplace_contract c ON c.id = j.contract_id
-  LEFT JOIN marketplace_billingstanding s ON s.organization_id = j.organization_id
-  WHERE j.cell_id = %(cell)s AND j.state IN ('queued', 'requeued') AND j.cancel_requested_at IS NULL
-    AND c.state = 'active' AND c.starts_at <= %(now)s AND (c.ends_at IS NULL OR c.ends_at > %(now)s)
-    AND s.state IS DISTINCT FROM 'suspended'
-  ORDER BY turn, j.queued_at, j.id LIMIT %(limit)s
-)
-SELECT j.id, j.organization_id, j.contract_id, j.priority, j.replicas, j.gpus, j.gpu_milli, j.vram_mib, j.vcpu_milli,
-  j.ram_mib, j.nvme_gib, j.gpu_models, j.topology, j.topology_required,
-  j.max_seconds + j.checkpoint_grace_s, floor(extract(epoch FROM coalesce(j.queued_at, j.created_at)))::bigint, c.kind,
-  c.gpu_count, c.listing_id, o.fair_share_weight, o.gpu_limit, j.ruled
-FROM turn JOIN marketplace_job j ON j.id = turn.id JOIN marketplace_contract c ON c.id = j.contract_id
-JOIN marketplace_organization o ON o.id = j.organization_id ORDER BY turn.turn, turn.queued_at, j.id
-"""
-_REPAIRS = _WAITING.replace("j.state IN ('queued', 'requeued')", "j.id = ANY(%(jobs)s)")
 
 
 @dataclass
@@ -106,7 +57,7 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     sites, site_of = hosts.sites
     nodes = node_table(sites.tolist())
     repairs = rules.repairs(cell.pk)
-    jobs = _waiting(cell, now, repairs)
+    jobs = waiting.read(cell.pk, now, repairs)
     begun, ahead = reservations(cell.pk, now, max((job.lasts_s or 0 for job in jobs), default=0))
     reserved = Parts(hosts, begun)
     model_of = hosts.models[0]
@@ -222,15 +173,6 @@ def _fleet(
     )
 
 
-def _waiting(cell: Cell, now: datetime, repairs: dict[int, rules.Repair]) -> list[Waiting]:
-    """Jobs that may be placed now, gangs that lost ranks among them: their contract runs, and their organization is not suspended."""
-    asked: dict[str, Any] = {"cell": cell.pk, "now": now, "limit": MAX_JOBS}
-    rows = prepared.rows(_WAITING, asked)
-    if repairs:
-        rows = prepared.rows(_REPAIRS, {**asked, "jobs": list(repairs)}) + rows
-    return [Waiting(*row) for row in rows]
-
-
 def _requests(
     jobs: list[Waiting],
     claims: dict[int, dict[int, set[int]]],
@@ -261,8 +203,7 @@ def _models(named: list[str], names: dict[str, int]) -> int:
 
 def requests_of(taken: Snapshot, jobs: list[int]) -> list[Request]:
     """What running jobs would ask for if they queued again now; those that could not be placed at all are left out."""
-    found = prepared.rows(_REPAIRS, {"cell": taken.cell.pk, "now": taken.now, "limit": len(jobs), "jobs": jobs})
-    rows = [Waiting(*row) for row in found]
+    rows = waiting.named(taken.cell.pk, taken.now, jobs)
     held = standing.held({row.organization_id for row in rows}, taken.cell.pk)
     made = _requests(rows, reservations(taken.cell.pk, taken.now, 0)[0], taken.model_of, held, may_preempt=False)
     taints, policy = taken.names.taints, taken.policy

@@ -8,8 +8,8 @@ from marketplace import outbox
 from marketplace.models import Agent, Job, OutboxMessage
 from marketplace.services import jobs
 from marketplace.services.jobs import CYCLE, nudge_cell
-from scheduler import cycle, rules, snapshot, tasks
-from scheduler.models import Cycle
+from scheduler import cycle, rules, tasks, waiting
+from scheduler.models import Cycle, Decision
 from tests import factories as f
 from tests.factories import NOW
 from tests.races.market import Market
@@ -21,7 +21,7 @@ assert tasks  # its handlers are registered by its import
 @pytest.fixture
 def market(monkeypatch):
     """Four hosts of 8 GPUs, of which a cycle considers three jobs at most."""
-    monkeypatch.setattr(snapshot, "MAX_JOBS", 3)
+    monkeypatch.setattr(waiting, "MAX_JOBS", 3)
     made = Market(hosts=4)
     Agent.objects.update(last_sync_at=f.NOW + timedelta(days=3650), lease_until=f.NOW + timedelta(days=3650))
     return made
@@ -40,11 +40,20 @@ def rival(market, **terms):
 
 
 def considered(market):
-    return [job.id for job in snapshot._waiting(market.cell, NOW, rules.repairs(market.cell.pk))]
+    return [job.id for job in waiting.read(market.cell.pk, NOW, rules.repairs(market.cell.pk))]
 
 
 def told():
     return OutboxMessage.objects.filter(topic=CYCLE).count()
+
+
+def fill(market):
+    """Seven of eight GPUs of each host work."""
+    for _ in range(4):
+        market.submit(gpus=7)
+    for _ in range(2):
+        market.cycle()
+    assert Job.objects.filter(state="placed").count() == 4
 
 
 def test_who_queues_many_does_not_hide_who_comes_after_him(market):
@@ -99,6 +108,56 @@ def test_a_full_cell_is_not_asked_again_and_again(market):
     assert told() == 0
 
 
+def test_who_finds_no_room_does_not_hide_who_would(market):
+    """The first ask for whole hosts where none is idle; a small one waits behind them, and is found by itself."""
+    fill(market)
+    for _ in range(4):
+        market.submit(gpus=8)
+    small = market.submit(gpus=1)
+    OutboxMessage.objects.all().delete()
+    for placed, again in ((0, 1), (0, 1), (1, 1), (0, 0)):  # three are looked at, then one more each time
+        made = market.cycle()
+        assert (made.jobs_considered, made.jobs_placed, told()) == (3, placed, again)
+        OutboxMessage.objects.all().delete()
+    small.refresh_from_db()
+    assert small.state == "placed"
+
+
+def test_when_all_were_looked_at_half_of_a_cycle_goes_to_who_was_longest_ago(market):
+    fill(market)
+    jobs = [market.submit(gpus=8) for _ in range(5)]
+    for minute in range(3):
+        cycle.run(market.cell.pk, now=NOW + timedelta(minutes=minute))
+    OutboxMessage.objects.all().delete()
+    turns = []
+    for minute in range(3, 9):
+        turns.append(considered(market))
+        cycle.run(market.cell.pk, now=NOW + timedelta(minutes=minute))
+    first, *behind = [job.pk for job in jobs]
+    assert {turn[0] for turn in turns} == {first}
+    seen = [pk for turn in turns for pk in turn if pk in behind[1:]]
+    assert all(seen[i : i + 3] and set(seen[i : i + 3]) == set(behind[1:]) for i in range(0, len(seen) - 2, 3))
+    assert told() == 0
+
+
+def test_a_promised_start_is_planned_however_many_wait_before_it(market):
+    """A promise is kept by being booked again in every plan."""
+    jobs = [market.submit(gpus=8) for _ in range(8)]
+    market.cycle()
+    market.cycle()
+    last = jobs[-1]
+    Decision.objects.update_or_create(
+        job=last,
+        defaults={
+            "at": NOW,
+            "outcome": "waiting",
+            "earliest_start": NOW + timedelta(hours=9),
+            "held_hosts": [market.hosts[0].pk],
+        },
+    )
+    assert last.pk in considered(market)
+
+
 def test_a_full_cycle_takes_no_rest_before_the_next(market, monkeypatch):
     rests = []
     monkeypatch.setattr(cycle, "sleep", rests.append)
@@ -119,5 +178,5 @@ def test_replicas_that_a_running_gang_lost_come_on_top_of_those_that_queue(marke
     Job.objects.filter(pk=gang.pk).update(repair_since=NOW, lost_ranks=[1])
     for _ in range(4):
         market.submit(gpus=1)
-    waiting = considered(market)
-    assert (waiting[0], len(waiting)) == (gang.pk, 1 + snapshot.MAX_JOBS)
+    asked = considered(market)
+    assert (asked[0], len(asked)) == (gang.pk, 1 + waiting.MAX_JOBS)

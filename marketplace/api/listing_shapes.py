@@ -10,6 +10,7 @@ from marketplace.api.reliability import ReliabilityShape
 from marketplace.api.verifications import ListedVerificationShape
 from marketplace.models import Kind, Listing
 from marketplace.services import search
+from marketplace.services.availability import HOLDING
 from scheduler.core.capacity import LEVELS
 
 
@@ -40,6 +41,14 @@ class FilterShape(Shape):
     price_max = serializers.IntegerField(
         required=False, min_value=0, max_value=1 << 60, help_text="millionths per GPU-hour"
     )
+    upfront_max_permille = serializers.IntegerField(
+        required=False, min_value=0, max_value=1000,
+        help_text="of a commitment, at most due at signing; left out: what each listing's plain price asks",
+    )  # fmt: skip
+    flexible_hours_max = serializers.IntegerField(
+        required=False, min_value=0, max_value=720,
+        help_text="flexible: hours of curtailment a month, at most; left out: what each listing's plain price asks",
+    )  # fmt: skip
     start = serializers.DateTimeField(required=False)
     end = serializers.DateTimeField(required=False)
     count = serializers.IntegerField(required=False, min_value=1, max_value=1_000_000, help_text="GPUs in one block")
@@ -76,6 +85,24 @@ class MineShape(Shape):
     cursor = serializers.CharField(required=False)
 
 
+class TierShape(Shape):
+    """One more offer of a kind that holds capacity, beside its plain price."""
+
+    kind = serializers.ChoiceField([k.value for k in HOLDING])
+    min_term_hours = serializers.IntegerField(
+        min_value=1, max_value=26_304, required=False, default=1, help_text="for terms from so many hours on"
+    )
+    upfront_permille = serializers.IntegerField(
+        min_value=0, max_value=1000, required=False, default=0, help_text="of the commitment, due at signing"
+    )
+    flexible_hours_per_month = serializers.IntegerField(
+        min_value=0, max_value=720, required=False, default=0, help_text="flexible: of curtailment that is borne"
+    )
+    price = serializers.IntegerField(
+        min_value=1, max_value=1 << 50, help_text="millionths of the major unit per GPU-hour"
+    )
+
+
 class TermsShape(Shape):
     """What an operator may change. Prices: millionths of the major unit per GPU-hour; null: not offered."""
 
@@ -97,6 +124,11 @@ class TermsShape(Shape):
     max_term_days = serializers.IntegerField(min_value=1, max_value=1096, required=False)
     upfront_permille = serializers.IntegerField(
         min_value=0, max_value=1000, required=False, help_text="of a reserved or flexible commitment, due at signing"
+    )
+    price_tiers = TierShape(
+        many=True,
+        required=False,
+        help_text="a quote takes the cheapest price that meets its term, and what it would pay and bear",
     )
     eviction_notice_s = serializers.IntegerField(min_value=0, max_value=86_400, required=False)
     flexible_hours_per_month = serializers.IntegerField(min_value=0, max_value=720, required=False)
@@ -144,7 +176,10 @@ class ListingShape(serializers.Serializer):
     interconnect = serializers.CharField()
     fabric_gbps = serializers.IntegerField()
     runtime = serializers.CharField()
-    prices = serializers.DictField(child=shapes.PriceShape(), help_text="spot: its floor")
+    prices = serializers.DictField(
+        child=shapes.PriceShape(), help_text="spot: its floor; in a search with a window, or limits, what is asked for"
+    )
+    price_tiers = TierShape(many=True, help_text="other prices, by term, share due at signing and curtailment")
     spot_price = shapes.PriceShape(allow_null=True, help_text="of the interval in force; null: no spot, or none yet")
     verification = ListedVerificationShape(required=False, help_text="in search and on one listing")
     reliability = ReliabilityShape(allow_null=True, help_text="of its hosts together; null: not counted yet")

@@ -23,8 +23,9 @@ from marketplace.api.listing_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Maintenance, Site, SpotInterval
-from marketplace.services import availability, listings, maintenance, search, spot_prices
+from marketplace.services import availability, listings, maintenance, price_tiers, search, spot_prices
 from marketplace.services.availability import Stock
+from marketplace.services.price_tiers import Option
 from scheduler.core.capacity import LEVELS
 
 
@@ -36,7 +37,12 @@ class ListingResource(Resource):
     filters = {"state": "state"}
 
     def represent(
-        self, row: Listing, stock: Stock | None = None, level: str = "site", verified: dict[str, Any] | None = None
+        self,
+        row: Listing,
+        stock: Stock | None = None,
+        level: str = "site",
+        verified: dict[str, Any] | None = None,
+        prices: dict[str, Option] | None = None,
     ) -> dict[str, Any]:
         site, model = row.site, row.gpu_model
         mine = self.actor.organization_id == row.organization_id
@@ -70,7 +76,8 @@ class ListingResource(Resource):
             "interconnect": row.interconnect,
             "fabric_gbps": row.fabric_gbps,
             "runtime": row.runtime,
-            "prices": shapes.prices(row),
+            "prices": shapes.prices(price_tiers.all_chosen(row) if prices is None else prices, row.currency),
+            "price_tiers": row.price_tiers,
             "spot_price": self.spot_price(row),
             "reliability": reliability.shown(row),
             **({} if verified is None else {"verification": verified}),
@@ -174,7 +181,9 @@ class Listings(ListingResource):
         self.work |= {**{pk: [] for pk in shown}, **maintenance.upcoming(shown, now)}
         return Response(
             {
-                "data": [self.represent(f.listing, f.stock, wanted.level, vars(f.checked)) for f in found.rows],
+                "data": [
+                    self.represent(f.listing, f.stock, wanted.level, vars(f.checked), f.prices) for f in found.rows
+                ],
                 "has_more": found.has_more,
                 "cursor": found.cursor,
                 "as_of": found.as_of,

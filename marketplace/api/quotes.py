@@ -1,5 +1,6 @@
 """Quotes: a firm price with held capacity, itemised, and the body that accepts it."""
 
+from dataclasses import fields
 from typing import Any
 
 from django.urls import path
@@ -36,6 +37,14 @@ class QuoteRequest(Shape):
         max_value=1 << 50,
         help_text="spot: millionths per GPU-hour",
     )
+    upfront_max_permille = serializers.IntegerField(
+        required=False, allow_null=True, default=None, min_value=0, max_value=1000,
+        help_text="of the commitment, at most due at signing; left out: what the listing's plain price asks",
+    )  # fmt: skip
+    flexible_hours_max = serializers.IntegerField(
+        required=False, allow_null=True, default=None, min_value=0, max_value=720,
+        help_text="flexible: hours of curtailment a month, at most; left out: what the listing's plain price asks",
+    )  # fmt: skip
     reference = serializers.CharField(max_length=80, required=False, default="", allow_blank=True)
     metadata = serializers.DictField(required=False, default=dict)
 
@@ -142,9 +151,7 @@ class Quotes(QuoteResource):
     def post(self, request: Request) -> Response:  # noqa: ARG002
         """A firm price; `reserved` and `flexible` hold their capacity for two minutes. Refused: the reason, and what would fit."""
         body = self.read(QuoteRequest)
-        wanted = quotes.Request(
-            **{k: body[k] for k in ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")}
-        )
+        wanted = quotes.Request(**{field.name: body[field.name] for field in fields(quotes.Request)})
 
         def effect() -> Response:
             made = quotes.quote(

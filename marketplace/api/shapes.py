@@ -1,6 +1,6 @@
 """Shapes that several resources of the market show: money, prices, pages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from django.db.models import QuerySet
@@ -10,7 +10,8 @@ from rest_framework.request import Request
 from billing.core import money
 from marketplace.api import pagination
 from marketplace.api.base import Shape
-from marketplace.models import Kind, Listing, Maintenance
+from marketplace.models import Maintenance
+from marketplace.services.price_tiers import Option
 
 
 class MoneyShape(serializers.Serializer):
@@ -83,9 +84,9 @@ def price(millionths: int | None, currency: str) -> dict[str, Any] | None:
     return {"per_gpu_hour": millionths, "currency": currency, "text": f"{text} {currency} per GPU-hour"}
 
 
-def prices(listing: Listing) -> dict[str, Any]:
+def prices(found: Mapping[str, Option], currency: str) -> dict[str, Any]:
     """Kind -> price, for the kinds on offer."""
-    return {kind: price(p, listing.currency) for kind in Kind.values if (p := listing.price_of(kind)) is not None}
+    return {kind: price(option.price, currency) for kind, option in found.items()}
 
 
 def maintenance(row: Maintenance) -> dict[str, Any]:

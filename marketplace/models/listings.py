@@ -68,6 +68,9 @@ class Listing(TenantModel):
     upfront_permille = models.PositiveIntegerField(
         default=0, help_text="of a reserved or flexible commitment, due at signing"
     )
+    price_tiers = models.JSONField(
+        default=list, blank=True, help_text="other prices of what holds capacity, as services.price_tiers reads them"
+    )
     eviction_notice_s = models.PositiveIntegerField(default=120)
     flexible_hours_per_month = models.PositiveIntegerField(default=40)
     flexible_notice_s = models.PositiveIntegerField(default=600)
@@ -104,7 +107,7 @@ class Listing(TenantModel):
         return Host.objects.filter(behind).exclude(state=Host.State.RETIRED).distinct()
 
     def price_of(self, kind: str) -> int | None:
-        """Millionths of the major unit per GPU-hour; None where the kind is not offered."""
+        """The plain price, millionths of the major unit per GPU-hour; None where the kind is not offered."""
         return {
             Kind.ON_DEMAND: self.on_demand_price,
             Kind.RESERVED: self.reserved_price,
@@ -136,6 +139,12 @@ class Quote(TenantModel):
     price = models.BigIntegerField(help_text="millionths of the major unit per GPU-hour")
     overage_price = models.BigIntegerField(null=True, blank=True)
     limit_price = models.BigIntegerField(null=True, blank=True, help_text="spot: the buyer's limit")
+    upfront_max_permille = models.PositiveIntegerField(
+        null=True, blank=True, help_text="as asked: at most so much due at signing; empty: as the plain price"
+    )
+    flexible_hours_max = models.PositiveIntegerField(
+        null=True, blank=True, help_text="as asked: at most so many hours a month; empty: as the plain price"
+    )
     currency = models.CharField(max_length=3)
     fee_permille = models.PositiveIntegerField(help_text="the platform's part of the price")
     total_minor = models.BigIntegerField(

@@ -16,7 +16,7 @@ from marketplace.models import Kind, Listing
 from marketplace.services import availability, catalogue, filters, search
 from marketplace.services.availability import HOLDING, Market, instant, seconds
 from marketplace.services.filters import Filters
-from marketplace.services.offers import NONE, PRICES
+from marketplace.services.offers import NONE
 from marketplace.tenancy import Actor
 from scheduler.core import capacity
 from scheduler.core.capacity import LEVELS, Shape
@@ -133,7 +133,7 @@ def of_search(
         matching &= mask if name != "end" else True
     part = offers.only(offers.listings["id"][matching])
     kind = wanted.kind or Kind.RESERVED
-    price = part.listings[PRICES[Kind(kind)]]
+    price = part.price(kind, wanted.asked(now))
     order = np.lexsort((part.listings["id"], np.where(price == NONE, search.UNKNOWN, price)))
     least = np.maximum(wanted.count or 1, part.listings["min_gpus"])
     lead = int(part.lead_s.max(initial=0))

@@ -77,6 +77,7 @@ _LISTING: Final = {
     "reserved_price": "coalesce(l.reserved_price, -1)",
     "flexible_price": "coalesce(l.flexible_price, -1)",
     "spot_floor": "coalesce(l.spot_floor, -1)",
+    "upfront_permille": "l.upfront_permille",
     "min_gpus": "l.min_gpus",
     "min_term_hours": "l.min_term_hours",
     "max_term_days": "l.max_term_days",
@@ -109,6 +110,19 @@ WHERE l.state = 'published'
 """
 _PARTNER: Final = {"listing_id": "p.listing_id", "organization_id": "p.organization_id"}
 _PARTNERS: Final = "marketplace_listing_partners p WHERE true"
+_TIER: Final = {
+    "listing_id": "l.id",
+    "flexible": "(t.kind = 'flexible')::int",
+    "min_term_hours": "t.min_term_hours",
+    "upfront_permille": "t.upfront_permille",
+    "flexible_hours_per_month": "t.flexible_hours_per_month",
+    "price": "t.price",
+}
+_TIERS: Final = """
+marketplace_listing l CROSS JOIN LATERAL jsonb_to_recordset(l.price_tiers)
+AS t(kind text, min_term_hours bigint, upfront_permille bigint, flexible_hours_per_month bigint, price bigint)
+WHERE l.state = 'published'
+"""
 _HOST: Final = {
     "id": "h.id",
     "listing_id": "h.listing_id",
@@ -222,6 +236,7 @@ def _updated(before: Offers | None, listings: Ints | None, hosts: Ints | None) -
     if listings is None or len(listings):
         tables["listings"] = _rows(names, _LISTING, _LISTING_TEXT, _LISTINGS, "l.id", listings)
         tables["partners"] = _rows(names, _PARTNER, {}, _PARTNERS, "p.listing_id", listings)
+        tables["tiers"] = _rows(names, _TIER, {}, _TIERS, "l.id", listings)
     if hosts is None or len(hosts):
         tables["hosts"] = _hosts(names, hosts)
         tables["holds"] = _rows(names, _HOLD, {}, _HOLDS, "b.host_id", hosts)
@@ -230,7 +245,14 @@ def _updated(before: Offers | None, listings: Ints | None, hosts: Ints | None) -
         return Offers(**tables, names=names)
     if not tables:
         return before
-    keys = {"listings": listings, "partners": listings, "hosts": hosts, "holds": hosts, "tasks": hosts}
+    keys = {
+        "listings": listings,
+        "partners": listings,
+        "tiers": listings,
+        "hosts": hosts,
+        "holds": hosts,
+        "tasks": hosts,
+    }
     return before.updated(**{n: getattr(before, n).replaced(keys[n], rows) for n, rows in tables.items()})
 
 

@@ -7,7 +7,7 @@ A comparison is written FIELD OP VALUE: `vram_mib>=81920`, `gpu_model!=L40S|A100
 import operator
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from marketplace.errors import MarketError
 from marketplace.models import Kind
 from marketplace.services.availability import HOLDING
 from marketplace.services.offers import NONE, PRICES, Mask, Offers
+from marketplace.services.price_tiers import Asked
 from scheduler.core.capacity import LEVELS
 
 FACETS: Final = ("gpu_model", "region", "country", "interconnect", "runtime")
@@ -115,6 +116,8 @@ class Filters:
     reliability_min: int | None = None  # thousandths; what was never counted is left out
     kind: str | None = None
     price_max: int | None = None
+    upfront_max_permille: int | None = None  # as services.price_tiers says, with the window's length as the term
+    flexible_hours_max: int | None = None
     start: datetime | None = None
     end: datetime | None = None
     count: int | None = None
@@ -130,6 +133,9 @@ class Filters:
             wrong["/kind"] = f"one of {', '.join(Kind.values)}"
         if self.count is not None and self.count < 1:
             wrong["/count"] = "at least 1"
+        for name in ("upfront_max_permille", "flexible_hours_max"):
+            if (getattr(self, name) or 0) < 0:
+                wrong[f"/{name}"] = "at least 0"
         if self.end is not None and self.start is None:
             wrong["/start"] = "an end needs a start"
         if self.start and self.end and self.start >= self.end:
@@ -145,6 +151,12 @@ class Filters:
     def stock_kind(self) -> str:
         """The kind whose lead the window of the stock has."""
         return self.kind or (Kind.RESERVED if self.end is not None else Kind.ON_DEMAND)
+
+    def asked(self, now: datetime) -> Asked:
+        """Of prices: for how long, and at most what. Without an end the term is not known."""
+        term = None if self.end is None else self.end - max(self.start or now, now)
+        term_s = None if term is None else max(0, term // timedelta(seconds=1))
+        return Asked(term_s, self.upfront_max_permille, self.flexible_hours_max)
 
 
 FILTER_NAMES = tuple(f.name for f in fields(Filters))
@@ -178,6 +190,11 @@ def restored(kept: dict[str, Any]) -> Filters:
 def conditions(offers: Offers, wanted: Filters, now: datetime) -> list[tuple[str, Mask]]:
     """(name, bool[N]) of each filter that was set, in the order in which "what removed the last offers" is told."""
     start = max(wanted.start or now, now)
+    asked, kinds = wanted.asked(now), wanted.kinds
+    plain, upfront = (
+        replace(asked, upfront_max_permille=None, flexible_hours_max=None),
+        replace(asked, flexible_hours_max=None),
+    )
     steps: list[tuple[str, Mask | None]] = [
         ("gpu_model", one_of(offers, "gpu_model", wanted.gpu_model)),
         ("vram_min_mib", _least(offers, "vram_mib", wanted.vram_min_mib)),
@@ -190,9 +207,11 @@ def conditions(offers: Offers, wanted: Filters, now: datetime) -> list[tuple[str
         ("verified", _least(offers, "verified", 1 if wanted.verified else None)),
         ("reliability_min", _least(offers, "reliability_permille", wanted.reliability_min)),
         ("resale", None if wanted.resale is None else offers.listings["is_resale"] == int(wanted.resale)),
-        *((str(each), _compared(offers, each, wanted.kinds)) for each in wanted.where),
-        ("kind", priced(offers, wanted.kinds, None) if wanted.kind else None),
-        ("price_max", None if wanted.price_max is None else priced(offers, wanted.kinds, wanted.price_max)),
+        *((str(each), _compared(offers, each, kinds, asked)) for each in wanted.where),
+        ("kind", priced(offers, kinds, None, plain) if wanted.kind else None),
+        ("upfront_max_permille", None if upfront == plain else priced(offers, kinds, None, upfront)),
+        ("flexible_hours_max", None if asked == upfront else priced(offers, kinds, None, asked)),
+        ("price_max", None if wanted.price_max is None else priced(offers, kinds, wanted.price_max, asked)),
         ("end", _term(offers, wanted, start)),
         ("count", None if wanted.count is None else offers.listings["min_gpus"] <= wanted.count),
     ]
@@ -213,24 +232,24 @@ def _carbon(offers: Offers, most: int | None) -> Mask | None:
     return None if most is None else (stated != NONE) & (stated <= most)
 
 
-def priced(offers: Offers, kinds: Iterable[Kind], most: int | None) -> Mask:
-    """bool[N]: offered as one of `kinds`, at `most` or less."""
+def priced(offers: Offers, kinds: Iterable[Kind], most: int | None, asked: Asked) -> Mask:
+    """bool[N]: offered as one of `kinds`, at `most` or less for what is asked."""
     found = np.zeros(len(offers), bool)
     for kind in kinds:
-        price = offers.listings[PRICES[kind]]
+        price = offers.price(kind, asked)
         found |= (price != NONE) & (price <= (_MOST if most is None else most))
     return found
 
 
-def _compared(offers: Offers, each: Comparison, kinds: Iterable[Kind]) -> Mask:
+def _compared(offers: Offers, each: Comparison, kinds: Iterable[Kind], asked: Asked) -> Mask:
     if each.field in TEXTS:
         stated = offers.listings[each.field]
         among = np.isin(stated, offers.names.known(str(v) for v in each.values))
         return among if each.op == "=" else ~among & (stated != NONE)
-    columns = [PRICES[k] for k in kinds] if each.field == "price" else [NUMBERS[each.field]]
+    of_kinds = each.field == "price"
+    columns = [offers.price(kind, asked) for kind in kinds] if of_kinds else [offers.number(NUMBERS[each.field])]
     found = np.zeros(len(offers), bool)
-    for name in columns:
-        column = offers.number(name)
+    for column in columns:
         found |= (column != NONE) & OPERATORS[each.op](column, each.values[0])
     return found
 

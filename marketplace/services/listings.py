@@ -25,7 +25,7 @@ from marketplace.models import (
     ReservationBlock,
     Site,
 )
-from marketplace.services import audit, availability, conditions, feeds
+from marketplace.services import audit, availability, conditions, feeds, price_tiers
 from marketplace.services.forward.topics import nudge_book
 from marketplace.services.transitions import legal_actions
 from marketplace.tenancy import Actor
@@ -34,7 +34,8 @@ from scheduler.core import economics
 # What an operator may set. The runtime is what the site's agent says it is; nobody types it in.
 EDITABLE = (
     "title", "description", "visibility", "gpu_model_id", "currency", "on_demand_price", "reserved_price", "flexible_price",
-    "spot_floor", "min_gpus", "min_term_hours", "max_term_days", "upfront_permille", "eviction_notice_s", "flexible_hours_per_month",
+    "spot_floor", "price_tiers",
+    "min_gpus", "min_term_hours", "max_term_days", "upfront_permille", "eviction_notice_s", "flexible_hours_per_month",
     "flexible_notice_s", "emergency_notice_s", "maintenance_hours_per_month", "available_from", "available_until", "interconnect",
     "fabric_gbps",
 )  # fmt: skip
@@ -246,6 +247,7 @@ def _check_terms(listing: Listing) -> None:
     opens, closes = listing.available_from, listing.available_until
     if opens and closes and opens >= closes:
         wrong["/available_until"] = "after available_from"
+    wrong |= price_tiers.wrong(listing)
     if wrong:
         raise MarketError("invalid_request", "; ".join(f"{k}: {v}" for k, v in wrong.items()), wrong)
 
@@ -329,8 +331,8 @@ def _best_efficiency(site: Site) -> int | None:
 
 
 def price_of(listing: Listing, kind: str, *, now: datetime) -> int:
-    """What a GPU-hour costs now, millionths of the major unit; spot never under its floor. MarketError("kind_not_offered") with
-    what is offered.
+    """What a GPU-hour costs now in its plain terms, millionths of the major unit; spot never under its floor.
+    MarketError("kind_not_offered") with what is offered.
     """
     price: int | None = listing.price_of(kind)
     if price is None:

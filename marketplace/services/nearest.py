@@ -18,8 +18,9 @@ from django.conf import settings
 
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Organization, Quote
-from marketplace.services import availability, listings, quote_terms, search
+from marketplace.services import availability, listings, price_tiers, quote_terms, search
 from marketplace.services.availability import HOLDING, Market, instant, seconds
+from marketplace.services.price_tiers import Option
 from marketplace.services.quote_terms import Request
 from marketplace.tenancy import Actor
 from scheduler.core import capacity
@@ -39,8 +40,12 @@ class Offer:
     what: str
     listing: Listing
     wanted: Request
-    price: int
+    option: Option
     distance: int
+
+    @property
+    def price(self) -> int:
+        return self.option.price
 
 
 def alternatives(
@@ -83,7 +88,9 @@ def _window(start: int, end: int) -> dict[str, datetime]:
 def _request(asked: Quote, now: datetime) -> Request:
     """What was asked, as it would be asked again now."""
     starts_at = asked.starts_at if asked.starts_at > now and not asked.starts_at.second else None
-    return Request(asked.kind, asked.gpu_count, asked.level, starts_at, asked.ends_at, asked.limit_price)
+    return Request(
+        asked.kind, asked.gpu_count, asked.level, starts_at, asked.ends_at, asked.limit_price, **price_tiers.limits(asked)
+    )  # fmt: skip
 
 
 # --- on the listing that was asked
@@ -98,9 +105,9 @@ def _here(
         return
     market = market or availability.load([row], now)
     for what, wanted, distance in _changed(_request(asked, now), asked, other, market, row, now):
-        price = _price(row, wanted, now)
-        if price is not None and _admits(organization, row, wanted, price, market, now):
-            yield Offer(what, row, wanted, price, distance + _dearer(price, asked))
+        option = _option(row, wanted, now)
+        if option is not None and _admits(organization, row, wanted, option.price, market, now):
+            yield Offer(what, row, wanted, option, distance + _dearer(option.price, asked))
 
 
 def _changed(
@@ -131,9 +138,10 @@ def _changed(
             break
 
 
-def _price(row: Listing, wanted: Request, now: datetime) -> int | None:
+def _option(row: Listing, wanted: Request, now: datetime) -> Option | None:
     try:
-        return listings.price_of(row, wanted.kind, now=now)
+        price = listings.price_of(row, wanted.kind, now=now)
+        return quote_terms.option_of(row, wanted, now) if wanted.kind in HOLDING else Option(price)
     except MarketError:
         return None
 
@@ -161,6 +169,7 @@ def _elsewhere(actor: Actor, organization: Organization, listing: Listing, asked
         gpu_model=(listing.gpu_model.name,) if listing.gpu_model else (), kind=wanted.kind, count=wanted.gpu_count,
         start=max(asked.starts_at, now) if holding else None, end=wanted.ends_at if holding else None,
         level=wanted.level if holding else "site", resale=False,
+        upfront_max_permille=wanted.upfront_max_permille, flexible_hours_max=wanted.flexible_hours_max,
     )  # fmt: skip
     rows = [
         f.listing for f in search.search(actor, asks, now=now, limit=LOOKED_AT + 1).rows if f.listing.pk != listing.pk
@@ -170,10 +179,11 @@ def _elsewhere(actor: Actor, organization: Organization, listing: Listing, asked
     market = availability.load(rows, now)
     found: list[Offer] = []
     for row in rows:
-        price = _price(row, wanted, now)
+        option = _option(row, wanted, now)
         alone = Market(market.pool.of_site(row.pk), market.beats, market.totals, market.chunks)
-        if price is not None and _admits(organization, row, wanted, price, alone, now):
-            found.append(Offer("listing", row, wanted, price, _place(listing, row) + _dearer(price, asked)))
+        if option is not None and _admits(organization, row, wanted, option.price, alone, now):
+            distance = _place(listing, row) + _dearer(option.price, asked)
+            found.append(Offer("listing", row, wanted, option, distance))
     return sorted(found, key=lambda each: (each.distance, each.price, each.listing.pk))[:OTHER_LISTINGS]
 
 
@@ -197,13 +207,14 @@ def _shown(offer: Offer, now: datetime) -> dict[str, Any]:
     made = Quote(
         listing=row, kind=wanted.kind, gpu_count=wanted.gpu_count, level=wanted.level, starts_at=starts_at, ends_at=wanted.ends_at,
         price=offer.price, currency=row.currency, total_minor=total, fee_permille=settings.PLATFORM_FEE_PERMILLE,
-        terms={"upfront_permille": row.upfront_permille},
+        terms={"upfront_permille": offer.option.upfront_permille},
     )  # fmt: skip
     body = {
         "listing": row.public_id, "kind": wanted.kind, "gpu_count": wanted.gpu_count, "level": wanted.level,
         **({"starts_at": wanted.starts_at} if wanted.starts_at else {}),
         **({"ends_at": wanted.ends_at} if wanted.ends_at else {}),
         **({"limit_price": wanted.limit_price} if wanted.limit_price else {}),
+        **price_tiers.limits(wanted),
     }  # fmt: skip
     return {
         "what": offer.what,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from marketplace.models import Kind
 from marketplace.services.availability import CHECKPOINT_GRACE_S, HOLDING, SHED_LEAD_S, seconds
+from marketplace.services.price_tiers import Asked
 from marketplace.tenancy import Actor
 from scheduler.core import stock
 from scheduler.core.capacity import FOREVER
@@ -102,7 +103,7 @@ class Offers:
     """listings: by id, published ones. partners: (listing_id, organization_id) of those that are for named partners alone.
     hosts: by id, all that are listed and not retired, whatever their listing's state; behind a host the parts of it that resales have
     set aside (`part`, else 0), as hosts of their listings. holds: by host_id (and part), GPUs of live reservations.
-    tasks: by host_id, GPU indices that work other than spot occupies.
+    tasks: by host_id, GPU indices that work other than spot occupies. tiers: by listing_id, its price tiers.
     """
 
     listings: Rows
@@ -110,6 +111,7 @@ class Offers:
     hosts: Rows
     holds: Rows
     tasks: Rows
+    tiers: Rows
     names: Names
 
     def __len__(self) -> int:
@@ -133,6 +135,7 @@ class Offers:
             hosts=hosts,
             holds=_among(self.holds, "host_id", hosts["id"]),
             tasks=_among(self.tasks, "host_id", hosts["id"]),
+            tiers=_among(self.tiers, "listing_id", listing_ids),
             names=self.names,
         )
 
@@ -202,6 +205,27 @@ class Offers:
     def number(self, name: str) -> Ints:
         """int64[N]: a column of the listing or of its hosts; NONE where there is nothing to compare."""
         return self.of_hosts[name] if name in OF_HOSTS else self.listings[name]
+
+    def price(self, kind: str, asked: Asked) -> Ints:
+        """int64[N]: as `price_tiers.chosen` of each listing; NONE where nothing meets what is asked."""
+        rows, plain = self.listings, self.listings[PRICES[Kind(kind)]]
+        if kind not in HOLDING:
+            return plain
+        upfront = _limit(asked.upfront_max_permille, rows["upfront_permille"])
+        hours = _limit(asked.flexible_hours_max, rows["flexible_hours_per_month"])
+        meets = (plain != NONE) & (rows["upfront_permille"] <= upfront)
+        if kind == Kind.FLEXIBLE:
+            meets &= rows["flexible_hours_per_month"] <= hours
+        best = np.where(meets, plain, FOREVER)
+        tiers = self.tiers
+        place = rows.position(tiers["listing_id"])
+        long = tiers["min_term_hours"] <= asked.term_hours
+        near = np.flatnonzero((place >= 0) & long & (tiers["flexible"] == int(kind == Kind.FLEXIBLE)))
+        at = place[near]
+        suits = (tiers["upfront_permille"][near] <= upfront[at]) & (plain[at] != NONE)
+        suits &= tiers["flexible_hours_per_month"][near] <= hours[at]
+        np.minimum.at(best, at[suits], tiers["price"][near[suits]])
+        return np.where(best == FOREVER, NONE, best)
 
     # --- how much of it is free
     def stock(self, *, now: datetime, level: str, kind: str, starts_at: datetime, ends_at: datetime) -> Ints:
@@ -325,12 +349,16 @@ class Offers:
         return at, int(turns[turns > at].min(initial=FOREVER)), line
 
 
+def _limit(asked: int | None, plain: Ints) -> Ints:
+    return plain if asked is None else np.full(len(plain), asked, np.int64)
+
+
 def _among(rows: Rows, column: str, keys: Ints) -> Rows:
     keep = np.isin(rows[column], keys)
     return Rows({name: values[keep] for name, values in rows.columns.items()})
 
 
-_TABLES: Final = ("listings", "partners", "hosts", "holds", "tasks")
+_TABLES: Final = ("listings", "partners", "hosts", "holds", "tasks", "tiers")
 
 
 def facet(codes: Ints, names: Names, mask: Mask) -> dict[str, int]:

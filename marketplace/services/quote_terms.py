@@ -10,7 +10,9 @@ from django.db.models import Min
 from billing.core import money, share
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing, Organization, Quote
+from marketplace.services import price_tiers
 from marketplace.services.availability import HOLDING, seconds
+from marketplace.services.price_tiers import Asked, Option
 from scheduler.core.capacity import LEVELS
 
 BOOK_AHEAD = timedelta(days=365)
@@ -18,7 +20,9 @@ BOOK_AHEAD = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. `starts_at` None: at once. Windows are half-open, UTC, to the minute. `limit_price`: spot only."""
+    """What is asked for. `starts_at` None: at once. Windows are half-open, UTC, to the minute. `limit_price`: spot only.
+    `upfront_max_permille`, `flexible_hours_max`: as services.price_tiers says.
+    """
 
     kind: str
     gpu_count: int
@@ -26,6 +30,8 @@ class Request:
     starts_at: datetime | None = None
     ends_at: datetime | None = None
     limit_price: int | None = None
+    upfront_max_permille: int | None = None
+    flexible_hours_max: int | None = None
 
 
 def check(
@@ -51,6 +57,10 @@ def check(
         wrong["/limit_price"] = f"the floor is {price} now"
     elif wanted.kind != Kind.SPOT and wanted.limit_price is not None:
         wrong["/limit_price"] = "only spot has a limit"
+    if wanted.upfront_max_permille is not None and wanted.kind not in HOLDING:
+        wrong["/upfront_max_permille"] = f"only {' and '.join(HOLDING)} have anything due at signing"
+    if wanted.flexible_hours_max is not None and wanted.kind != Kind.FLEXIBLE:
+        wrong["/flexible_hours_max"] = "only flexible bears curtailment"
     for name, at in (("/starts_at", wanted.starts_at), ("/ends_at", wanted.ends_at)):
         if at is not None and (at.second or at.microsecond):
             wrong[name] = "to the minute"
@@ -94,6 +104,31 @@ def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: dat
             {"/ends_at": f"{listing.min_term_hours} hours to {listing.max_term_days} days after the start"},
             {"min_term_hours": listing.min_term_hours, "max_term_days": listing.max_term_days},
         )
+
+
+def option_of(listing: Listing, wanted: Request, now: datetime) -> Option:
+    """The price of a request for `reserved` or `flexible`, and what is agreed with it. MarketError("term_not_offered") with all that
+    is offered for less asking too much.
+    """
+    starts_at = max(wanted.starts_at or now, now)
+    term_s = None if wanted.ends_at is None else seconds(wanted.ends_at) - seconds(starts_at)
+    asked = Asked(term_s, wanted.upfront_max_permille, wanted.flexible_hours_max)
+    found = price_tiers.chosen(listing, wanted.kind, asked)
+    if found is not None:
+        return found
+    longest = [o for o in price_tiers.options(listing, wanted.kind) if o.min_term_hours <= asked.term_hours]
+    least = min(option.upfront_permille for option in longest)
+    wrong: dict[str, str] = {}
+    if wanted.upfront_max_permille is not None and wanted.upfront_max_permille < least:
+        wrong["/upfront_max_permille"] = f"at least {least} for such a term"
+    else:
+        upfront = listing.upfront_permille if wanted.upfront_max_permille is None else wanted.upfront_max_permille
+        hours = min(o.flexible_hours_per_month for o in longest if o.upfront_permille <= upfront)
+        wrong["/flexible_hours_max"] = f"at least {hours} for such a term"
+    raise MarketError(
+        "term_not_offered", "; ".join(f"{name.strip('/')}: {said}" for name, said in wrong.items()), wrong,
+        {"offered": [vars(option) for option in sorted(longest)]},
+    )  # fmt: skip
 
 
 def chunk_of(listing: Listing) -> int:

@@ -4,18 +4,24 @@ from typing import Any
 
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Quote
+from marketplace.services.price_tiers import Option
 
 FROZEN = (
     "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
     "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "upfront_permille", "maintenance_hours_per_month",
 )  # fmt: skip
+ASKS = ("upfront_permille", "flexible_hours_per_month")  # that a price tier has instead of the listing
 
 
-def terms_of(listing: Listing) -> dict[str, Any]:
-    """The listing's terms as they are now; prices, currency and fee stand in the quote's own columns."""
+def terms_of(listing: Listing, option: Option | None = None) -> dict[str, Any]:
+    """The listing's terms as they are now; prices, currency and fee stand in the quote's own columns. `option`: the offer that is
+    quoted, with what it asks in place of the plain terms.
+    """
     site = listing.site
     return {
         **{name: getattr(listing, name) for name in FROZEN},
+        **({} if option is None else {name: value for name, value in vars(option).items() if name in ASKS}),
+        "price_term_hours": option.min_term_hours if option else 0,
         "operator": listing.organization.name,
         "site": site.name,
         "region": site.region,

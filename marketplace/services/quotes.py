@@ -17,12 +17,13 @@ from marketplace.models import Listing, Organization, Quote, Reservation, Standi
 from marketplace.services import availability, documents, holds, listings, nearest, quoted, spot_prices
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward import buying
-from marketplace.services.quote_terms import Request, check, chunk_of, itemise, total_minor, upfront_minor
+from marketplace.services.price_tiers import Option
+from marketplace.services.quote_terms import Request, check, chunk_of, itemise, option_of, total_minor, upfront_minor
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import Admission
 
 __all__ = [
-    "Request", "accept_body", "admitted", "chunk_of", "claims_at", "itemise", "quote", "release", "state_of", "total_minor",
+    "Request", "accept_body", "admitted", "chunk_of", "claims_at", "itemise", "option_of", "quote", "release", "state_of", "total_minor",
     "upfront_minor",
 ]  # fmt: skip
 
@@ -53,9 +54,10 @@ def quote(
     starts_at = check(listing, organization, wanted, price, now)
     if wanted.limit_price is not None:
         price = spot_prices.quoted(listing, price, wanted.limit_price, now)
+    holding = wanted.kind in HOLDING
+    option = option_of(listing, wanted, now) if holding else Option(price)
     with transaction.atomic():
         acquire((Lock.CELL, listing.site.cell_id), (Lock.ORG, organization.pk))
-        holding = wanted.kind in HOLDING
         made = Quote(
             organization=organization,
             listing=listing,
@@ -66,14 +68,16 @@ def quote(
             level=wanted.level,
             starts_at=starts_at,
             ends_at=wanted.ends_at,
-            price=price,
+            price=option.price,
             overage_price=(listing.on_demand_price or price) if holding else None,
             limit_price=wanted.limit_price,
+            upfront_max_permille=wanted.upfront_max_permille,
+            flexible_hours_max=wanted.flexible_hours_max,
             currency=listing.currency,
             listing_version=listing.version,
-            terms=quoted.terms_of(listing),
+            terms=quoted.terms_of(listing, option if holding else None),
             fee_permille=settings.PLATFORM_FEE_PERMILLE,
-            total_minor=total_minor(wanted.gpu_count, starts_at, wanted.ends_at, price, listing.currency)
+            total_minor=total_minor(wanted.gpu_count, starts_at, wanted.ends_at, option.price, listing.currency)
             if wanted.ends_at and holding
             else None,
             created_at=now,

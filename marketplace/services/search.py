@@ -17,7 +17,7 @@ from django.db.models import QuerySet
 from marketplace import prepared
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing
-from marketplace.services import availability, catalogue
+from marketplace.services import availability, catalogue, price_tiers
 from marketplace.services.availability import Stock
 from marketplace.services.filters import (
     COMPARABLE,
@@ -30,7 +30,8 @@ from marketplace.services.filters import (
     one_of,
     priced,
 )
-from marketplace.services.offers import NONE, PRICES, Mask, Offers, facet
+from marketplace.services.offers import NONE, Mask, Offers, facet
+from marketplace.services.price_tiers import Asked, Option
 from marketplace.tenancy import Actor
 from scheduler.core.claims import Ints
 
@@ -87,9 +88,12 @@ class Checked:
 
 @dataclass(frozen=True)
 class Found:
+    """`prices`: kind -> what it costs and asks for what was asked; what nothing of the listing meets is left out."""
+
     listing: Listing
     stock: Stock
     checked: Checked = Checked()
+    prices: dict[str, Option] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,22 +145,23 @@ def search(
     shown = matching
     if wanted.count is not None or wanted.start is not None:
         shown = matching & (free >= np.maximum(wanted.count or 1, offers.listings["min_gpus"]))
-    chosen, value = _ordered(offers, shown, sort, wanted, after)
+    asked = wanted.asked(now)
+    chosen, value = _ordered(offers, shown, sort, wanted.kinds, asked, after)
     page = chosen[:limit]
     more = len(chosen) > limit
     return Result(
-        rows=_rows(actor, offers, page, free, now),
+        rows=_rows(actor, offers, page, free, asked, now),
         has_more=more,
         cursor=_encode(sort, int(value[page[-1]]), int(offers.listings["id"][page[-1]])) if more else None,
         as_of=now,
-        facets=_facets(offers, base, steps, wanted) if with_facets else {},
+        facets=_facets(offers, base, steps, wanted, asked) if with_facets else {},
         nothing=_why_nothing(base, steps, matching, free) if not len(chosen) and cursor is None else None,
     )
 
 
 # --- rows, in the order asked for
 def _ordered(
-    offers: Offers, shown: Mask, sort: str, wanted: Filters, after: tuple[int, int] | None
+    offers: Offers, shown: Mask, sort: str, kinds: tuple[Kind, ...], asked: Asked, after: tuple[int, int] | None
 ) -> tuple[Ints, Ints]:
     """(positions of `shown` behind the cursor in the order asked for, the value of each offer that they are sorted by)."""
     ids = offers.listings["id"]
@@ -164,8 +169,8 @@ def _ordered(
     name = sort.lstrip("-")
     if name == "price":
         value = np.full(len(offers), NONE)
-        for kind in reversed(wanted.kinds):
-            price = offers.listings[PRICES[kind]]
+        for kind in reversed(kinds):
+            price = offers.price(kind, asked)
             value = np.where(price != NONE, price, value)
     else:
         value = ids if name in {"newest", "oldest"} else offers.number(_COLUMN[name])
@@ -179,7 +184,7 @@ def _ordered(
     return chosen[np.lexsort((sign * ids[chosen], sign * value[chosen]))], value
 
 
-def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -> list[Found]:
+def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, asked: Asked, now: datetime) -> list[Found]:
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
     rows = (
@@ -194,7 +199,9 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, now: datetime) -
     verified, hosts = offers.verified[page].tolist(), offers.host_count[page].tolist()
     scores = [None if score == NONE else score for score in offers.of_hosts["benchmark_score"][page].tolist()]
     return [
-        Found(rows[pk], Stock(gpus, total, now, heard.get(pk)), Checked(*checked))
+        Found(
+            rows[pk], Stock(gpus, total, now, heard.get(pk)), Checked(*checked), price_tiers.all_chosen(rows[pk], asked)
+        )
         for pk, gpus, total, *checked in zip(ids, stock, totals, verified, hosts, scores, strict=True)
         if pk in rows
     ]
@@ -223,13 +230,15 @@ def _decode(cursor: str, sort: str) -> tuple[int, int]:
 
 
 # --- what else there is
-def _facets(offers: Offers, base: Mask, steps: list[tuple[str, Mask]], wanted: Filters) -> dict[str, dict[str, int]]:
+def _facets(
+    offers: Offers, base: Mask, steps: list[tuple[str, Mask]], wanted: Filters, asked: Asked
+) -> dict[str, dict[str, int]]:
     """Offers per value of each facet, counted as if its own filter were off."""
     common = base.copy()
     for name, mask in steps:
-        if name not in {*FACETS, "kind", "price_max"}:
+        if name not in {*FACETS, "kind", "price_max", "upfront_max_permille", "flexible_hours_max"}:
             common &= mask
-    sells = {kind: priced(offers, (kind,), wanted.price_max) for kind in Kind}
+    sells = {kind: priced(offers, (kind,), wanted.price_max, asked) for kind in Kind}
     sold = np.zeros(len(offers), bool)
     for kind in wanted.kinds:
         sold |= sells[kind]

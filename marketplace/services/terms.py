@@ -67,6 +67,8 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "currency": quote.currency,
         "fee_permille": quote.fee_permille,
         "total_minor": total,
+        "upfront_permille": frozen.get("upfront_permille", 0) if quote.kind in HOLDING else 0,
+        "price_term_hours": frozen.get("price_term_hours", 0),
         "upfront_minor": quotes.upfront_minor(total, frozen.get("upfront_permille", 0), quote.currency),
         "max_term_days": frozen["max_term_days"],
         "eviction_notice_s": frozen["eviction_notice_s"],

@@ -3,7 +3,8 @@
 Extension. On the same terms and price, up to the longest term that the contract froze, on the same GPUs: work that runs does not
 move. A contract that has not begun may get others of its listing.
 More GPUs. For the rest of the window, in the same part of the fabric where the contract asked for one. What is added costs what the
-listing asks now; what was agreed before keeps its price. (At the old price a small contract would be a free option on a large one.)
+listing asks now for what is left of the window; what was agreed before keeps its price. (At the old price a small contract would be a
+free option on a large one.)
 
 A proposal holds no capacity. Nothing more is due at signing: what is added is billed by the month.
 """
@@ -18,7 +19,7 @@ from django.db.models import Max, Q
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Amendment, Contract, Fill, Listing, Organization, Resale, Reservation
+from marketplace.models import Amendment, Contract, Fill, Kind, Listing, Organization, Resale, Reservation
 from marketplace.services import (
     audit,
     availability,
@@ -78,7 +79,7 @@ def _propose(actor: Actor, contract: Contract, asked: Asked, now: datetime) -> A
         open_.update(state=Amendment.State.EXPIRED, decided_at=now)  # the newest proposal is the one that counts
         assert fresh.ends_at is not None
         begin = fresh.ends_at if asked.ends_at else max(fresh.starts_at, now)
-        price = fresh.price if asked.ends_at else listings.price_of(listing, fresh.kind, now=now)
+        price = fresh.price if asked.ends_at else _price_of_more(fresh, begin, now)
         return Amendment.objects.create(
             contract=fresh,
             kind=Amendment.Kind.EXTEND if asked.ends_at else Amendment.Kind.RESIZE,
@@ -136,6 +137,17 @@ def accept(actor: Actor, proposal: Amendment, *, now: datetime) -> Amendment:
             [fresh.pk], "extended" if asked.ends_at else "resized", f"As accepted by {row.decided_by}: {said}."
         )
     return row
+
+
+def _price_of_more(contract: Contract, begin: datetime, now: datetime) -> int:
+    """For the rest of the window, with no more curtailment than the contract bears; nothing is due at signing, so nothing is
+    had for paying then beyond what the plain price asks.
+    """
+    listing = Listing.objects.get(pk=contract.listing_id)  # as it is on offer now
+    listings.price_of(listing, contract.kind, now=now)  # refuses what is not offered any more
+    hours = contract.flexible_hours_per_month if contract.kind == Kind.FLEXIBLE else None
+    asked = quotes.Request(contract.kind, 0, starts_at=begin, ends_at=contract.ends_at, flexible_hours_max=hours)
+    return quotes.option_of(listing, asked, now).price
 
 
 def own(actor: Actor, contract: Contract) -> None:

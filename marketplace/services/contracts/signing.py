@@ -12,7 +12,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import BillingStanding, Contract, Fill, Kind, Listing, Organization, Quote, Reservation
-from marketplace.services import audit, availability, documents, holds, quoted, quotes, screening, terms
+from marketplace.services import audit, availability, documents, holds, price_tiers, quoted, quotes, screening, terms
 from marketplace.services.availability import HOLDING
 from marketplace.services.contracts import notices
 from marketplace.services.contracts.ending import cancel
@@ -100,6 +100,7 @@ def _check_quote(quote: Quote, now: datetime) -> None:
             **({"starts_at": quote.starts_at} if quote.starts_at > now and not quote.starts_at.second else {}),
             **({"ends_at": quote.ends_at} if quote.ends_at else {}),
             **({"limit_price": quote.limit_price} if quote.limit_price else {}),
+            **price_tiers.limits(quote),
         }  # fmt: skip
         raise MarketError(
             "quote_expired", f"{quote.public_id} was firm until {quote.firm_until:%F %T}Z; ask for a new one.",

@@ -20,10 +20,11 @@ from django.db.models import Q, Sum
 from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import Contract, GpuModel, Listing, Organization, Quote, Site, StandingBid
-from marketplace.services import audit, availability, contracts, documents, quotes, terms
+from marketplace.models import Contract, GpuModel, Kind, Listing, Organization, Quote, Site, StandingBid
+from marketplace.services import audit, availability, contracts, documents, price_tiers, quotes, terms
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward.topics import TOLD, nudge_book
+from marketplace.services.price_tiers import Option
 from marketplace.tenancy import SYSTEM, Actor
 from scheduler.core import orders
 from scheduler.core.capacity import LEVELS, Hosts, Pool
@@ -35,6 +36,7 @@ BATCH = 500
 MOST_OPEN = 50  # bids of one organization
 REST = timedelta(hours=1)
 AHEAD = timedelta(days=365)
+ASKS = 64  # ids of asks that one listing may take: two kinds, the plain price and its tiers
 UNSEEN = Pool.build(Hosts.of(()))  # the room of an ask that nobody has looked at
 CONSENT = "I agree that each quote of this bid is accepted for us at once, at up to the limit, with the terms of service {version}."
 
@@ -237,29 +239,30 @@ def _as_order(bid: StandingBid, gpus: int) -> orders.Bid:
 def _offers(livemode: bool, gpu_model_id: int, region: str, most: int) -> list[tuple[orders.Ask, Listing]]:
     """What somebody's limit reaches, the cheapest first, as asks whose room nobody has looked at."""
     rows = Listing.objects.filter(
-        Q(reserved_price__lte=most) | Q(flexible_price__lte=most), state=Listing.State.PUBLISHED, gpu_model=gpu_model_id,
-        site__region=region, site__cell__livemode=livemode,
+        Q(reserved_price__lte=most) | Q(flexible_price__lte=most) | ~Q(price_tiers=[]), state=Listing.State.PUBLISHED,
+        gpu_model=gpu_model_id, site__region=region, site__cell__livemode=livemode,
     ).select_related("site", "resale").prefetch_related("partners")  # fmt: skip
     found = [
-        (_as_ask(row, kind, price), row)
+        (_as_ask(row, kind, n, option), row)
         for row in rows
-        for kind, price in (("reserved", row.reserved_price), ("flexible", row.flexible_price))
-        if price is not None and price <= most
+        for kind in HOLDING
+        for n, option in enumerate(price_tiers.unasked(row, kind))
+        if option.price <= most
     ]
     return sorted(found, key=lambda offer: (offer[0].price, offer[0].since, offer[0].id))
 
 
-def _as_ask(listing: Listing, kind: str, price: int) -> orders.Ask:
-    """With twice the listing's id (and one more: flexible); kinds of one listing sell the same capacity."""
+def _as_ask(listing: Listing, kind: str, number: int, option: Option) -> orders.Ask:
+    """One of the listing's prices; all of one listing sell the same capacity."""
     resale = listing.resale if listing.is_resale else None
     only = None
     if listing.visibility == Listing.Visibility.PARTNERS:
         only = frozenset([listing.organization_id, *(partner.pk for partner in listing.partners.all())])
     return orders.Ask(
-        id=2 * listing.pk + (kind == "flexible"),
-        since=seconds(listing.published_at or listing.created_at), price=price, kind=kind, shelf=listing.pk,
+        id=ASKS * listing.pk + 2 * number + (kind == Kind.FLEXIBLE),
+        since=seconds(listing.published_at or listing.created_at), price=option.price, kind=kind, shelf=listing.pk,
         pool=UNSEEN, chunk=1, least=listing.min_gpus, lead=availability.lead_s(listing),
-        site=listing.site_id, shortest=listing.min_term_hours * 3600, longest=listing.max_term_days * 86_400,
+        site=listing.site_id, shortest=max(listing.min_term_hours, option.min_term_hours) * 3600, longest=listing.max_term_days * 86_400,
         window=None if resale is None else (seconds(resale.starts_at), seconds(resale.ends_at)), only=only,
         never=0 if resale is None else resale.organization_id,
     )  # fmt: skip
@@ -283,7 +286,7 @@ def _asks(offers: Iterable[tuple[orders.Ask, Listing]], bids: Sequence[orders.Bi
 def _quote(match: orders.Match, now: datetime) -> str:
     """Quote one match for its bidder, and sign where the bid says so: quoted | bought | refused | stale."""
     shown = StandingBid.objects.get(pk=match.bid)
-    listing = Listing.objects.select_related("site").get(pk=match.ask // 2)
+    listing = Listing.objects.select_related("site").get(pk=match.ask // ASKS)
     actor = Actor(
         kind="user", organization_id=shown.organization_id, role="owner", user_id=shown.created_by_id, livemode=shown.livemode,
         label=f"bid {shown.public_id}",

@@ -14,8 +14,10 @@ from django.db.models import Q, QuerySet
 from marketplace.errors import MarketError
 from marketplace.models import Fill, GpuModel, Listing, Resale, Site, StandingBid
 from marketplace.services import catalogue
+from marketplace.services.availability import seconds
 from marketplace.services.filters import one_of
 from marketplace.services.offers import NONE
+from marketplace.services.price_tiers import Asked
 from marketplace.tenancy import Actor
 
 MONTHS = 12
@@ -89,13 +91,14 @@ def _offers(
     listed = catalogue.read()
     rows = listed.listings
     shown = (rows["partners_only"] == 0) & (rows["livemode"] == int(livemode)) & (rows["is_resale"] == 0)
-    shown &= rows["reserved_price"] != NONE
+    price = listed.price("reserved", Asked(seconds(end) - seconds(max(start, now))))
+    shown &= price != NONE
     for name, value in (("gpu_model", model.name), ("region", region), ("currency", currency)):
         among = one_of(listed, name, (value,))
         shown &= among if among is not None else True
     free = listed.stock(now=now, level="site", kind="reserved", starts_at=max(start, now), ends_at=end)
     here = np.flatnonzero(shown & (free > 0))
-    found = list(zip(rows["reserved_price"][here].tolist(), free[here].tolist(), strict=True))
+    found = list(zip(price[here].tolist(), free[here].tolist(), strict=True))
     sold_on = Resale.objects.filter(
         Q(listing__reserved_price__isnull=False) | Q(listing__flexible_price__isnull=False), state=Resale.State.OPEN,
         expires_at__gt=now, starts_at__lt=end, ends_at__gt=start, currency=currency, contract__gpu_model=model,

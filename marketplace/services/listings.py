@@ -210,6 +210,8 @@ def _known(fields: dict[str, Any]) -> dict[str, Any]:
     unknown = set(fields) - set(EDITABLE)
     if unknown:
         raise MarketError("unknown_field", ", ".join(sorted(unknown)), {f"/{u}": "unknown field" for u in unknown})
+    if "price_tiers" in fields:
+        return {**fields, "price_tiers": price_tiers.completed(fields["price_tiers"])}
     return fields
 
 

@@ -6,16 +6,18 @@ terms of `min_term_hours` or more, with `upfront_permille` of the commitment due
 this the cheapest is quoted. Who says nothing of the two is asked for no more than the plain price asks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing, Quote
 from marketplace.services.availability import HOLDING
 
 if TYPE_CHECKING:
     from marketplace.services.quote_terms import Request
 
+LEFT_OUT: Final = {"min_term_hours": 1, "upfront_permille": 0, "flexible_hours_per_month": 0}
 MOST: Final = 24  # tiers of one listing
 LONGEST_HOURS: Final = 26_304  # three years
 GRACE_S: Final = 60  # a window that began within this minute is as long as it was asked for
@@ -100,6 +102,15 @@ def limits(asked: "Request | Quote") -> dict[str, int]:
     """What was asked of the two, by the name that asks for it again."""
     said = {name: getattr(asked, name) for name in ("upfront_max_permille", "flexible_hours_max")}
     return {name: value for name, value in said.items() if value is not None}
+
+
+def completed(tiers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As a listing keeps them, with what was left out. MarketError("invalid_request") for one without a kind or a price."""
+    for i, tier in enumerate(tiers):
+        if missing := [name for name in ("kind", "price") if tier.get(name) is None]:
+            pointer = f"/price_tiers/{i}/{missing[0]}"
+            raise MarketError("invalid_request", f"{pointer}: is needed", {pointer: "is needed"})
+    return [{**LEFT_OUT, **tier} for tier in tiers]
 
 
 def wrong(listing: Listing) -> dict[str, str]:

@@ -29,14 +29,16 @@ def market(stripe_api: Stripe) -> World:
 
 
 def sign(
-    world: World, kind: str, gpus: int, *, start: float | None = None, end: float | None = None, at: float = 0, **terms
-):
+    world: World, kind: str, gpus: int, *, start: float | None = None, end: float | None = None, at: float = 0,
+    upfront_max: int | None = None, **terms,
+):  # fmt: skip
     """A contract by quote and signature at NOW + at; `terms` are set on the listing first."""
     type(world.listing).objects.filter(pk=world.listing.pk).update(**terms)
     actor = factories.actor(world.customer)
     wanted = quotes.Request(
-        kind, gpus, starts_at=None if start is None else after(start), ends_at=None if end is None else after(end)
-    )
+        kind, gpus, starts_at=None if start is None else after(start), ends_at=None if end is None else after(end),
+        upfront_max_permille=upfront_max,
+    )  # fmt: skip
     made = quotes.quote(actor, world.listing.pk, wanted, now=after(at))
     world.contract = contracts.accept(actor, made.pk, now=after(at))
     return world.contract
@@ -165,6 +167,23 @@ def test_what_is_due_at_signing_is_collected_then_drawn_down_first(market: World
     collect(*made[1:])
     settled(market, first, *made)
     assert sum(invoice.due_minor for invoice in (first, *made)) == total
+
+
+def test_a_price_tier_is_invoiced_at_its_price_with_its_share_due_at_signing(market: World):
+    tiers = [
+        {"kind": "reserved", "min_term_hours": 240, "upfront_permille": 400, "flexible_hours_per_month": 0, "price": 1_500_000},
+        {"kind": "reserved", "min_term_hours": 480, "upfront_permille": 400, "flexible_hours_per_month": 0, "price": 1_000_000},
+    ]  # fmt: skip
+    contract = sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY, upfront_max=500, price_tiers=tiers)
+    total = 4 * 240 * 150
+    assert (contract.price, contract.upfront_minor) == (1_500_000, total * 4 // 10)
+    first = upfront.issue(contract.pk, now=after(60))
+    collect(first)
+    type(market.listing).objects.update(price_tiers=[])
+    made = market.close(MONTH + 10 * DAY)
+    assert lines(made) == [("commitment", total), ("drawdown", -total * 4 // 10)]
+    collect(made)
+    settled(market, first, made)
 
 
 def test_what_is_left_of_it_at_an_early_end_goes_back(market: World):

@@ -12,7 +12,7 @@ from unfold.decorators import display
 from marketplace.admin import look
 from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
-from marketplace.admin.listings import PriceField
+from marketplace.admin.prices import PriceField
 from marketplace.models import GridSource
 from marketplace.services import grid
 from marketplace.services.grid import rules, sources

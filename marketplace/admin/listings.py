@@ -1,6 +1,5 @@
 """An operator's offers: drafted, edited, published, paused and retired."""
 
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from django import forms
@@ -16,48 +15,11 @@ from marketplace.admin import look
 from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
 from marketplace.admin.moves import Call, Move
+from marketplace.admin.prices import PriceField, TiersField
 from marketplace.admin.tenancy import own
 from marketplace.errors import MarketError
 from marketplace.models import Host, Listing
 from marketplace.services import listings
-
-
-class PriceField(forms.CharField):
-    """Typed in the major unit, `2.49`; an integer of millionths inside. No float in between."""
-
-    def prepare_value(self, value: Any) -> Any:
-        if isinstance(value, int):
-            whole, rest = divmod(value, look.MICRO)
-            return f"{whole}.{f'{rest:06d}'.rstrip('0').ljust(2, '0')}"
-        return value
-
-    def to_python(self, value: Any) -> int | None:  # type: ignore[override]
-        if isinstance(value, int):
-            return value
-        text = (super().to_python(value) or "").replace(",", "").strip()
-        if not text:
-            return None
-        try:
-            millionths = Decimal(text) * look.MICRO
-            exact = millionths == millionths.to_integral_value()
-        except InvalidOperation:
-            raise forms.ValidationError("is no price: write it as 2.49") from None
-        if not exact or not 0 < millionths < 10**15:
-            raise forms.ValidationError("must be positive, with at most six digits after the point")
-        return int(millionths)
-
-    def validate(self, value: Any) -> None:
-        if value is None and self.required:
-            raise forms.ValidationError(self.error_messages["required"])
-
-    def run_validators(self, value: Any) -> None:
-        """`to_python` has said all there is."""
-
-    def has_changed(self, initial: Any, data: Any) -> bool:
-        try:
-            return self.to_python(data) != initial
-        except forms.ValidationError:
-            return True
 
 
 class HostChoice(forms.ModelMultipleChoiceField):
@@ -77,6 +39,7 @@ class ListingForm(DeskForm):
     on_demand_price = price_field("On demand")
     reserved_price = price_field("Reserved")
     flexible_price = price_field("Flexible")
+    price_tiers = TiersField()
     spot_floor = price_field("Spot, at least")
     hosts = HostChoice(
         queryset=Host.objects.none(), required=False, widget=widgets.UnfoldAdminSelectMultipleWidget(attrs={"size": 12}),
@@ -120,7 +83,7 @@ class ListingForm(DeskForm):
             hosts: Any = self.fields["hosts"]
             hosts.queryset = self.own_hosts if row is None else self.own_hosts.filter(site_id=row.site_id)
         if row is not None:
-            for name in listings.PRICES:
+            for name in (*listings.PRICES, "price_tiers"):
                 self.initial.setdefault(name, getattr(row, name))
             self.initial["hosts"] = list(row.hosts.values_list("pk", flat=True))
             self.initial["partner_ids"] = " ".join(
@@ -169,7 +132,7 @@ class ListingAdmin(look.Shown, TenantAdmin):
     ordering = ("-id",)
     fieldsets = (
         (None, {"fields": (("site", "gpu_model"), "title", "description", "hosts")}),
-        ("Prices", {"fields": ("currency", ("on_demand_price", "reserved_price"), ("flexible_price", "spot_floor"))}),
+        ("Prices", {"fields": ("currency", ("on_demand_price", "reserved_price"), ("flexible_price", "spot_floor"), "price_tiers")}),
         ("Terms", {"fields": (
             ("min_gpus", "min_term_hours"), ("max_term_days", "upfront_permille"),
             "eviction_notice_s", ("flexible_hours_per_month", "flexible_notice_s"),
@@ -236,12 +199,22 @@ class ListingAdmin(look.Shown, TenantAdmin):
         """To read only, what the form shows its own way is shown as in the list."""
         if obj is None or self.has_change_permission(request, obj):
             return super().get_fieldsets(request, obj)
-        shown = {"hosts": "shown_hosts", "partner_ids": None}
+        shown = {"hosts": "shown_hosts", "partner_ids": None, "price_tiers": "shown_tiers"}
         shown |= {name: f"shown_{name.removesuffix('_price').removesuffix('_floor')}" for name in listings.PRICES}
         return [
             (title, {"fields": [f for name in flatten(options["fields"]) if (f := shown.get(name, name))]})
             for title, options in self.fieldsets
         ]
+
+    @display(description="Prices by term")
+    def shown_tiers(self, row: Listing) -> str:
+        told = [
+            f"{tier['kind']} from {tier['min_term_hours']} h, {tier['upfront_permille'] / 10:g} % at signing"
+            + (f", {tier['flexible_hours_per_month']} h of curtailment" if tier["flexible_hours_per_month"] else "")
+            + f": {look.price(tier['price'], row.currency)}"
+            for tier in row.price_tiers
+        ]
+        return "; ".join(told) or "none"
 
     @display(description="Hosts")
     def shown_hosts(self, row: Any) -> str:

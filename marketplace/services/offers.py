@@ -209,7 +209,8 @@ class Offers:
     def price(self, kind: str, asked: Asked) -> Ints:
         """int64[N]: as `price_tiers.chosen` of each listing; NONE where nothing meets what is asked."""
         rows, plain = self.listings, self.listings[PRICES[Kind(kind)]]
-        if kind not in HOLDING:
+        limited = asked.upfront_max_permille is not None or asked.flexible_hours_max is not None
+        if kind not in HOLDING or not (limited or len(self.tiers)):
             return plain
         upfront = _limit(asked.upfront_max_permille, rows["upfront_permille"])
         hours = _limit(asked.flexible_hours_max, rows["flexible_hours_per_month"])

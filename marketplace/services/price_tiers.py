@@ -15,6 +15,7 @@ from marketplace.models import Kind, Listing, Quote
 from marketplace.services.availability import HOLDING
 
 if TYPE_CHECKING:
+    from marketplace.services.filters import Filters
     from marketplace.services.quote_terms import Request
 
 LEFT_OUT: Final = {"min_term_hours": 1, "upfront_permille": 0, "flexible_hours_per_month": 0}
@@ -98,7 +99,7 @@ def all_chosen(listing: Listing, asked: Asked = Asked()) -> dict[str, Option]:
     return {kind: found for kind in Kind.values if (found := chosen(listing, kind, asked))}
 
 
-def limits(asked: "Request | Quote") -> dict[str, int]:
+def limits(asked: "Request | Quote | Filters") -> dict[str, int]:
     """What was asked of the two, by the name that asks for it again."""
     said = {name: getattr(asked, name) for name in ("upfront_max_permille", "flexible_hours_max")}
     return {name: value for name, value in said.items() if value is not None}
@@ -121,7 +122,7 @@ def wrong(listing: Listing) -> dict[str, str]:
     found: dict[str, str] = {}
     for i, tier in enumerate(tiers):
         if problem := _problem(listing, tier):
-            found[f"/price_tiers/{i}"] = problem
+            found[f"/price_tiers/{i}"] = f"tier {i + 1}: {problem}"
     if found:
         return found
     for i, tier in enumerate(tiers):
@@ -129,7 +130,7 @@ def wrong(listing: Listing) -> dict[str, str]:
         rivals += [(f"tier {j + 1}", _option(t)) for j, t in enumerate(tiers) if j != i and t["kind"] == tier["kind"]]
         better = next((name for name, rival in rivals if rival.betters(_option(tier))), None)
         if better:
-            found[f"/price_tiers/{i}"] = f"nobody would take it: {better} costs no more, and asks no more"
+            found[f"/price_tiers/{i}"] = f"tier {i + 1}: nobody would take it, {better} costs no more, and asks no more"
     return found
 
 

@@ -10,7 +10,8 @@ from django import forms
 from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Kind, Listing
-from marketplace.services import job_rules
+from marketplace.services import job_rules, price_tiers
+from marketplace.services.availability import HOLDING
 from marketplace.tenancy import ROLES, SCOPES, Actor
 from marketplace.web.tags import LEVEL_WORDS, kind_words, price
 from scheduler.core.capacity import LEVELS
@@ -39,6 +40,16 @@ def millionths(value: Decimal | None) -> int | None:
     return None if value is None else int(value * money.MILLIONTHS)
 
 
+def permille(value: Decimal | None) -> int | None:
+    """Of a share in per cent."""
+    return None if value is None else int(value * 10)
+
+
+def percent(value: int | None) -> str | None:
+    """A share in per mille, as it is typed in."""
+    return None if value is None else f"{Decimal(value) / 10:f}"
+
+
 class QuoteForm(forms.Form):
     kind = forms.ChoiceField(label="Contract", widget=forms.RadioSelect)
     gpu_count = forms.IntegerField(label="GPUs", min_value=1, max_value=1_000_000)
@@ -49,15 +60,38 @@ class QuoteForm(forms.Form):
         label="Your limit per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=6,
         help_text="Spot only: the most that you would pay. The price is the same for all who run, and often lower.",
     )  # fmt: skip
+    upfront_max_permille = forms.TypedChoiceField(
+        label="Due at signing, at most", required=False, coerce=int, empty_value=None,
+        help_text="Reserved and flexible: the more, the less a GPU-hour costs. It is drawn down first.",
+    )  # fmt: skip
+    flexible_hours_max = forms.TypedChoiceField(
+        label="Curtailment, at most", required=False, coerce=int, empty_value=None,
+        help_text="Flexible: hours a month that the grid may take; they are not billed.",
+    )  # fmt: skip
     reference = forms.CharField(label="Your reference", required=False, max_length=80)
 
     def __init__(self, *args: Any, listing: Listing, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        held = {kind: list(price_tiers.options(listing, kind)) for kind in HOLDING}
+        shares = sorted({o.upfront_permille for options in held.values() for o in options})
+        hours = sorted({o.flexible_hours_per_month for o in held[Kind.FLEXIBLE]})
+        for name, values, words in (
+            ("upfront_max_permille", shares, lambda n: f"{percent(n)} % of the commitment" if n else "nothing"),
+            ("flexible_hours_max", hours, lambda n: f"{n} hours a month"),
+        ):
+            if len(values) > 1:
+                field: Any = self.fields[name]
+                field.choices = [("", "as the plain price asks"), *((n, words(n)) for n in values)]
+            else:
+                del self.fields[name]
         choice: Any = self.fields["kind"]
         choice.choices = [
-            (k, f"{kind_words(k)}: {'from ' if k == Kind.SPOT else ''}{price(p, listing.currency)} per GPU-hour")
+            (
+                k,
+                f"{kind_words(k)}: {'from ' if k == Kind.SPOT or len(all_) > 1 else ''}{price(p, listing.currency)} per GPU-hour",
+            )
             for k in Kind.values
-            if (p := listing.price_of(k)) is not None
+            if (all_ := list(price_tiers.options(listing, k))) and (p := min(all_).price)
         ]
         self.fields["gpu_count"].help_text = f"At least {listing.min_gpus}." if listing.min_gpus > 1 else ""
 

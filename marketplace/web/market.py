@@ -14,9 +14,10 @@ from django.utils.cache import patch_vary_headers
 from django.utils.safestring import SafeString
 
 from marketplace.errors import MarketError
-from marketplace.models import Host, Kind, Listing
-from marketplace.services import availability, maintenance, search
+from marketplace.models import Host, Listing
+from marketplace.services import availability, maintenance, price_tiers, search
 from marketplace.services.availability import HOLDING
+from marketplace.services.price_tiers import Option
 from marketplace.tenancy import Actor
 from marketplace.web import calendars, charts, spot, trust
 from marketplace.web.base import iso_minute, page, row_of, visitor
@@ -27,10 +28,11 @@ from scheduler.core.capacity import LEVELS
 PAGE_SIZE = 12
 FILTER_WORDS = {
     "gpu_model": "GPU model", "vram_min_mib": "GPU memory", "price_max": "price", "count": "number of GPUs", "end": "term",
+    "upfront_max_permille": "due at signing", "flexible_hours_max": "curtailment",
     "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "reliability_min": "reliability", "kind": "contract",
     "verified": "verified", "resale": "who sells", "availability": "window and number of GPUs",
 }  # fmt: skip
-PARAMETER = {"vram_min_mib": "vram_min"}
+PARAMETER = {"vram_min_mib": "vram_min", "upfront_max_permille": "upfront_max"}
 FACET_WORDS = {
     "gpu_model": "GPU", "region": "Region", "country": "Country", "interconnect": "Interconnect", "runtime": "Isolation",
 }  # fmt: skip
@@ -103,7 +105,9 @@ def _offer(found: search.Found, actor: Actor, wanted: search.Filters, now: datet
         "stock": stock,
         "checked": found.checked,
         "meter": _meter(stock),
-        "prices": _prices(row),
+        "prices": _prices(found.prices),
+        "of": {kind: option.price for kind, option in found.prices.items()},
+        "cheaper": _tiered(found),
         "mine": actor.organization_id == row.organization_id,
     }
 
@@ -121,20 +125,37 @@ def _carried(row: Listing, wanted: search.Filters, now: datetime) -> tuple[str, 
         **block,
         "starts_at": iso_minute(start),
         "ends_at": iso_minute(end),
+        **price_tiers.limits(wanted),
     }
-    days = round((end - start) / timedelta(days=1)) if start and end else 0
+    days = (round((end - start) / timedelta(days=1)) or None) if start and end else None
     shown = {"count": wanted.count, **block, "days": days, "start": f"{start:%F}" if start else ""}
     return _query(quote), _query(shown)
 
 
 def _query(given: dict[str, Any]) -> str:
     """`?a=1&b=2` of what has a value, or nothing."""
-    text = urlencode({name: value for name, value in given.items() if value})
+    text = urlencode({name: value for name, value in given.items() if value not in {None, ""}})
     return f"?{text}" if text else ""
 
 
-def _prices(row: Listing) -> list[tuple[str, str, int]]:
-    return [(k, kind_words(k), p) for k in Kind.values if (p := row.price_of(k)) is not None]
+def _prices(found: dict[str, Option]) -> list[tuple[str, str, int]]:
+    return [(kind, kind_words(kind), option.price) for kind, option in found.items()]
+
+
+def _tiers(row: Listing) -> list[tuple[str, Option]]:
+    """(kind, price) of every offer that holds capacity, where there is more than the plain one."""
+    return (
+        [(kind_words(kind), o) for kind in HOLDING for o in sorted(price_tiers.options(row, kind))]
+        if row.price_tiers
+        else []
+    )
+
+
+def _tiered(found: search.Found) -> bool:
+    """Another term, or more due at signing or borne, would cost less than what is shown."""
+    return any(
+        min(price_tiers.options(found.listing, kind)).price < option.price for kind, option in found.prices.items()
+    )
 
 
 def _facets(request: HttpRequest, facets: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
@@ -220,7 +241,8 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "host": host,
             "nvlink": max(Counter(host.nvlink_domains).values(), default=0) if host else 0,
             "meter": _meter(stock["site"]),
-            "prices": _prices(row),
+            "prices": _prices(price_tiers.all_chosen(row)),
+            "tiers": _tiers(row),
             "spot": spot.shown(row, now) if row.spot_floor is not None else None,
             "open": row.state == Listing.State.PUBLISHED,
             **trust.of(row),

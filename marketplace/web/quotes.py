@@ -15,7 +15,7 @@ from django.utils.dateparse import parse_datetime
 from billing.core import money
 from marketplace.errors import MarketError
 from marketplace.models import BillingStanding, Kind, Listing, Quote
-from marketplace.services import contracts, documents, maintenance, quotes
+from marketplace.services import contracts, documents, maintenance, price_tiers, quotes
 from marketplace.services.availability import HOLDING
 from marketplace.web.base import actor_of, done, failed, iso_minute, page, row_of
 from marketplace.web.forms import QuoteForm, millionths, refuse
@@ -23,7 +23,8 @@ from marketplace.web.market import listing_of
 from marketplace.web.tags import LEVEL_WORDS
 
 SIGNED = "Signed. The contract is yours; submit a job."
-ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price")
+LIMITS = ("upfront_max_permille", "flexible_hours_max")
+ASKED = ("kind", "gpu_count", "level", "starts_at", "ends_at", "limit_price", *LIMITS)
 
 
 @page(GET="quotes:write", POST="quotes:write")
@@ -34,7 +35,11 @@ def new(request: HttpRequest, listing: str) -> HttpResponse:
     form = QuoteForm(request.POST, listing=row)
     if not form.is_valid():
         return _form(request, row, form, status=400)
-    asked = {k: form.cleaned_data[k] for k in ASKED}
+    asked: dict[str, Any] = {k: form.cleaned_data.get(k) for k in ASKED}
+    if asked["kind"] not in HOLDING:
+        asked["upfront_max_permille"] = None
+    if asked["kind"] != Kind.FLEXIBLE:
+        asked["flexible_hours_max"] = None
     asked["limit_price"] = millionths(asked["limit_price"]) if asked["kind"] == Kind.SPOT else None
     try:
         made = quotes.quote(
@@ -117,7 +122,7 @@ def _fit(offer: dict[str, Any], body: dict[str, Any]) -> Fit:
 
 
 def _filled(body: dict[str, Any]) -> str:
-    query = {name: body[name] for name in ("kind", "gpu_count", "level")}
+    query = {name: body[name] for name in ("kind", "gpu_count", "level", *LIMITS) if name in body}
     query |= {name: iso_minute(body[name]) for name in ("starts_at", "ends_at") if name in body}
     if "limit_price" in body:
         query["limit_price"] = f"{Decimal(body['limit_price']) / money.MILLIONTHS:f}"
@@ -149,6 +154,7 @@ def _show(request: HttpRequest, row: Quote, status: int = 200, **more: Any) -> H
         **{k: getattr(row, k) for k in ("kind", "gpu_count", "level")},
         **({"ends_at": iso_minute(row.ends_at)} if row.ends_at else {}),
         **({"starts_at": iso_minute(row.starts_at)} if row.starts_at > now else {}),
+        **price_tiers.limits(row),
     }
     context = {
         "row": row,

@@ -9,7 +9,7 @@ from django.http import QueryDict
 from billing.core import money
 from marketplace.models import Kind
 from marketplace.services import search
-from marketplace.web.forms import Instant, millionths
+from marketplace.web.forms import Instant, millionths, percent, permille
 from marketplace.web.tags import LEVEL_WORDS, kind_words
 from scheduler.core.capacity import LEVELS
 
@@ -33,6 +33,13 @@ class SearchForm(forms.Form):
     end = Instant(label="Until (UTC)", required=False)
     price_max = forms.DecimalField(
         label="Up to, per GPU-hour", required=False, min_value=0, max_digits=9, decimal_places=4
+    )
+    upfront_max = forms.DecimalField(
+        label="Due at signing up to, %", required=False, min_value=0, max_value=100, max_digits=4, decimal_places=1,
+        help_text="Of a commitment. Empty: what each offer plainly asks.",
+    )  # fmt: skip
+    flexible_hours_max = forms.IntegerField(
+        label="Curtailment up to, hours a month", required=False, min_value=0, max_value=720, help_text="Flexible only."
     )
     vram_min = forms.IntegerField(label="GPU memory from, GiB", required=False, min_value=0, max_value=10_000)
     fabric_gbps_min = forms.IntegerField(label="Fabric from, Gb/s", required=False, min_value=0, max_value=100_000)
@@ -63,13 +70,15 @@ class SearchForm(forms.Form):
             start=asked["start"],
             end=asked["end"],
             price_max=millionths(asked["price_max"]),
+            upfront_max_permille=permille(asked["upfront_max"]),
+            flexible_hours_max=asked["flexible_hours_max"],
             vram_min_mib=None
             if asked["vram_min"] is None
             else max(0, asked["vram_min"] * 1024 - 512),  # as `gib` rounds
             fabric_gbps_min=asked["fabric_gbps_min"],
             carbon_max_g=asked["carbon_max_g"],
             verified=asked["verified"],
-            reliability_min=None if asked["reliability_min"] is None else int(asked["reliability_min"] * 10),
+            reliability_min=permille(asked["reliability_min"]),
             kind=asked["kind"] or None,
             resale={"yes": True, "no": False}.get(asked["resale"]),
             where=tuple(
@@ -92,7 +101,8 @@ class SearchForm(forms.Form):
             "fabric_gbps_min": wanted.fabric_gbps_min, "carbon_max_g": wanted.carbon_max_g,
             "verified": "on" if wanted.verified else None,
             "resale": None if wanted.resale is None else "yes" if wanted.resale else "no",
-            "reliability_min": None if wanted.reliability_min is None else f"{Decimal(wanted.reliability_min) / 10:f}",
+            "reliability_min": percent(wanted.reliability_min), "upfront_max": percent(wanted.upfront_max_permille),
+            "flexible_hours_max": wanted.flexible_hours_max,
             "never_leaves": "on" if FIRM in map(str, wanted.where) else None,
             "where": ",".join(text for text in map(str, wanted.where) if text != FIRM), "sort": sort if sort != "price" else None,
         }  # fmt: skip

@@ -142,6 +142,12 @@ def span(seconds: int | None) -> str:
 
 
 @register.filter
+def hours(value: int) -> str:
+    """`720` -> `30 days`, `36` -> `36 h`."""
+    return f"{value // 24} days" if value > 24 and value % 24 == 0 else f"{value} h"
+
+
+@register.filter
 def permille(value: int | None) -> str:
     """`150` -> `15 %`."""
     whole, rest = divmod(value or 0, 10)

@@ -30,6 +30,12 @@ PRICES = {
     },
     "L40S": {"on_demand_price": 890_000, "reserved_price": 690_000, "flexible_price": 590_000, "spot_floor": 390_000},
 }
+TIERS: tuple[tuple[str, int, dict[str, int]], ...] = (  # per cent of the plain price, and what is asked for it
+    ("reserved", 90, {"min_term_hours": 30 * 24}),
+    ("reserved", 80, {"min_term_hours": 30 * 24, "upfront_permille": 500}),
+    ("reserved", 75, {"min_term_hours": 90 * 24, "upfront_permille": 500}),
+    ("flexible", 85, {"flexible_hours_per_month": 120}),
+)
 
 
 def seed(house: Path, site_port: int) -> str:
@@ -129,6 +135,10 @@ def publish_listings(actor: Actor, site: Site, now: datetime) -> list[Listing]:
             "fabric_gbps": fabric[0],
             "interconnect": fabric[1],
             **PRICES[model.name],
+            "price_tiers": [
+                {"kind": kind, "price": PRICES[model.name][f"{kind}_price"] * percent // 100, **asks}
+                for kind, percent, asks in TIERS
+            ],
         }
         listing = listings.draft(actor, site, fields, hosts=hosts, now=now)
         made.append(listings.publish(actor, listing, now=now))

@@ -13,8 +13,8 @@ from marketplace.services.forward import bids
 from marketplace.services.price_tiers import Asked, Option
 from tests import factories
 from tests.factories import NOW
-from tests.marketplace.reselling import Desk
 from tests.marketplace.reselling import START as FROM
+from tests.marketplace.reselling import Desk
 from tests.marketplace.trade import DAY, START, accept, ask, refused
 
 HELD = ("reserved", "flexible")
@@ -139,10 +139,10 @@ def test_a_search_shows_filters_and_sorts_by_the_price_for_what_is_asked(custome
         factories.listing(site, hosts=[factories.host(site)], price_tiers=tiers, **fields)
     rows = list(Listing.objects.all())
     actor = factories.actor(customer)
-    for given in ASKS:
-        asks = {k: v for k, v in given.items() if k != "days"}
-        if "days" in given:
-            asks |= {"start": START, "end": START + given["days"] * DAY}
+    for each in ASKS:
+        asks = {k: v for k, v in each.items() if k != "days"}
+        if "days" in each:
+            asks |= {"start": START, "end": START + each["days"] * DAY}
         for kind in HELD:
             asked = search.Filters(kind=kind, **asks).asked(NOW)
             want = {row.pk: found.price for row in rows if (found := price_tiers.chosen(row, kind, asked))}
@@ -150,7 +150,7 @@ def test_a_search_shows_filters_and_sorts_by_the_price_for_what_is_asked(custome
             shown = [(f.listing.pk, f.prices[kind].price) for f in found.rows]
             assert dict(shown) == want
             assert [price for _, price in shown] == sorted(want.values())
-            most = sorted(want.values())[0] if want else 1
+            most = min(want.values()) if want else 1
             cheap = search.search(actor, search.Filters(kind=kind, price_max=most, **asks), now=NOW)
             assert {f.listing.pk for f in cheap.rows} == {pk for pk, price in want.items() if price <= most}
     why = search.search(actor, search.Filters(kind="flexible", flexible_hours_max=0, country=("US",)), now=NOW)
@@ -199,7 +199,9 @@ def test_what_is_not_offered_for_so_little_is_refused_with_what_is(customer, lis
     listings.update(factories.actor(listing.organization), listing, {"price_tiers": []}, now=NOW)
     error = refused("term_not_offered", ask, customer, listing, upfront_max_permille=100)
     assert error.fields == {"/upfront_max_permille": "at least 250 for such a term"}
-    error = refused("invalid_request", ask, customer, listing, "on_demand", start=None, end=None, upfront_max_permille=0)
+    error = refused(
+        "invalid_request", ask, customer, listing, "on_demand", start=None, end=None, upfront_max_permille=0
+    )
     assert "/upfront_max_permille" in error.fields
     error = refused("invalid_request", ask, customer, listing, flexible_hours_max=0)
     assert "/flexible_hours_max" in error.fields
@@ -237,7 +239,8 @@ def test_gpus_that_join_a_flexible_contract_bear_no_more_than_it_does(customer, 
 def test_a_standing_bid_meets_the_price_of_its_own_length():
     desk = Desk(hosts=2, gpus=8)
     Listing.objects.filter(pk=desk.listing.pk).update(
-        reserved_price=2_000_000, price_tiers=[tier(hours=72, price=1_700_000), tier(hours=72, upfront=900, price=900_000)]
+        reserved_price=2_000_000,
+        price_tiers=[tier(hours=72, price=1_700_000), tier(hours=72, upfront=900, price=900_000)],
     )
     for hours, found in ((48, []), (72, [1_700_000])):
         wanted = bids.Wanted(

@@ -257,6 +257,41 @@ def test_prices_that_are_none(client, mine, text):
     assert not Listing.objects.filter(title="New offer").exists()
 
 
+def test_prices_by_term_are_typed_as_a_table(client, mine):
+    rows = {
+        "price_tiers_kind": ["reserved", "flexible", "reserved"],
+        "price_tiers_min_term_hours": ["720", "", ""],
+        "price_tiers_upfront_permille": ["12.5", "", ""],
+        "price_tiers_flexible_hours_per_month": ["", "100", ""],
+        "price_tiers_price": ["1.234567", "1.1", ""],
+    }
+    values = form(mine, title="By term", reserved_price="1.99", flexible_price="1.5", **rows)
+    page = client.post(url("listing", "add"), values)
+    assert page.status_code == 302, page.context["adminform"].form.errors
+    row = Listing.objects.get(title="By term")
+    columns = ("kind", "min_term_hours", "upfront_permille", "flexible_hours_per_month", "price")
+    assert [[tier[column] for column in columns] for tier in row.price_tiers] == [
+        ["reserved", 720, 125, 0, 1_234_567],
+        ["flexible", 1, 0, 100, 1_100_000],
+    ]
+    page = client.get(url("listing", "change", row.pk)).content.decode()
+    assert 'value="1.234567"' in page
+    assert 'value="12.5"' in page
+    kept = {name: value for name, value in values.items() if name != "hosts"}
+    assert client.post(url("listing", "change", row.pk), {**kept, "title": "Still"}).status_code == 302
+    row.refresh_from_db()
+    assert (row.title, len(row.price_tiers)) == ("Still", 2)
+    for column, value, told in (
+        ("price", "3", "nobody would take it"), ("price", "", "the price is needed"), ("min_term_hours", "x", "Row 1")
+    ):  # fmt: skip
+        wrong = {**kept, f"price_tiers_{column}": [value, *kept[f"price_tiers_{column}"][1:]]}
+        page = client.post(url("listing", "change", row.pk), wrong)
+        assert page.status_code == 200
+        assert told in page.content.decode()
+    client.post(url("listing", "retire", row.pk))
+    assert "12.5 % at signing" in client.get(url("listing", "change", row.pk)).content.decode()
+
+
 # --- curtailments
 def test_announce_and_cancel(client, mine, theirs):
     starts = timezone.now().replace(microsecond=0) + timedelta(minutes=5)

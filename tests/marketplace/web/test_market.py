@@ -123,6 +123,39 @@ def test_what_was_searched_for_goes_along_to_the_quote_and_to_the_calendar(marke
     assert f'href="{here}/quote"' in text(client.get("/"))
 
 
+def test_prices_by_term_are_shown_searched_and_quoted(market, browser):
+    tier = {
+        "kind": "reserved",
+        "min_term_hours": 720,
+        "upfront_permille": 250,
+        "flexible_hours_per_month": 0,
+        "price": 1_111_000,
+    }
+    type(market.listing).objects.filter(pk=market.listing.pk).update(price_tiers=[tier])
+    begin = (timezone.now() + timedelta(days=9)).replace(hour=0, minute=0)
+    window = f"start={begin:%Y-%m-%d}T00:00&end={begin + timedelta(days=31):%Y-%m-%d}T00:00"
+    client = browser(market.customer)
+    assert "less by term or share at signing" in text(client.get("/"))
+    assert "$1.111" not in text(client.get(f"/?kind=reserved&{window}"))
+    page = unescape(text(client.get(f"/?kind=reserved&upfront_max=25&{window}")))
+    assert "$1.111" in page
+    assert "upfront_max_permille=250" in page
+    here = f"/listings/{market.listing.public_id}"
+    assert "from 30 days" in text(client.get(here))
+    form = text(client.get(f"{here}/quote?upfront_max_permille=250"))
+    assert "25 % of the commitment" in form
+    asked = {
+        "kind": "reserved", "gpu_count": "8", "level": "site", "starts_at": f"{begin:%Y-%m-%d}T00:00",
+        "ends_at": f"{begin + timedelta(days=31):%Y-%m-%d}T00:00", "upfront_max_permille": "250",
+    }  # fmt: skip
+    answer = client.post(f"{here}/quote", asked, follow=True)
+    page = text(answer)
+    assert "$1.111" in page
+    assert "Due at signing, 25 %" in page
+    answer = client.post(f"{here}/quote", {**asked, "kind": "on_demand"}, follow=True)  # nothing is due of it
+    assert answer.status_code == 200
+
+
 def test_who_asks_for_a_window_too_is_told_that_it_may_be_the_window(market, browser):
     begin = timezone.now() + timedelta(days=9)
     page = text(

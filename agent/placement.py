@@ -44,17 +44,25 @@ class Placement:
     def grace_s(self) -> float:
         return float(self.spec.get("grace_s") or 0)
 
+    @property
+    def gives_way(self) -> tuple[int, ...]:
+        """Its place in control's order: lower gives way first, of equals the youngest."""
+        return (*(int(n) for n in self.spec.get("gives_way") or ()), -int(self.running_at or 0))
+
     def gang(self) -> dict[str, Any]:
         """What the work reads in gang.json: who runs beside it now. Fewer ranks than `world_size`: the rest is being placed again."""
         names = ("epoch", "rank", "world_size", "master_host", "ranks")
         return {name: self.spec[name] for name in names if name in self.spec}
 
     def learn(self, row: Mapping[str, Any]) -> bool:
-        """Takes over the gang's table from a later row of the sync; says whether it has changed."""
+        """Takes over the gang's table and its place in the order from a later row of the sync; says whether they have changed."""
+        place = row.get("gives_way")
+        moved = place != self.spec.get("gives_way")
+        self.spec["gives_way"] = place
         names = ("epoch", "rank", "world_size", "master_host", "ranks")
         news = {name: row[name] for name in names if name in row and row[name] != self.spec.get(name)}
         if not news or int(row.get("epoch") or 0) < int(self.spec.get("epoch") or 0):
-            return False
+            return moved
         self.spec |= news
         self.told = False
         return True

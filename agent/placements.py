@@ -93,14 +93,14 @@ class Placements:
                 secrets = {str(k): str(v) for k, v in (row.get("secrets") or {}).items()}
                 if item is None:
                     spec = {k: v for k, v in row.items() if k != "secrets"}
-                    item = Placement(key, spec, int(row["generation"]), str(row["desired"]), secrets=secrets)
-                    self.items[key] = item
+                    item = self.items[key] = Placement(
+                        key, spec, int(row["generation"]), str(row["desired"]), secrets=secrets
+                    )
                     self._keep(item)
                     self._tell(item)
                     continue
                 item.secrets = secrets
-                if not item.listed:
-                    item.listed = True
+                item.listed = True
                 if item.learn(row):
                     self._keep(item)
                 if int(row["generation"]) > item.generation:
@@ -109,8 +109,7 @@ class Placements:
                     self._tell(item)
             for key, item in self.items.items():
                 if key not in seen and item.listed:
-                    item.listed = False
-                    item.desired = "stop"
+                    item.listed, item.desired = False, "stop"
                     self._keep(item)
         self.news.set()
 
@@ -361,6 +360,10 @@ class Placements:
                 found.setdefault(item.host, []).append(item.id)
         return found
 
+    def gives_way(self) -> dict[str, tuple[int, ...]]:
+        """Placement that runs here -> its place in control's order."""
+        return {item.id: item.gives_way for item in self.items.values() if item.phase in ("starting", "running")}
+
     @staticmethod
     def utilisation(item: Placement) -> float:
         return 0.9 * int(item.spec.get("gpu_milli") or 1000) / 1000
@@ -386,7 +389,6 @@ class Placements:
             "CUDA_VISIBLE_DEVICES": ",".join(str(g) for g in item.gpus),
         }
         user = {str(k): str(v) for k, v in (spec.get("env") or {}).items()}
-        maximum = spec.get("max_seconds")
         return Work(
             item.id,
             item.host,
@@ -394,7 +396,7 @@ class Placements:
             tuple(str(c) for c in spec.get("command") or ()),
             user | ours | (item.secrets or {}),
             item.grace_s,
-            float(maximum) if maximum else None,
+            float(spec["max_seconds"]) if spec.get("max_seconds") else None,
             int(spec.get("ram_mib") or 0),
             self.utilisation(item),
         )

@@ -1,8 +1,8 @@
 """The site's own loop: pure decisions that only ever lower. It needs nothing outside the fence.
 
-Every `decide` looks at fresh meters and the caps that control handed down last. Ladder under a node over its cap:
-sleep miners in control's shed order, then GPU limits to their floor, then end placements; the next rung only after a
-meter reading taken `settle_s` after the last action. At 95 % of a cap wakes stop. A stale meter stops all raising.
+Every `decide` looks at fresh meters and the caps that control handed down last. Ladder under a node over its cap: sleep miners
+in control's shed order, then GPU limits to their floor, then end placements, each time those whose work gives way first; the next
+rung only after a meter reading taken `settle_s` after the last action. At 95 % of a cap wakes stop. A stale meter stops all raising.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class HostFacts:
     power_node: str
     capped: bool  # its limits are at the floor already, or it cannot be capped
     placements: tuple[str, ...]
+    gain_w: int = 0  # what its floor would free, by its last reading; 0: nobody knows
 
 
 @dataclass
@@ -118,8 +119,12 @@ def decide(
     *,
     stale_s: float,
     settle_s: float,
+    gives_way: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Decision:
-    """What to lower now. `meters` is node -> (W, measured at); `memory` is updated with what this decides."""
+    """What to lower now. `meters` is node -> (W, measured at); `memory` is updated with what this decides. `gives_way`: placement ->
+    its place in control's order, lower first; one without a place goes before all others.
+    """
+    order = gives_way or {}
     stale = tuple(sorted(name for name, (_, at) in meters.items() if now - at > stale_s))
     no_wakes, over = set(), []
     shed: dict[str, str] = {}
@@ -150,11 +155,10 @@ def decide(
             continue
         below = [h for h in hosts.values() if name in tree.above(h.power_node)]
         if any(not h.capped for h in below):
-            cap_hosts.extend((h.name, name) for h in below if not h.capped)
+            cap_hosts.extend((h, name) for h in _cap(node, below, dict(cap_hosts), order, excess))
         else:
-            running = sorted(p for h in below for p in h.placements)
-            # Last rung, half of them at a time: ids sort by age, the youngest go first.
-            evict.extend((p, name) for p in running[len(running) // 2 :])
+            running = sorted((p for h in below for p in h.placements), key=lambda p: (order.get(p, ()), p))
+            evict.extend((p, name) for p in running[: -(-len(running) // 2)])  # last rung, half of them at a time
     return Decision(stale, frozenset(no_wakes), tuple(over), tuple(shed.items()), tuple(cap_hosts), tuple(evict))
 
 
@@ -162,6 +166,31 @@ def _freed(tree: Tree, node: Node, shed: Mapping[str, str], miners: Mapping[str,
     """W at `node` that the miners chosen so far will free."""
     below = [miners[m] for m in shed if node.name in tree.above(miners[m].power_node)]
     return sum(max(0, m.watts - m.sleep_w) for m in below) * node.miner_permille / 1000
+
+
+def _cap(
+    node: Node,
+    below: Sequence[HostFacts],
+    chosen: Mapping[str, str],
+    order: Mapping[str, tuple[int, ...]],
+    excess: float,
+) -> list[str]:
+    """Hosts to hold at their floor, until `excess` W are freed: idle ones first, then by the last of their work to give way."""
+
+    def key(host: HostFacts) -> tuple[object, ...]:
+        places = [order.get(p, ()) for p in host.placements]
+        return bool(places), max(places, default=()), host.name
+
+    found = []
+    for host in sorted(below, key=key):
+        if excess <= 0:
+            break
+        if host.capped:
+            continue
+        excess -= host.gain_w * node.gpu_permille / 1000
+        if host.name not in chosen:
+            found.append(host.name)
+    return found
 
 
 def _choose(

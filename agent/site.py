@@ -239,6 +239,7 @@ class Site:
             now,
             stale_s=self.config.meter_stale_s,
             settle_s=self.config.settle_s,
+            gives_way=self.placements.gives_way() if over else {},
         )
         for node in set(decision.over) - set(self.decision.over):
             self.events.add("over_cap", node, watts=self.meters[node][0], cap_w=self.tree.nodes[node].bound_w(now))
@@ -262,7 +263,7 @@ class Site:
     def _host_facts(self) -> dict[str, HostFacts]:
         running = self.placements.running_on()
         return {
-            name: HostFacts(name, host.node, host.at_floor, tuple(running.get(name, ())))
+            name: HostFacts(name, host.node, host.at_floor, tuple(running.get(name, ())), host.gain_w)
             for name, host in self.hosts.hosts.items()
         }
 

@@ -25,11 +25,13 @@ from marketplace.services import (
     saved_notices,
     screening,
     site_alerts,
+    sites,
     spot,
     spot_record,
     verifications,
 )
 from marketplace.services.forward import bids, notices, sales, topics
+from marketplace.services.power import freeze
 
 
 @shared_task
@@ -113,6 +115,11 @@ def tick_grid() -> None:
 @outbox.handler(grid.REPORT)
 def grid_report(payload: dict[str, Any]) -> None:
     grid.send_report(payload["curtailment"])
+
+
+@outbox.handler(freeze.TOLD, one_at_a_time=True)
+def tell_sites_of_freeze(payload: dict[str, Any]) -> None:  # noqa: ARG001
+    sites.tell_all()
 
 
 @outbox.handler(curtailment_notices.NOTICE)

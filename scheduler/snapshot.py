@@ -14,7 +14,7 @@ from django.conf import settings
 
 from marketplace import prepared
 from marketplace.models import Cell
-from marketplace.services import spot_prices
+from marketplace.services import power, spot_prices
 from marketplace.services.budgets import NodeTable, node_table
 from marketplace.services.conditions import SILENT
 from scheduler import fleet as cells
@@ -98,18 +98,22 @@ def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     )
 
 
+_FLAGS = f"""
+SELECT s.id, s.mode = 'auto' AND NOT {power.FREEZE_STANDS},
+  coalesce(bool_or(a.revoked_at IS NULL AND a.lease_until > %s AND a.last_sync_at >= %s), false)
+FROM marketplace_site s LEFT JOIN marketplace_agent a ON a.site_id = s.id WHERE s.id = ANY(%s) GROUP BY 1
+"""  # noqa: S608
+
+
 def _site_flags(sites: I64, now: datetime) -> I32:
     """Flags that each site puts on all its hosts: silent, or not granting.
 
     A site whose agent's lease still runs but that has not been heard for `SILENT` keeps what it has and gets nothing new.
     """
-    found = prepared.rows(
-        "SELECT s.id, s.mode = 'auto', coalesce(bool_or(a.revoked_at IS NULL AND a.lease_until > %s AND a.last_sync_at >= %s),"
-        " false) FROM marketplace_site s LEFT JOIN marketplace_agent a ON a.site_id = s.id WHERE s.id = ANY(%s) GROUP BY 1",
-        [now, now - SILENT, sites.tolist()],
-    )
+    found = prepared.rows(_FLAGS, [now, now - SILENT, sites.tolist()])
     flags = {
-        pk: (0 if alive else int(HostFlag.UNREACHABLE)) | (0 if grants else int(HostFlag.NO_GRANTS))
+        pk: (0 if alive else int(HostFlag.UNREACHABLE))
+        | (0 if grants and not settings.POWER_FREEZE else int(HostFlag.NO_GRANTS))
         for pk, grants, alive in found
     }
     return np.array([flags[pk] for pk in sites.tolist()], np.int32)

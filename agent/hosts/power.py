@@ -65,6 +65,14 @@ class Host:
         return max(self.reading.limits_w, default=0) <= int(self.row["gpu_min_w"])
 
     @property
+    def gain_w(self) -> int:
+        """W that come free when all its GPUs are held at their floor, by its last reading."""
+        if self.at_floor or self.reading is None:
+            return 0
+        floor_w = int(self.row["base_w"]) + int(self.row["gpus"]) * int(self.row["gpu_min_w"])
+        return max(0, self.reading.measured_w - floor_w)
+
+    @property
     def in_force(self) -> bool:
         """What control asked last is applied and read back."""
         return self.applied >= self.generation

@@ -7,7 +7,7 @@ from django.contrib.auth import logout
 from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import redirect
-from django.urls import reverse
+from django.urls import path, reverse
 from django.utils.http import urlencode
 from unfold.sites import UnfoldAdminSite
 
@@ -106,9 +106,9 @@ class OperatorDoor(Door):
         return PermissionDenied("These pages are for members of an operator's organization.")
 
     def index(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> Any:
-        from marketplace.admin import dashboard
+        from marketplace.admin import dashboard, freeze
 
-        shown = dashboard.operator(self.actor_of(request), request.GET)
+        shown = dashboard.operator(self.actor_of(request), request.GET) | freeze.shown(request)
         return super().index(request, {**(extra_context or {}), **shown})
 
 
@@ -120,9 +120,14 @@ class StaffDoor(Door):
     actor_of = staticmethod(staff_actor)
 
     def index(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> Any:
-        from marketplace.admin import dashboard
+        from marketplace.admin import dashboard, freeze
 
-        return super().index(request, {**(extra_context or {}), **dashboard.staff()})
+        return super().index(request, {**(extra_context or {}), **dashboard.staff(), **freeze.shown(request)})
+
+    def get_urls(self) -> list[Any]:
+        from marketplace.admin import freeze
+
+        return [path("power-freeze/", self.admin_view(freeze.press), name="power-freeze"), *super().get_urls()]
 
 
 operator_site = OperatorDoor(name="operator")

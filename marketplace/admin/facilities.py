@@ -16,6 +16,8 @@ from unfold.decorators import display
 from marketplace.admin import dashboard, look
 from marketplace.admin.base import DeskForm, TenantAdmin
 from marketplace.admin.doors import operator_site
+from marketplace.admin.freeze import FreezeShown
+from marketplace.admin.freeze import shown as freeze_shown
 from marketplace.admin.hosts import DrainForm
 from marketplace.admin.moves import Call, Move, dress, show_refusal
 from marketplace.admin.profit import ProfitPages
@@ -76,6 +78,7 @@ class SiteForm(DeskForm):
         fields = (
             "name", "region", "country", "timezone", "grid_operator", "contract_power_w", "pue_permille", "miner_pue_permille",
             "energy_price_microusd_per_kwh", "carbon_g_per_kwh", "renewable_permille", "tariff", "pool_scheme", "pool_fee_ppm",
+            "switch_cost_uusd",
         )  # fmt: skip
 
         labels = {
@@ -88,11 +91,12 @@ class SiteForm(DeskForm):
             "tariff": "Tariff, added by time",
             "pool_scheme": "Pool pays",
             "pool_fee_ppm": "Pool's fee, millionths",
+            "switch_cost_uusd": "A miner's change of mode costs, micro-USD",
         }
 
 
 @admin.register(Site, site=operator_site)
-class SiteAdmin(ProfitPages, look.Shown, TenantAdmin):
+class SiteAdmin(FreezeShown, ProfitPages, look.Shown, TenantAdmin):
     reads, writes, adds = "sites:read", "sites:write", True
     above = "desk/site.html"
     form = SiteForm
@@ -106,6 +110,7 @@ class SiteAdmin(ProfitPages, look.Shown, TenantAdmin):
                     ("energy_price_microusd_per_kwh", "carbon_g_per_kwh"),
                     ("renewable_permille", "tariff"),
                     ("pool_scheme", "pool_fee_ppm"),
+                    "switch_cost_uusd",
                 )
             },
         ),
@@ -184,6 +189,7 @@ class SiteAdmin(ProfitPages, look.Shown, TenantAdmin):
         actor = self.actor(request)
         window = dashboard.window_of(request.GET)
         return {
+            **freeze_shown(request),
             "tree": dashboard.tree(own(PowerNode, actor).filter(site=row)),
             "chart": dashboard.chart(own(SiteMinute, actor).filter(site=row), window, timezone.now()),
             "money": dashboard.money(actor, [row], timezone.now() - dashboard.WINDOWS[window][0], timezone.now()),

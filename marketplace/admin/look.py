@@ -210,6 +210,7 @@ def staff_navigation(request: HttpRequest) -> list[dict[str, Any]]:  # noqa: ARG
                 m("Decisions", "alt_route", "scheduler_decision"),
                 m("Curtailments", "bolt", "marketplace_curtailment"),
                 m("Maintenance", "engineering", "marketplace_maintenance"),
+                m("Power freezes", "ac_unit", "marketplace_powerfreeze"),
             ],
         },
         {

@@ -6,6 +6,7 @@ from marketplace.admin import (  # noqa: F401 - each module registers its pages
     conversions,
     facilities,
     forward,
+    freeze,
     grid,
     hosts,
     listings,

@@ -10,6 +10,7 @@ from marketplace.admin import look
 from marketplace.admin.base import RowsInline, StaffAdmin
 from marketplace.admin.contracts import ContractEvents, PlacementEvents
 from marketplace.admin.doors import staff_site
+from marketplace.admin.freeze import FreezeShown
 from marketplace.admin.power import CurtailmentRows
 from marketplace.models import (
     Contract,
@@ -81,7 +82,7 @@ class UserAdmin(StaffAdmin):
 
 
 @admin.register(Site, site=staff_site)
-class StaffSiteAdmin(look.Shown, StaffAdmin):
+class StaffSiteAdmin(FreezeShown, look.Shown, StaffAdmin):
     list_display = ("name", "organization", "cell", "region", "shown_power", "shown_mode")
     list_select_related = ("organization", "cell")
     list_filter = ("mode", "cell", "organization")

@@ -16,6 +16,7 @@ from marketplace.errors import MarketError
 from marketplace.models import PowerNode, Site
 from marketplace.services import feeds
 from marketplace.services.budgets import pending_w
+from marketplace.services.power import frozen
 
 MAX_MINUTES = 24 * 60
 COLUMNS = (
@@ -41,6 +42,7 @@ class SitePower(Resource):
                 "object": "site_power",
                 "site": row.public_id,
                 "mode": row.mode,
+                "frozen": frozen(),
                 "nodes": [_node(n) for n in nodes],
                 "miners": {
                     "awake": miners.exclude(desired_mode=0).count(),

@@ -43,6 +43,7 @@ class PowerNowShape(serializers.Serializer):
     object = serializers.CharField()
     site = serializers.CharField()
     mode = serializers.ChoiceField(Site.Mode.choices)
+    frozen = serializers.BooleanField(help_text="by the platform's freeze: whatever its mode, nothing rises")
     nodes = PowerStateShape(many=True, help_text="parents first")
     miners = MinersAwakeShape()
     pending_w = serializers.IntegerField(help_text="granted, and still being shed")

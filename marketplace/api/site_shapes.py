@@ -9,6 +9,7 @@ from marketplace.models import Host, Miner, PowerNode, Site
 from marketplace.services import drains, imports, job_rules
 from marketplace.services.columns import MAX_W
 
+MICRO = 1_000_000
 TIMEZONES = frozenset(available_timezones())
 
 
@@ -42,6 +43,9 @@ class UpdateSiteShape(Shape):
     )
     pool_scheme = serializers.ChoiceField(Site.PoolScheme.choices, required=False)
     pool_fee_ppm = serializers.IntegerField(min_value=0, max_value=200_000, required=False, allow_null=True)
+    switch_cost_uusd = serializers.IntegerField(
+        min_value=0, max_value=100 * MICRO, required=False, help_text="of one miner's change of mode, micro-USD"
+    )
 
 
 class CreateSiteShape(UpdateSiteShape):
@@ -73,7 +77,9 @@ class SiteShape(serializers.Serializer):
     tariff = serializers.ListField(child=serializers.DictField())
     pool_scheme = serializers.ChoiceField(Site.PoolScheme.choices)
     pool_fee_ppm = serializers.IntegerField(allow_null=True, help_text="empty: the house's default")
+    switch_cost_uusd = serializers.IntegerField(help_text="of one miner's change of mode, micro-USD")
     mode = serializers.ChoiceField(Site.Mode.choices)
+    frozen = serializers.BooleanField(help_text="by the platform's freeze: whatever its mode, nothing rises")
     power = SitePowerShape()
     actions = serializers.ListField(child=serializers.CharField(), help_text="modes that can follow")
 

@@ -1,5 +1,6 @@
 """Sites: the facility, its modes, its power tree, imports, enrolment tokens and agents."""
 
+from functools import cached_property
 from typing import Any
 
 from django.conf import settings
@@ -32,7 +33,7 @@ from marketplace.api.site_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Agent, PowerNode, Site
-from marketplace.services import imports, sites
+from marketplace.services import imports, power, sites
 from marketplace.tenancy import Actor
 
 ROOT = Q(power_nodes__parent=None)
@@ -59,6 +60,10 @@ class SiteResource(Resource):
     prefix = "sit"
     filters = {"region": "region", "mode": "mode"}
 
+    @cached_property
+    def frozen(self) -> bool:
+        return power.frozen()
+
     def represent(self, row: Any) -> dict[str, Any]:
         cap = row.root_cap_w if row.root_limit_w is None else min(row.root_cap_w, row.root_limit_w)
         reserved = -(-row.root_reserved_mw // 1000)
@@ -81,7 +86,9 @@ class SiteResource(Resource):
             "tariff": row.tariff,
             "pool_scheme": row.pool_scheme,
             "pool_fee_ppm": row.pool_fee_ppm,
+            "switch_cost_uusd": row.switch_cost_uusd,
             "mode": row.mode,
+            "frozen": self.frozen,
             "power": {
                 "cap_w": cap,
                 "fixed_w": row.root_fixed_w,

@@ -211,6 +211,27 @@ class FeedValue(models.Model):
         return f"{self.kind} {self.value}"
 
 
+class PowerFreeze(models.Model):
+    """The platform's freeze: while one stands, no site raises power anywhere. One at a time; those that are over stay on record."""
+
+    began_at = models.DateTimeField()
+    began_by = models.CharField(max_length=120)
+    reason = models.CharField(max_length=200, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+    ended_by = models.CharField(max_length=120, blank=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["ended_at"], condition=Q(ended_at=None), nulls_distinct=False, name="power_freeze_stands_once"
+            )
+        ]
+        permissions = [("freeze_power", "Can freeze the power of every site, and let it go on")]
+
+    def __str__(self) -> str:
+        return f"{self.began_at:%F %R} UTC, by {self.began_by}"
+
+
 class SiteMinute(models.Model):
     """What a site did in one minute: average watts by use, energy, and money. Source of the chart and the P&L."""
 

@@ -73,6 +73,10 @@ class Site(TenantModel):
     pool_fee_ppm = models.PositiveIntegerField(
         null=True, blank=True, help_text="the pool's fee in millionths; empty: POOL_FEE_PERMILLE"
     )
+    switch_cost_uusd = models.PositiveIntegerField(
+        default=20_000,
+        help_text="what it costs when a miner changes its mode, micro-USD: wear, and what is not hashed on the way",
+    )
     carbon_g_per_kwh = models.PositiveIntegerField(null=True, blank=True)
     renewable_permille = models.PositiveIntegerField(null=True, blank=True)
     mode = models.CharField(max_length=8, choices=Mode, default=Mode.AUTO)

@@ -20,13 +20,14 @@ from marketplace.models import (
     EnrolmentToken,
     Host,
     Job,
+    Kind,
     LogChunk,
     Miner,
     Placement,
     PowerNode,
     Site,
 )
-from marketplace.services import gpu_health, placements, reliability, site_alerts, tokens
+from marketplace.services import gpu_health, placements, power, reliability, site_alerts, tokens
 from marketplace.services.secrets import unseal
 from marketplace.tenancy import Actor
 
@@ -190,7 +191,7 @@ def desired(agent: Agent, report: dict[str, Any], *, now: datetime, inventory_wa
         "lease_until": now + timedelta(seconds=settings.SITE_LEASE_SECONDS),
         "acknowledged_sequence": report["sequence"],
         "acknowledged_events": [e["id"] for e in report.get("events") or []],
-        "mode": Site.Mode.HOLD if settings.POWER_FREEZE and site.mode == Site.Mode.AUTO else site.mode,
+        "mode": Site.Mode.HOLD if site.mode == Site.Mode.AUTO and power.frozen() else site.mode,
         "inventory_wanted": inventory_wanted,
         "placements": _desired_placements(site),
         "hosts": [
@@ -212,7 +213,7 @@ def desired(agent: Agent, report: dict[str, Any], *, now: datetime, inventory_wa
 def _desired_placements(site: Site) -> list[dict[str, Any]]:
     live = (
         Placement.objects.filter(site=site, state__in=("intended", "shedding", *Placement.AT_SITE))
-        .select_related("job", "host")
+        .select_related("job", "host", "contract")
         .order_by("job_id", "attempt", "rank")
     )
     rows: list[Placement] = []
@@ -270,7 +271,22 @@ def _desired_placement(row: Placement, gang: list[Placement]) -> dict[str, Any]:
         "grace_s": job.checkpoint_grace_s,
         "max_seconds": job.max_seconds,
         "organization": ids.encode("org", row.organization_id),
+        "gives_way": _gives_way(row),
     }
+
+
+_ORDER = (Kind.SPOT, Kind.FLEXIBLE, Kind.ON_DEMAND, Kind.RESERVED)
+
+
+def _gives_way(row: Placement) -> list[int]:
+    """Its place in the order in which work gives way to copper (docs/agent-protocol.md), lower first: spot by its bid, the lowest
+    first; then flexible, on demand, reserved; of equals the youngest.
+    """
+    contract, limit = row.contract, row.job.price_limit
+    bid = contract.limit_price or contract.price
+    bid = bid if limit is None else min(bid, limit)
+    spot = contract.kind == Kind.SPOT
+    return [_ORDER.index(Kind(contract.kind)), bid if spot else 0, -int(row.created_at.timestamp())]
 
 
 def _safety(site: Site) -> dict[str, Any]:

@@ -36,6 +36,7 @@ AHEAD = timedelta(minutes=5)
 HISTORY = timedelta(days=2)  # of a file of a year, what a fetch still looks at
 HASHING = (Kind.DIFFICULTY, Kind.BTC_USD, Kind.BLOCK_HEIGHT, Kind.FEES_SAT)
 LOCAL = (Kind.ENERGY, Kind.CARBON)  # by zone
+SWITCH_H = 1  # hours over which a change of mode must pay for itself: as long as a price of energy stands
 SILENT = timedelta(days=7)  # a zone's price as old as this is nobody's feed any more: the site's own price stands
 
 for _plugin in settings.TARIFF_PLUGINS:  # each registers its kinds (scheduler.core.tariffs.register)
@@ -217,6 +218,7 @@ def _hashing(site: Site, found: dict[tuple[str, str], Value], energy: int, fee: 
         energy_uusd_mwh=energy,
         pool_fee_ppm=fee,
         pue_permille=site.miner_pue_permille,
+        wear_uusd_h=site.switch_cost_uusd // SWITCH_H,
     )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "set_site_mode",
     "set_taints",
     "take_inventory",
+    "tell_all",
     "undrain_host",
     "undrain_site",
     "update_power_node",
@@ -52,7 +53,7 @@ TOKEN_HOURS = 24
 EDITABLE = frozenset(
     {
         *("name", "country", "timezone", "grid_operator", "energy_price_microusd_per_kwh"),
-        *("carbon_g_per_kwh", "renewable_permille", "tariff", "pool_scheme", "pool_fee_ppm"),
+        *("carbon_g_per_kwh", "renewable_permille", "tariff", "pool_scheme", "pool_fee_ppm", "switch_cost_uusd"),
     }
 )
 
@@ -182,6 +183,14 @@ def set_site_mode(site: Site, mode: str, *, actor: Actor, now: datetime) -> Site
     return site
 
 
+def tell_all() -> None:
+    """Every site's agent and power loop, because what may rise has changed everywhere: each under its own lock."""
+    for site in Site.objects.order_by("pk").iterator():
+        with transaction.atomic():
+            acquire((Lock.SITE, site.pk))
+            _changed(site)
+
+
 # --- the power tree
 @transaction.atomic
 def add_power_node(
@@ -299,6 +308,8 @@ def set_miner_manual(miner: Miner, manual: bool, *, actor: Actor, now: datetime,
     if mode is not None and mode != before["mode"]:
         wanted = miner.mode_names.index(mode)
         command = power.Command(miner_id=miner.pk, mode=wanted, seen_generation=miner.desired_generation)
+        if wanted and power.frozen():
+            raise MarketError("illegal_transition", f"The platform's power is frozen; {miner.name} may only sleep.")
         if not power.command_miners(miner.site_id, [command], now=now):
             raise MarketError(
                 "over_power_cap",

@@ -87,6 +87,8 @@ def _check_free(host: Host, now: datetime) -> None:
         refused = "put the host into a listing first (a draft will do)"
     elif not (host.state == Host.State.ACTIVE or repaired) or host.site.mode != Site.Mode.AUTO:
         refused = f"the host is {host.state} and its site in mode {host.site.mode}; both must be at work"
+    elif power.frozen():
+        refused = "the platform's power is frozen; nothing begins until that is lifted"
     elif not host.gpu_count:
         refused = "the host has no GPU"
     elif Verification.objects.filter(host__site_id=host.site_id, state=Verification.State.RUNNING).exists():

@@ -101,7 +101,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Prices:
-    """Units as in `economics`. `wear_uusd_h`: what a change of mode costs, spread over the hours it is expected to last."""
+    """Units as in `economics`. `wear_uusd_h`: what a change of a machine's mode costs, spread over the hours it is expected to last."""
 
     hashprice_uusd: int
     energy_uusd_mwh: int
@@ -228,7 +228,9 @@ def plan_fast(
     value = mode_values(fleet, prices)
     asleep = None if dwell_left is None else np.where(now == 0, np.asarray(dwell_left), 0)
     locked, slack, over = _locks(tree, fleet, now, asleep, budget_mw)
-    return _plan(fleet, value, now, _solve(tree, fleet, value, now, wake, locked, slack, FAST, 0), over)
+    return _plan(
+        fleet, value, now, _solve(tree, fleet, value, now, wake, locked, slack, FAST, prices.wear_uusd_h), over
+    )
 
 
 def plan_dispatch(

@@ -76,7 +76,7 @@ def test_ladder_miners_then_limits_then_placements():
     capped = {"h1": HostFacts("h1", "a", capped=True, placements=("plc_1", "plc_2"))}
     decision = look({"a": 21_000}, fleet(m1=("a", 25)), capped)
     assert decision.cap_hosts == ()
-    assert decision.evict == (("plc_2", "a"),), "the youngest first"
+    assert decision.evict == (("plc_1", "a"),), "half of them at a time"
 
 
 def test_over_a_curtailments_limit_machines_sleep_and_jobs_are_left_to_control():
@@ -131,3 +131,55 @@ def test_sheds_enough_or_all_and_never_too_much(watts, under_a, over, order):
     able = sum(m.watts - 25 for m in miners.values() if m.power_node == "a")
     assert sum(gains) >= min(wanted, able)
     assert not gains or sum(gains[:-1]) < wanted, "no machine more than needed"
+
+
+# --- whose GPUs and whose job, when machines are not enough: by control's order, not by names
+PLACES = {
+    "plc_z": (0, 900, -50),
+    "plc_y": (0, 1200, -90),
+    "plc_x": (1, 0, -10),
+    "plc_b": (2, 0, -99),
+    "plc_a": (3, 0, -5),
+}
+
+
+def host(name, *placements, capped=False, gain_w=0):
+    return HostFacts(name, "a", capped, placements, gain_w)
+
+
+def with_order(watts, hosts, memory=None):
+    return decide(
+        Tree(NODES), (), {"a": (watts, 100.0)}, {}, {h.name: h for h in hosts}, memory or Memory(), 100.0,
+        stale_s=15, settle_s=8, gives_way=PLACES,
+    )  # fmt: skip
+
+
+def test_gpus_are_held_lower_where_work_gives_way_first_and_no_more_than_needed():
+    hosts = [
+        host("h1", "plc_a", gain_w=3000),
+        host("h2", "plc_z", "plc_y", gain_w=3000),
+        host("h3", "plc_x", gain_w=3000),
+        host("h4", gain_w=300),
+    ]
+    assert [h for h, _ in with_order(21_000, hosts).cap_hosts] == ["h4", "h2"]
+    assert [h for h, _ in with_order(25_500, hosts).cap_hosts] == ["h4", "h2", "h3"]
+    mixed = [host("h1", "plc_z", "plc_a", gain_w=3000), host("h2", "plc_b", gain_w=3000)]
+    assert [h for h, _ in with_order(21_000, mixed).cap_hosts] == ["h2"], "a host is worth the best of its work"
+
+
+def test_where_nobody_knows_what_a_floor_frees_all_go_to_it():
+    hosts = [host("h1", "plc_a"), host("h2", "plc_z")]
+    assert {h for h, _ in with_order(20_100, hosts).cap_hosts} == {"h1", "h2"}
+
+
+def test_placements_end_in_controls_order_whatever_they_are_called():
+    hosts = [host("h1", "plc_a", "plc_b", capped=True), host("h2", "plc_x", "plc_y", "plc_z", capped=True)]
+    assert [p for p, _ in with_order(21_000, hosts).evict] == ["plc_z", "plc_y", "plc_x"]
+    unknown = [host("h1", "plc_a", "plc_new", capped=True)]
+    assert [p for p, _ in with_order(21_000, unknown).evict] == ["plc_new"], "one without a place goes first"
+
+
+@given(order=st.permutations(sorted(PLACES)), split=st.integers(0, 5))
+def test_names_and_hosts_decide_nothing(order, split):
+    hosts = [host("h1", *order[:split], capped=True), host("h2", *order[split:], capped=True)]
+    assert [p for p, _ in with_order(21_000, hosts).evict] == ["plc_z", "plc_y", "plc_x"]

@@ -5,6 +5,7 @@ The order is always: books and recheck.book (placement `granted` or `shedding`) 
 grant_pending (host's watts booked, its limits raised) -> start; and back: release -> lower_hosts (read back) -> wake.
 """
 
+from marketplace.services.power.freeze import FREEZE_STANDS, frozen
 from marketplace.services.power.grants import (
     book_nodes,
     books,
@@ -20,6 +21,7 @@ from marketplace.services.power.miners import Command, command_miners, forget, s
 from marketplace.services.power.recovery import tests_due
 
 __all__ = [
+    "FREEZE_STANDS",
     "FRESH",
     "Command",
     "Ledger",
@@ -29,6 +31,7 @@ __all__ = [
     "cap_gpus",
     "command_miners",
     "forget",
+    "frozen",
     "grant_pending",
     "limits",
     "lower_hosts",

@@ -12,6 +12,7 @@ from marketplace import arrays
 from marketplace.arrays import Ints
 from marketplace.models import Host, Placement, PowerGrant
 from marketplace.services.budgets import NodeTable
+from marketplace.services.power.freeze import FREEZE_STANDS
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
 from scheduler.core import power as core
 from scheduler.core.recheck import Power
@@ -41,12 +42,12 @@ SELECT array_agg(host), array_agg(bits), array_agg(alone) FROM (
 """
 
 
-_GIVES = """
-SELECT s.id, s.mode = 'auto'
+_GIVES = f"""
+SELECT s.id, s.mode = 'auto' AND NOT {FREEZE_STANDS}
   AND NOT EXISTS (SELECT 1 FROM marketplace_powergrant g WHERE g.site_id = s.id AND g.state = 'shedding')
   AND NOT EXISTS (SELECT 1 FROM marketplace_powernode n WHERE n.site_id = s.id AND n.metering = 'meter' AND n.measured_at < %(stale)s)
 FROM marketplace_site s WHERE s.id = ANY(%(sites)s)
-"""
+"""  # noqa: S608
 
 
 def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable, *, now: datetime) -> Power:

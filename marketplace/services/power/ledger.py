@@ -5,13 +5,14 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from django.conf import settings
 from django.db import connection
-from django.db.models import F
+from django.db.models import Exists, F
 
-from marketplace.models import Host, Miner, PowerNode, ShedClaim, Site
+from marketplace.models import Host, Miner, PowerFreeze, PowerNode, ShedClaim, Site
 from scheduler.core import power as core
 
 FRESH_S = 150  # a full report comes each minute; two missed ones are silence
@@ -28,6 +29,7 @@ class Ledger:
 
     site_id: int
     mode: str  # of the site
+    frozen: bool  # by the platform's freeze
     nodes: dict[int, PowerNode]
     tree: core.PowerTree
     free: core.Ints  # mW still admissible at each position of `tree`
@@ -35,9 +37,12 @@ class Ledger:
 
     @classmethod
     def of(cls, site_id: int) -> "Ledger":
-        rows = PowerNode.objects.filter(site_id=site_id).annotate(site_mode=F("site__mode")).order_by("depth", "pk")
-        nodes = {n.pk: n for n in rows}
-        mode = next((n.site_mode for n in rows), Site.Mode.HOLD)  # without nodes there is nothing to raise
+        freeze = Exists(PowerFreeze.objects.filter(ended_at=None))
+        rows = PowerNode.objects.filter(site_id=site_id).annotate(site_mode=F("site__mode"), frozen=freeze)
+        nodes = {n.pk: n for n in rows.order_by("depth", "pk")}
+        root: Any = next(iter(nodes.values()), None)
+        mode = root.site_mode if root else Site.Mode.HOLD  # without nodes there is nothing to raise
+        frozen = settings.POWER_FREEZE or (root is not None and root.frozen)
         tree = core.PowerTree.of(
             core.NodeSpec(
                 key=n.pk,
@@ -52,7 +57,7 @@ class Ledger:
             for n in nodes.values()
         )
         free = np.array([nodes[k].allowed_mw - nodes[k].reserved_mw for k in tree.keys], np.int64)
-        return cls(site_id, mode, nodes, tree, free)
+        return cls(site_id, mode, frozen, nodes, tree, free)
 
     @cached_property
     def hosts(self) -> dict[int, Host]:
@@ -140,7 +145,7 @@ def may_grant(ledger: Ledger, *, now: datetime) -> bool:
     """Whether watts may be granted: by the site's mode, the platform's freeze, and no meter fallen silent. True only under
     the site's lock. Where a meter has never reported, every sleep still counts in full: what fits, fits.
     """
-    return ledger.mode == Site.Mode.AUTO and not settings.POWER_FREEZE and not ledger.stale(now, unread=False)
+    return ledger.mode == Site.Mode.AUTO and not ledger.frozen and not ledger.stale(now, unread=False)
 
 
 def may_wake(ledger: Ledger, *, now: datetime) -> bool:

@@ -1,0 +1,73 @@
+"""The platform's freeze: no site raises power, anywhere, until it is lifted. Sites keep their own modes beneath it.
+
+Who raises looks at it under the site's lock (`Ledger.frozen`, `grants.books`), so what a turn has begun when somebody freezes may
+end; nothing begins after. Then every site is told, one after another, each under its lock.
+"""
+
+from datetime import datetime
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+
+from marketplace.errors import MarketError
+from marketplace.models import PowerFreeze, User
+from marketplace.outbox import emit
+from marketplace.services import audit
+from marketplace.tenancy import Actor
+
+TOLD = "marketplace.power_freeze"
+PERMISSION = "marketplace.freeze_power"
+FREEZE_STANDS = "EXISTS (SELECT FROM marketplace_powerfreeze WHERE ended_at IS NULL)"  # in SQL
+
+
+def standing() -> PowerFreeze | None:
+    """The freeze that stands by a person's word; POWER_FREEZE freezes besides."""
+    return PowerFreeze.objects.filter(ended_at=None).first()
+
+
+def frozen() -> bool:
+    """Whether nothing may rise, anywhere."""
+    return settings.POWER_FREEZE or standing() is not None
+
+
+def may(actor: Actor) -> bool:
+    """Our own people with the permission `marketplace.freeze_power`; superusers have it."""
+    if actor.kind != "staff":
+        return actor.kind == "system"
+    person = User.objects.filter(pk=actor.user_id, is_active=True, is_staff=True).first()
+    return person is not None and person.has_perm(PERMISSION)
+
+
+def freeze(actor: Actor, *, reason: str = "", now: datetime) -> PowerFreeze:
+    """Hold every site, from now on. Where it is frozen already, that freeze is answered. Raises forbidden."""
+    _check(actor)
+    with transaction.atomic():
+        if found := standing():
+            return found
+        try:
+            with transaction.atomic():
+                made = PowerFreeze.objects.create(began_at=now, began_by=actor.label[:120], reason=reason.strip()[:200])
+        except IntegrityError:  # a rival was first
+            return PowerFreeze.objects.get(ended_at=None)
+        audit.record(actor, "power.frozen", "platform", now=now, after={"reason": made.reason})
+        emit(TOLD, key="all")
+    return made
+
+
+def lift(actor: Actor, *, now: datetime) -> bool:
+    """Let the sites go on, each by its own mode. False where nothing was frozen. Raises forbidden."""
+    _check(actor)
+    with transaction.atomic():
+        found = standing()
+        ended = PowerFreeze.objects.filter(pk=found.pk if found else None, ended_at=None)
+        if found is None or not ended.update(ended_at=now, ended_by=actor.label[:120]):
+            return False
+        before = {"since": found.began_at.isoformat(), "by": found.began_by, "reason": found.reason}
+        audit.record(actor, "power.freeze_lifted", "platform", now=now, before=before)
+        emit(TOLD, key="all")
+    return True
+
+
+def _check(actor: Actor) -> None:
+    if not may(actor):
+        raise MarketError("forbidden", f"Freezing the platform's power takes the permission {PERMISSION}.")

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 from django.db import connection
+from django.db.models import Q
 
 from benchmarks.faults import At, Surgeon
 from billing import reconcile, usage
@@ -25,6 +26,7 @@ from marketplace import outbox
 from marketplace import tasks as market_tasks
 from marketplace.models import Contract, FeedValue, OutboxMessage, Placement, ShedClaim
 from marketplace.services import contracts, feeds, leases, maintenance, screening, spot
+from marketplace.services.availability import HOLDING
 from marketplace.services.forward import bids
 from sandbox.market.clock import Clock
 from sandbox.market.doors import Stripe, Web
@@ -38,29 +40,30 @@ MOVING = ("intended", "shedding", "granted", "starting", "draining")
 STEP = timedelta(seconds=7)  # two readings so far apart prove a sleep
 STEPS = 24  # at most, until what has begun is settled
 MONEY = "billing."
+KINDS = frozenset({"market", "cells", "sites", "spot", "maintenance"})  # of what the clock brings
 
 # What the clock brings next by itself, and whose work it is: the market's clock, the cells', the sites', spot's, maintenance's.
 _MARKS = """
-SELECT 'cells', min(claims_at) FROM marketplace_reservation WHERE state = 'firm' AND claims_at > %(now)s
-UNION ALL SELECT 'cells', min(starts_at) FROM marketplace_reservation WHERE state = 'firm' AND starts_at > %(now)s
-UNION ALL SELECT 'market', min(starts_at) FROM marketplace_contract WHERE state = 'active' AND starts_at > %(now)s
-UNION ALL SELECT 'market', min(ends_at) FROM marketplace_contract WHERE state = 'active' AND ends_at > %(now)s
-UNION ALL SELECT 'market', min(pay_by) FROM marketplace_contract WHERE state = 'pending_payment' AND pay_by > %(now)s
+SELECT 'cells', min(claims_at) FROM marketplace_reservation WHERE state = 'firm' AND claims_at > %(turned)s
+UNION ALL SELECT 'cells', min(starts_at) FROM marketplace_reservation WHERE state = 'firm' AND starts_at > %(turned)s
+UNION ALL SELECT 'market', min(starts_at) FROM marketplace_contract WHERE state = 'active' AND starts_at > %(turned)s
+UNION ALL SELECT 'market', min(ends_at) FROM marketplace_contract WHERE state = 'active' AND ends_at > %(turned)s
+UNION ALL SELECT 'market', min(pay_by) FROM marketplace_contract WHERE state = 'pending_payment' AND pay_by > %(turned)s
 UNION ALL SELECT 'market', min(effective_at) FROM marketplace_amendment WHERE kind = 'price' AND state = 'accepted'
-  AND applied_at IS NULL AND effective_at > %(now)s
-UNION ALL SELECT 'market', min(answer_by) FROM marketplace_amendment WHERE kind = 'price' AND state = 'open' AND answer_by > %(now)s
-UNION ALL SELECT 'sites', min(starts_at) FROM marketplace_curtailment WHERE state = 'announced' AND starts_at > %(now)s
-UNION ALL SELECT 'sites', min(ends_at) FROM marketplace_curtailment WHERE state = 'active' AND ends_at > %(now)s
+  AND applied_at IS NULL AND effective_at > %(turned)s
+UNION ALL SELECT 'market', min(answer_by) FROM marketplace_amendment WHERE kind = 'price' AND state = 'open' AND answer_by > %(turned)s
+UNION ALL SELECT 'sites', min(starts_at) FROM marketplace_curtailment WHERE state = 'announced' AND starts_at > %(turned)s
+UNION ALL SELECT 'sites', min(ends_at) FROM marketplace_curtailment WHERE state = 'active' AND ends_at > %(turned)s
 UNION ALL SELECT 'sites', min(created_at + interval '600 s') FROM marketplace_curtailment
-  WHERE state = 'active' AND created_at + interval '600 s' > %(now)s
-UNION ALL SELECT 'sites', min(leaves_at) FROM marketplace_host WHERE state = 'draining' AND leaves_at > %(now)s
-UNION ALL SELECT 'spot', min(leaves_at) FROM marketplace_spotnotice WHERE leaves_at > %(now)s
-UNION ALL SELECT 'market', min(expires_at) FROM marketplace_resale WHERE state = 'open' AND expires_at > %(now)s
-UNION ALL SELECT 'market', min(ends_at) FROM marketplace_resale WHERE state <> 'open' AND ends_at > %(now)s
+  WHERE state = 'active' AND created_at + interval '600 s' > %(turned)s
+UNION ALL SELECT 'sites', min(leaves_at) FROM marketplace_host WHERE state = 'draining' AND leaves_at > %(turned)s
+UNION ALL SELECT 'spot', min(leaves_at) FROM marketplace_spotnotice WHERE leaves_at > %(turned)s
+UNION ALL SELECT 'market', min(expires_at) FROM marketplace_resale WHERE state = 'open' AND expires_at > %(turned)s
+UNION ALL SELECT 'market', min(ends_at) FROM marketplace_resale WHERE state <> 'open' AND ends_at > %(turned)s
 UNION ALL SELECT 'maintenance', min(starts_at - interval '900 s') FROM marketplace_maintenance
-  WHERE state = 'announced' AND starts_at - interval '900 s' > %(now)s
-UNION ALL SELECT 'maintenance', min(starts_at) FROM marketplace_maintenance WHERE state = 'announced' AND starts_at > %(now)s
-UNION ALL SELECT 'maintenance', min(ends_at) FROM marketplace_maintenance WHERE state = 'in_progress' AND ends_at > %(now)s
+  WHERE state = 'announced' AND starts_at - interval '900 s' > %(turned)s
+UNION ALL SELECT 'maintenance', min(starts_at) FROM marketplace_maintenance WHERE state = 'announced' AND starts_at > %(turned)s
+UNION ALL SELECT 'maintenance', min(ends_at) FROM marketplace_maintenance WHERE state = 'in_progress' AND ends_at > %(turned)s
 """
 
 
@@ -72,6 +75,7 @@ class House:
         self.sites: list[Facility] = []
         self.surgeon = Surgeon()
         self.kills = 0
+        self.turned = clock.now  # all that came due by then is done
         self.marks: dict[str, datetime] = {}
 
     # --- one task, by a worker that may die
@@ -98,15 +102,17 @@ class House:
         for site in self.sites:
             site.sync(self.clock.now)
 
-    def turn(self) -> None:
-        """What is due now by the marks of before, each kind's task; then what that began."""
+    def turn(self, *, whole: bool = False) -> None:
+        """What came due since the last turn, each kind's task (`whole`: every task); then what that began."""
         now = self.clock.now
-        due = {kind for kind, at in self.marks.items() if at <= now}
+        self.mark()
+        due = KINDS if whole else {kind for kind, at in self.marks.items() if at <= now}
+        self.turned = now
         for site in self.sites if "sites" in due else ():
             self.loop(site)
         if "maintenance" in due:
             self.do("maintenance", lambda: maintenance.clock(now))
-        if "market" in due or _ending():
+        if "market" in due or _waiting(now):
             self.market()
         if "cells" in due:
             self.do("cells", scheduler_tasks.tick_cells)
@@ -117,8 +123,7 @@ class House:
     def beat(self) -> None:
         """Every task of the beat that keeps the market going."""
         self.arrive()
-        self.marks = dict.fromkeys(("market", "cells", "sites", "spot", "maintenance"), self.clock.now)
-        self.turn()
+        self.turn(whole=True)
 
     def market(self) -> None:
         self.do("market clock", lambda: contracts.clock(self.clock.now))
@@ -157,14 +162,18 @@ class House:
             for topic in waiting:
                 self.do(f"outbox {topic}", lambda topic=topic: outbox.drain(topic=topic, limit=200))  # type: ignore[misc]
 
-    def next_mark(self) -> datetime | None:
-        """When the clock itself brings something: a start, an end, a notice that is over, work that is done."""
+    def mark(self) -> None:
+        """The first instant of each kind that the clock brings and no turn has seen to: what an act or a settling stepped over, too."""
         with connection.cursor() as cursor:
-            cursor.execute(_MARKS, {"now": self.clock.now})
+            cursor.execute(_MARKS, {"turned": self.turned})
             self.marks = {}
             for kind, at in cursor.fetchall():
                 if at is not None:
                     self.marks[kind] = min(_whole(at), self.marks.get(kind, _whole(at)))
+
+    def next_mark(self) -> datetime | None:
+        """When the clock itself brings something: a start, an end, a notice that is over, work that is done. Not before now."""
+        self.mark()
         ends = [site.next_end(self.clock.now) for site in self.sites if not site.silent]
         # Of what ends by itself the agent says when it was: it is heard at the next half hour, where others act as well.
         return min((*self.marks.values(), *(_half(at) for at in ends if at is not None)), default=None)
@@ -243,9 +252,10 @@ def _half(at: datetime) -> datetime:
     return at if not past else at - past + timedelta(minutes=30)
 
 
-def _ending() -> bool:
-    """Does a contract wait for its last job to be gone, which has no hour of its own?"""
-    return Contract.objects.filter(state="ending").exists()
+def _waiting(now: datetime) -> bool:
+    """Does a contract wait for what has no hour of its own: its last job to be gone, or, signed in its window, to begin?"""
+    unbegun = Q(state="active", kind__in=HOLDING, began_at=None, starts_at__lte=now, ends_at__gt=now)
+    return Contract.objects.filter(unbegun | Q(state="ending")).exists()
 
 
 def _registered() -> tuple[Any, ...]:

@@ -1,9 +1,17 @@
 """A market of a few hours with everybody in it, over the end of a month; `full`: some days of several seeds."""
 
+from collections import Counter
+from datetime import timedelta
+from random import Random
+
 import pytest
 
 from sandbox.market import environment, report
+from sandbox.market.clock import Clock
+from sandbox.market.house import House
 from sandbox.market.market import Market
+from tests.factories import NOW
+from tests.marketplace.works import DAY, Yard
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -19,3 +27,35 @@ def test_every_promise_is_kept_and_the_books_balance(seed, days):
     assert outcome.counts["jobs"] > 0
     assert outcome.promises["every running second billed once"]["kept"] > 0
     assert outcome.money["invoiced"] > 0
+
+
+@pytest.fixture
+def house():
+    """Nobody is there but who is made; its clock is the test's."""
+    made = House(Clock(NOW), None, None, Random(1), Counter())  # type: ignore[arg-type]
+    yield made
+    made.end()
+
+
+def test_a_window_that_is_signed_at_its_own_hour_begins_at_once(house: House):
+    house.turn()
+    contract = Yard().contract(gpus=8, term=(NOW, NOW + DAY))
+    house.turn()
+    contract.refresh_from_db()
+    assert contract.began_at == NOW
+
+
+def test_an_hour_that_work_on_something_else_steps_over_is_seen_to_next(house: House, monkeypatch):
+    start = NOW + timedelta(minutes=5)
+    contract = Yard().contract(gpus=8, term=(start, start + DAY))
+    late = start + timedelta(seconds=40)
+    with monkeypatch.context() as patched:
+        patched.setattr(house, "settle", lambda: house.clock.to(late))
+        house.turn()
+    contract.refresh_from_db()
+    assert contract.began_at is None
+    assert house.next_mark() == contract.reservation.claims_at
+    house.turn()
+    contract.refresh_from_db()
+    assert contract.began_at == late
+    assert house.next_mark() == start + DAY

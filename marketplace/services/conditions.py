@@ -25,8 +25,8 @@ heard AS (
     WHEN h.state = 'retired' OR l.id IS NULL THEN 'not_offered'
     WHEN l.state NOT IN ('published', 'paused') AND NOT EXISTS (
       SELECT FROM marketplace_contract c WHERE c.listing_id = l.id AND c.state IN ('active', 'ending')) THEN 'not_offered'
-    WHEN h.state = 'lost' THEN 'lost'
     WHEN heard.at < %(now)s - interval '{SILENT.total_seconds()} s' THEN 'silent'
+    WHEN h.state = 'lost' THEN 'lost'
     WHEN s.mode = 'off' THEN 'off'
     WHEN h.state = 'maintenance' THEN 'maintenance'
     WHEN h.state = 'draining' AND (h.leaves_at IS NULL OR h.leaves_at <= %(now)s) THEN 'draining'

@@ -16,6 +16,7 @@ from marketplace.services.transitions import transition_many
 
 HOST_SILENT = timedelta(seconds=150)
 GAP = timedelta(seconds=30)
+SITE_SILENT = "site silent"  # of a host, why it is lost
 
 
 def pulse(*, now: datetime) -> timedelta:
@@ -43,6 +44,10 @@ _HEARD = """
 SELECT max(last_sync_at), max(lease_until), (SELECT max(resumed_at) FROM marketplace_controlpulse)
 FROM marketplace_agent WHERE site_id = %s
 """
+# Of a site that was silent past its lease nothing can be had: its hosts are lost like any without a beat, until they are heard again.
+_LOST = """
+UPDATE marketplace_host SET state = 'lost', state_reason = %(reason)s WHERE site_id = %(site)s AND state = 'active'
+"""
 # Hosts without a beat take no new work; what becomes of their placements the agent says.
 _BEATS = """
 UPDATE marketplace_host SET state = CASE state WHEN 'active' THEN 'lost' ELSE 'active' END,
@@ -66,6 +71,8 @@ def _watch(site: Site, now: datetime) -> None:
             for pk, asked in gone
         ]
         placements.end(ends, now=now, actor="lease")
+        if prepared.count(_LOST, {"site": site.pk, "reason": SITE_SILENT}):
+            jobs.nudge_cell(site.cell_id)
     elif now - max(last, resumed or last) > SILENT:  # while we were away it had nobody to speak to
         ids = list(live.values_list("pk", flat=True))
         transition_many(

@@ -6,6 +6,7 @@ from billing.models import InvoiceLine
 from marketplace.models import Host
 from marketplace.services import agents, contracts, gpu_health
 from marketplace.tenancy import SYSTEM
+from scheduler import site_loop
 from tests import factories
 from tests.billing.conftest import Stripe, World, add_card, after, assert_invariants, make_world
 from tests.billing.test_kinds import DAY, MONTH, Contract, collect, lines, onboard, settled, sign
@@ -58,6 +59,24 @@ def test_what_could_not_be_used_comes_back_on_the_same_invoice(market: World, ki
     credit = InvoiceLine.objects.get(kind="credit")
     assert credit.contract == contract
     assert "GPU-hours reserved but missing" in credit.description
+    collect(invoice)
+    settled(market, invoice)
+    assert_invariants()
+
+
+def test_a_site_that_falls_silent_past_its_lease_costs_its_customers_nothing_from_its_last_word_on(market: World):
+    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY)
+    last, back = MONTH + DAY, MONTH + DAY + 5 * HOUR
+    agent, _ = factories.agent(market.host.site, last_sync_at=after(last), lease_until=after(last + 900))
+    Host.objects.update(beat_at=after(last))
+    site_loop.run(market.host.site_id, now=after(last + 901))
+    contracts.clock(after(last + 908))
+    type(agent).objects.filter(pk=agent.pk).update(last_sync_at=after(back), lease_until=after(back + DAY))
+    Host.objects.update(beat_at=after(back))
+    site_loop.run(market.host.site_id, now=after(back))
+    contracts.clock(after(back + 8))
+    invoice = market.close(MONTH + 31 * DAY)
+    assert lines(invoice) == [("commitment", 8 * 30 * 24 * 200), ("credit", -8 * 5 * 200)]
     collect(invoice)
     settled(market, invoice)
     assert_invariants()

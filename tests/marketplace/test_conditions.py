@@ -84,9 +84,22 @@ def test_silence_begins_with_the_last_word_heard(place):
     assert story(host) == [("able", 0), ("silent", 0), ("able", 201)]
 
 
+def test_a_silence_past_the_lease_is_one_silence(place):
+    site, host, *_ = place
+    for seconds in (91, 899, 901, 950):
+        watch(site, seconds)
+    assert Host.objects.get().state == "lost"
+    assert story(host) == [("able", 0), ("silent", 0)]
+    Agent.objects.update(last_sync_at=at(2000), lease_until=at(2900))
+    Host.objects.update(beat_at=at(2000))
+    watch(site, 2001)
+    assert story(host) == [("able", 0), ("silent", 0), ("able", 2001)]
+
+
 def test_nobody_is_silent_towards_a_control_plane_that_is_away(place):
     site, host, *_ = place
-    ControlPulse.objects.create(at=at(5000), resumed_at=at(5000))
+    ControlPulse.objects.create(at=NOW)
+    leases.pulse(now=at(5000))
     Host.objects.update(beat_at=at(5000))
     watch(site, 5080)
     assert story(host) == [("able", 0)]

@@ -166,6 +166,8 @@ def test_restarts_are_counted_and_come_to_an_end(market):
     assert only(job)
     assert (job.state, job.restarts) == ("requeued", 1)
     Agent.objects.update(last_sync_at=at(1000), lease_until=at(1000) + LEASE)
+    Host.objects.update(beat_at=at(1000))
+    watch(market, 1001)
     cycle.run(job.cell_id, now=at(1001))
     watch(market, 3000)
     job.refresh_from_db()
@@ -193,6 +195,25 @@ def test_a_host_without_a_beat_takes_no_new_work_and_comes_back(market):
     cycle.run(job.cell_id, now=at(212))
     job.refresh_from_db()
     assert job.state == "placed"
+
+
+def test_the_hosts_of_a_site_that_is_silent_past_its_lease_are_lost_until_they_are_heard(market):
+    job = start(market)
+    away = f.host(market[0], power_node="pdu-1", beat_at=NOW, state="draining")
+    watch(market, 899)
+    assert Host.objects.exclude(pk=away.pk).get().state == "active"
+    watch(market, 901)
+    host = Host.objects.exclude(pk=away.pk).get()
+    assert (host.state, host.state_reason) == ("lost", "site silent")
+    Agent.objects.update(last_sync_at=at(1000), lease_until=at(1900))
+    watch(market, 1000)
+    assert only(job).host.state == "lost"  # the site has spoken, its host has not
+    Host.objects.update(beat_at=at(1010))
+    Agent.objects.update(last_sync_at=at(1010))
+    watch(market, 1011)
+    host.refresh_from_db()
+    assert (host.state, host.state_reason) == ("active", "")
+    assert Host.objects.get(pk=away.pk).state == "draining"  # whoever drained it brings it back
 
 
 def test_a_drained_host_sends_its_jobs_back_to_the_queue(market):

@@ -5,16 +5,29 @@ from itertools import pairwise, product
 from uuid import uuid4
 
 import pytest
+from django.conf import settings
 from django.core import mail
+from django.db import transaction
 from django.utils import timezone
 from hypothesis import given
 from hypothesis import strategies as st
 
 from marketplace import outbox, tasks
+from marketplace.locks import Lock, acquire
 from marketplace.models import ContractEvent, Gpu, Host, MaintenanceHost, Placement, ReservationBlock, Shortfall
-from marketplace.services import agents, availability, conditions, contracts, drains, gpu_health, maintenance
+from marketplace.services import (
+    agents,
+    availability,
+    conditions,
+    contracts,
+    drains,
+    gpu_health,
+    leases,
+    maintenance,
+    sites,
+)
 from marketplace.services.contracts import healing, notices
-from marketplace.services.contracts.healing import Stay, pieces
+from marketplace.services.contracts.shortfalls import Stay, pieces
 from marketplace.tenancy import Actor
 from tests import factories as f
 from tests.factories import NOW
@@ -25,6 +38,7 @@ STAFF = Actor(kind="staff", user_id=1, label="dana@tailrace.example")
 SECOND = timedelta(seconds=1)
 START, END = NOW + 2 * DAY, NOW + 30 * DAY
 LATER = START + 3 * HOUR
+LEASE = timedelta(seconds=settings.SITE_LEASE_SECONDS)
 
 
 @pytest.fixture
@@ -52,6 +66,15 @@ def lose(yard, host, beat, now):
     heard(yard, now)
     Host.objects.filter(pk=host.pk).update(state="lost", state_reason="no beat", beat_at=beat)
     conditions.record(hosts=[host.pk], now=now)
+
+
+def watched(yard, last, now):
+    """The site has spoken last at `last`, its lease is a quarter of an hour, and its loop looks now."""
+    type(yard.agent).objects.update(last_sync_at=last, lease_until=last + LEASE)
+    Host.objects.exclude(state="lost").update(beat_at=last)
+    with transaction.atomic():
+        acquire((Lock.SITE, yard.site.pk))
+        leases.watch(yard.site, now=now)
 
 
 def well(yard, host, now):
@@ -215,7 +238,7 @@ def test_without_room_they_are_told_once_and_it_is_written_down_to_the_hosts_ret
         assert contracts.clock(LATER + seconds * SECOND).reservations_moved == 0
     since = LATER + 300 * SECOND
     assert missed(contract) == [(8, since, END)]
-    assert healing.missing(contract, since + MINUTE) == (8, since)
+    assert contracts.missing(contract, since + MINUTE) == (8, since)
     said = "8 of its 8 GPUs cannot be used (a GPU is sick); not charged meanwhile; we go on looking for others"
     assert told(contract) == [said]
     (letter,) = letters()
@@ -226,7 +249,7 @@ def test_without_room_they_are_told_once_and_it_is_written_down_to_the_hosts_ret
     well(yard, host, back)
     contracts.clock(back + 8 * SECOND)
     assert missed(contract) == [(8, since, back)]
-    assert healing.missing(contract, back + 9 * SECOND) == (0, None)
+    assert contracts.missing(contract, back + 9 * SECOND) == (0, None)
     assert told(contract)[1:] == ["all of its GPUs can be used again"]
     contracts.clock(back + 18 * SECOND)
     assert len(told(contract)) == 2
@@ -333,6 +356,53 @@ def test_maintenance_counts_its_own_hours_and_nothing_twice(yard):
     well(yard, host, over + HOUR)
     contracts.clock(over + HOUR)
     assert missed(contract) == [(8, taken - HOUR, taken), (8, taken, over), (8, over, over + HOUR)]
+
+
+def test_at_a_site_that_is_silent_past_its_lease_nothing_was_there_since_its_last_word(yard):
+    contract, other, host = full(yard)
+    job = f.job(contract, state="running", gpus=2, attempt=1)
+    f.placement(job, host, [0, 1], state="running", attempt=1, running_at=START, created_at=START)
+    watched(yard, LATER, LATER + LEASE)
+    contracts.clock(LATER + LEASE)
+    assert missed(contract) == []  # its agent is within its lease, and its work goes on
+    watched(yard, LATER, LATER + LEASE + SECOND)
+    assert contracts.clock(LATER + LEASE + SECOND).reservations_moved == 0
+    assert missed(contract) == [(8, LATER, END)]
+    assert sum(gpus for gpus, *_ in missed(other)) == 24
+    (said,) = told(contract)
+    assert said.startswith("8 of its 8 GPUs cannot be used (its site does not answer); not charged meanwhile")
+    assert availability.largest(yard.listing, now=LATER + LEASE, starts_at=END, ends_at=END + DAY, level="site") == 0
+    back = LATER + 2 * HOUR
+    Host.objects.update(beat_at=back)
+    watched(yard, back, back + 5 * SECOND)
+    contracts.clock(back + 12 * SECOND)
+    assert missed(contract) == [(8, LATER, back + 5 * SECOND)]
+    assert told(contract)[1:] == ["all of its GPUs can be used again"]
+    assert yard.on(contract) == {host.pk: 8}
+    never_oversold(yard)
+
+
+def test_a_window_that_begins_while_its_site_is_silent_is_told_before_and_missing_from_its_start(yard):
+    contract, *_ = full(yard)
+    watched(yard, START - 2 * HOUR, START - HOUR)
+    contracts.clock(START - HOUR)
+    (said,) = told(contract)
+    assert said.startswith("what it is promised from")
+    contracts.clock(START + 4 * SECOND)
+    assert missed(contract) == [(8, START, END)]
+
+
+def test_a_site_that_is_switched_off_owes_its_windows_too(yard):
+    contract, *_ = full(yard)
+    heard(yard, LATER)
+    sites.set_site_mode(yard.site, "off", actor=yard.operator, now=LATER)
+    contracts.clock(LATER + SECOND)
+    assert missed(contract) == [(8, LATER, END)]
+    assert "(its site is switched off)" in told(contract)[0]
+    heard(yard, LATER + HOUR)
+    sites.set_site_mode(yard.site, "auto", actor=yard.operator, now=LATER + HOUR)
+    contracts.clock(LATER + HOUR + SECOND)
+    assert missed(contract) == [(8, LATER, LATER + HOUR)]
 
 
 def test_who_has_left_the_contract_or_not_begun_it_misses_nothing(yard):

@@ -1,10 +1,11 @@
 """Two hundred bids, resales and their withdrawals on one piece, at once: exact, within every limit, nothing sold twice."""
 
 from collections import Counter
+from random import Random
 
 import pytest
 
-from marketplace.models import Contract, Fill, Quote, Resale, StandingBid
+from marketplace.models import Contract, Fill, OutboxMessage, Quote, Resale, StandingBid
 from marketplace.services import contracts
 from marketplace.services.forward import bids, resales
 from tests import factories
@@ -28,22 +29,27 @@ def look(desk):
     return bids.run(True, desk.listing.gpu_model_id, desk.site.region, now=NOW)
 
 
-@pytest.mark.parametrize("total", [40, pytest.param(200, marks=pytest.mark.full)])
-def test_bids_and_resales_on_one_piece(total):
-    """Bids of ten limits come in batches beside offers, withdrawals and several lookers."""
+@pytest.mark.parametrize("connections", [64, pytest.param(150, marks=pytest.mark.full)])
+def test_bids_and_resales_on_one_piece(connections):
+    """All of it begins at one barrier: seven in ten bid, the others offer, withdraw, buy by hand and look at the book."""
+    total = 200
     desk = Desk()
     buyers = [desk.buyer() for _ in range(10)]
-    made = []
-    for first in range(0, total, 20):
-        calls = [
-            lambda n=n: bid(desk, buyers[n % 10], ASK - 4 + n % 10, auto_accept=True)
-            for n in range(first, min(total, first + 18))
-        ]
-        calls += [lambda: desk.offer(gpus=1), lambda: look(desk)]
-        made += at_once(calls)
-        open_ = Resale.objects.filter(state="open").first()
-        if open_ is not None and first % 40:
-            at_once([lambda r=open_: resales.withdraw(desk.holder, r, now=NOW), lambda: look(desk), lambda: look(desk)])
+    standing = [desk.offer(gpus=1) for _ in range(3)]
+    quote = desk.quote(desk.buyer(), standing[0], 1)
+    by_hand = factories.actor(quote.organization)
+    calls = [lambda: contracts.accept(by_hand, quote.pk, now=NOW)]
+    calls += [lambda r=row: resales.withdraw(desk.holder, r, now=NOW) for row in standing[1:]]
+    calls += [lambda: desk.offer(gpus=1) for _ in range(total // 20)]
+    calls += [lambda: look(desk) for _ in range(total // 10)]
+    calls += [
+        lambda n=n: bid(desk, buyers[n % 10], ASK - 4 + n % 10, auto_accept=True) for n in range(total - len(calls))
+    ]
+    dice = Random(total)
+    dice.shuffle(calls)
+    answers = at_once(calls, connections)
+    assert set(outcome(answers)) <= {"StandingBid", "Resale", "Looked", "Contract", "no_capacity", "illegal_transition"}
+    assert len(answers) == total
     while look(desk).bought:
         pass
     desk.sound()
@@ -51,9 +57,14 @@ def test_bids_and_resales_on_one_piece(total):
         fills = list(Fill.objects.filter(bid=row))
         assert sum(f.gpu_count for f in fills) == row.filled_gpus <= row.gpu_count
         assert all(f.price <= row.limit_price for f in fills)
-    assert Fill.objects.count() == Contract.objects.count() - 1
+    made = Contract.objects.exclude(pk=desk.contract.pk)
+    assert Fill.objects.count() == made.count() >= len(standing) - 1
     sold = sum(Resale.objects.values_list("sold_gpus", flat=True))
-    assert sold == Fill.objects.count() > 0
+    assert sold == Fill.objects.count()
+    charged = OutboxMessage.objects.filter(topic=contracts.ACCEPTED).values_list("payload__contract", flat=True)
+    assert sorted(charged) == sorted(Contract.objects.values_list("pk", flat=True)), "each is charged, and charged once"
+    if StandingBid.objects.filter(state="open", limit_price__gte=ASK).exists():
+        assert not any(row.left for row in Resale.objects.filter(state="open")), "who waits would have bought it"
 
 
 def test_several_who_look_at_one_book_quote_each_bid_once():

@@ -55,7 +55,7 @@ def test_the_last_host_is_held_for_one_of_many_quotes(buyers):
     assert (Quote.objects.count(), Reservation.objects.count(), ReservationBlock.objects.count()) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("buyers", [2, 16, pytest.param(64, marks=pytest.mark.full)])
+@pytest.mark.parametrize("buyers", [2, 64])
 def test_the_last_host_is_sold_to_one_of_many_firm_quotes(buyers):
     listing, actors = world(buyers)
     made = []

@@ -152,6 +152,6 @@ def test_mended_and_returned_at_once_it_has_its_eight_gpus_and_pays_for_no_secon
     healing.heal(LATER)
     (row,) = Shortfall.objects.all() or [None]
     assert row is None or (row.starts_at, row.ends_at) == (NOW, LATER)
-    assert healing.missing(fallen.contract, LATER) == (0, None)
+    assert contracts.missing(fallen.contract, LATER) == (0, None)
     assert Host.objects.get(pk=fallen.at).state == "active"
     fallen.sound()

@@ -5,7 +5,8 @@ amendments  a later end, more GPUs
 prices      another price of an on-demand contract, with consent
 ending      terminated early by its rule, over with its window, defaulted, settled when nothing runs any more
 clock       what happens because time passes
-healing     promised GPUs that cannot be used: others stand in, and what is missing
+healing     promised GPUs that cannot be used: others stand in
+shortfalls  what cannot be used and nobody stands in for: which GPUs, from when to when
 notices     what customers are told
 """
 
@@ -27,9 +28,9 @@ from marketplace.services.contracts.ending import (
     settle,
     terminate,
 )
-from marketplace.services.contracts.healing import missing
 from marketplace.services.contracts.notices import NOTICE, sentence
 from marketplace.services.contracts.notices import send as send_notice
+from marketplace.services.contracts.shortfalls import missing
 from marketplace.services.contracts.signing import ACCEPTED, accept, check_standing, confirm_payment
 from marketplace.tenancy import Actor
 

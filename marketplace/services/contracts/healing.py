@@ -1,22 +1,20 @@
 """Promised GPUs that cannot be used: other GPUs of the same offer stand in, and what none stand in for is told, and not charged.
 
 A window that has begun, or begins within HEAL_AHEAD, moves off hosts that are out of work: with sick GPUs (`gpu_rule`), without a
-beat, or drained. It moves for the rest of its time; a host that returns is free for others, unless its GPUs found no room elsewhere.
-What runs on the host's other GPUs runs on. Announced maintenance sees to its own hosts (services.maintenance).
+beat, drained, of a site that was silent past its lease (`leases`) or is switched off. It moves for the rest of its time; a host that
+returns is free for others, unless its GPUs found no room elsewhere. What runs on the host's other GPUs runs on. Announced maintenance
+sees to its own hosts (services.maintenance).
 
 Each contract is mended in a transaction of its own, under the locks of its cell and its site: nobody is promised the same GPUs
 meanwhile, and no host leaves or comes back in the midst of it.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from datetime import datetime, timedelta
 
 from django.db import transaction
-from django.db.models import Max, Min, Q, QuerySet
 
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
@@ -26,15 +24,13 @@ from marketplace.models import (
     Gpu,
     Host,
     HostCondition,
-    Maintenance,
-    MaintenanceHost,
-    Placement,
     Reservation,
     ReservationBlock,
-    Shortfall,
+    Site,
 )
-from marketplace.services import availability, gpu_rule, holds, jobs
-from marketplace.services.contracts import notices
+from marketplace.services import availability, holds, jobs
+from marketplace.services.contracts import notices, shortfalls
+from marketplace.services.leases import SITE_SILENT
 from scheduler.core.capacity import Admission
 
 log = logging.getLogger(__name__)
@@ -42,13 +38,6 @@ HEAL_AHEAD = timedelta(hours=25)  # the scheduler closes a reservation's GPUs to
 HEAL_BATCH = 500
 ACTOR = "stand-ins"
 LOOKING = "we go on looking for others"  # the end of what is said while GPUs are missing
-FAR = datetime.max.replace(tzinfo=UTC)
-_MAINTAINED = MaintenanceHost.objects.filter(
-    taken_at__isnull=False, given_back_at=None, maintenance__state__in=Maintenance.LIVE
-)
-_GONE = (  # of hosts
-    (~Q(state=Host.State.ACTIVE) & Q(back_at=None) | gpu_rule.SICK) & ~Q(pk__in=_MAINTAINED.values("host"))
-)
 
 
 def heal(now: datetime) -> int:
@@ -75,24 +64,16 @@ def _wanted(now: datetime) -> list[int]:
     found = {ahead[pk].contract_id for pk in holds.disturbed(ahead.values(), now)} if ahead else set()
     begun = live.filter(
         contract__state=Contract.State.ACTIVE, starts_at__lte=now, ends_at__gt=now,
-        blocks__host__in=Host.objects.filter(_GONE),
+        blocks__host__in=Host.objects.filter(shortfalls.GONE),
     )  # fmt: skip
     missing_some = (
-        _open(now).filter(contract__state=Contract.State.ACTIVE).order_by().values_list("contract_id", flat=True)
+        shortfalls.standing(now)
+        .filter(contract__state=Contract.State.ACTIVE)
+        .order_by()
+        .values_list("contract_id", flat=True)
     )
     found |= set(begun.order_by().values_list("contract_id", flat=True).union(missing_some)[:HEAL_BATCH])
     return sorted(pk for pk in found if pk is not None)
-
-
-def _open(now: datetime) -> QuerySet[Shortfall]:
-    """What is missing now for want of a host."""
-    return Shortfall.objects.filter(host__isnull=False, ends_at__gt=now)
-
-
-def missing(contract: Contract, now: datetime) -> tuple[int, datetime | None]:
-    """(GPUs of it that cannot be used now and nobody stands in for, since when). Reads its `shortfalls`, prefetched or not."""
-    rows = [row for row in contract.shortfalls.all() if row.host_id is not None and row.starts_at <= now < row.ends_at]
-    return sum(row.gpus for row in rows), min((row.starts_at for row in rows), default=None)
 
 
 @dataclass
@@ -123,14 +104,14 @@ def _mend(contract_id: int, now: datetime) -> int:
         )  # fmt: skip
         level = contract.quote.level if contract.quote is not None else "site"
         begun = [row for row in mine if row.starts_at <= now]
-        short = _write_down(contract, begun, now, now)
+        short = shortfalls.write_down(contract, begun, now, now)
         for row in mine:
             if now < row.starts_at and row.claims_at <= now + HEAL_AHEAD and row.maintenance_id is None:
                 _move(row, level, done, now)
         for row in begun:
             _stand_in(row, level, done, now)
         if done.stand_in:
-            short = _write_down(contract, begun, now, max(_clear_at(row, now) for row in begun))
+            short = shortfalls.write_down(contract, begun, now, max(_clear_at(row, now) for row in begun))
         if done.moved:
             jobs.nudge_cell(contract.cell_id)
         _say(contract, short, done, now)
@@ -169,7 +150,9 @@ def _stand_in(row: Reservation, level: str, done: Mended, now: datetime) -> None
     """Others for those of its GPUs whose hosts are out of work: all of them together, or as many as can be had where what it has does
     not come to stand in more places than it may (`level`).
     """
-    gone = list(row.blocks.filter(host__in=Host.objects.filter(_GONE)).select_related("host").order_by("pk"))
+    gone = list(
+        row.blocks.filter(host__in=Host.objects.filter(shortfalls.GONE)).select_related("host__site").order_by("pk")
+    )
     gone = [block for block in gone if _leaves(block.host, row.ends_at)]
     wanted = sum(len(block.gpu_indices) for block in gone)
     if not wanted:
@@ -232,132 +215,13 @@ def _trim(blocks: Iterable[ReservationBlock], gpus: int) -> None:
             block.delete()
 
 
-# --- what is missing
-@dataclass(frozen=True)
-class Stay:
-    """The contract's own work on `gpus` of a host during [start, end)."""
-
-    gpus: frozenset[int]
-    start: datetime
-    end: datetime
-
-
-def pieces(
-    own: Collection[int], out: Iterable[tuple[datetime, datetime, bool]], stays: Iterable[Stay]
-) -> list[tuple[int, datetime, datetime]]:
-    """(GPUs, start, end) in which so many of a host's `own` GPUs could not be used. `out`: (start, end, dead), when the host took
-    nothing new; what ran there ran on, unless it was dead. Pure.
-    """
-    spans, work = list(out), list(stays)
-    marks = {t for a, b, _ in spans for t in (a, b)} | {t for s in work for t in (s.start, s.end)}
-    found: list[tuple[int, datetime, datetime]] = []
-    for a, b in pairwise(sorted(marks)):
-        here = [dead for start, end, dead in spans if start <= a < end]
-        if not here:
-            continue
-        used = set().union(*(s.gpus for s in work if s.start <= a < s.end)) if not any(here) else set()
-        gpus = len(set(own) - used)
-        if gpus and found and (found[-1][0], found[-1][2]) == (gpus, a):
-            found[-1] = (gpus, found[-1][1], b)
-        elif gpus:
-            found.append((gpus, a, b))
-    return found
-
-
-def _write_down(contract: Contract, begun: Sequence[Reservation], now: datetime, clear_at: datetime) -> int:
-    """What the contract misses on hosts out of work, from the second in which each was until it is back, or, where others stand in,
-    until they are clear. What has been stays as it was. Returns the GPUs that are missing for as long as can be seen.
-    """
-    if not begun:
-        return 0
-    held: dict[int, list[tuple[Reservation, set[int]]]] = defaultdict(list)
-    by_id = {row.pk: row for row in begun}
-    for block in ReservationBlock.objects.filter(reservation__in=begun, host__in=Host.objects.filter(_GONE)):
-        held[block.host_id].append((by_id[block.reservation_id], set(block.gpu_indices)))
-    last = min(row.ends_at for row in begun)
-    open_ = {row.host_id: row for row in _open(now).filter(contract=contract, ends_at__gte=last)}
-    short = 0
-    for host_id in sorted({*held, *filter(None, open_)}):
-        row, out = open_.get(host_id), _out(host_id)
-        if row is not None and host_id not in held:
-            _close(row, _back_at(row) or clear_at)
-        if host_id not in held or not out:
-            continue
-        if row is not None and row.starts_at < out[0][0] and (back := _back_at(row)) is not None:
-            _close(row, back)  # it was back meanwhile
-            row = None
-        found = _missed(contract, host_id, held[host_id], out, row)
-        gpus = found[-1].gpus if found and found[-1].ends_at > now else 0
-        if row is None:
-            Shortfall.objects.bulk_create(found)
-        elif gpus != row.gpus:
-            _close(row, found[-1].starts_at if gpus else now)
-            Shortfall.objects.bulk_create(found[-1:] if gpus else [])
-        short += gpus
-    return short
-
-
-def _missed(
-    contract: Contract, host_id: int, held: Sequence[tuple[Reservation, set[int]]], out: Sequence[tuple[datetime, datetime, bool]],
-    row: Shortfall | None,
-) -> list[Shortfall]:  # fmt: skip
-    """Rows of what it misses on one host; of what is written down already, no more."""
-    own = set().union(*(indices for _, indices in held))
-    until = min(of.ends_at for of, _ in held)
-    written = Shortfall.objects.filter(contract=contract, host=host_id).order_by("-ends_at").first()
-    since = max(out[0][0], min(of.starts_at for of, _ in held), row.starts_at if row else out[0][0])
-    given_back = MaintenanceHost.objects.filter(host=host_id).aggregate(at=Max("given_back_at"))["at"]
-    if row is None:  # after what is written down already, and after maintenance, which has rows of its own
-        since = max(filter(None, [since, written and written.ends_at, given_back]))
-    spans = [(max(a, since), min(b, until), dead) for a, b, dead in out if a < until and b > since]
-    left = Q(finished_at__gt=since) | Q(finished_at=None)
-    stays = [
-        Stay(frozenset(indices), max(created, since), min(filter(None, [asked, finished, until])))
-        for indices, created, asked, finished in Placement.objects.filter(
-            left, contract=contract, host=host_id
-        ).values_list("gpu_indices", "created_at", "release_requested_at", "finished_at")
-        if created < until and min(filter(None, [asked, finished, until])) > since
-    ]
-    return [
-        Shortfall(contract=contract, host_id=host_id, gpus=gpus, starts_at=a, ends_at=b)
-        for gpus, a, b in pieces(own, spans, stays)
-    ]
-
-
-def _out(host_id: int) -> list[tuple[datetime, datetime, bool]]:
-    """(start, end, dead) of how the host is out of work, without a gap up to now; the last goes on. [] where it is at work."""
-    found: list[tuple[datetime, datetime, bool]] = []
-    for row in HostCondition.objects.filter(host=host_id).order_by("-starts_at", "-pk"):
-        if row.kind == HostCondition.Kind.ABLE or (found and row.ends_at != found[0][0]):
-            break
-        found.insert(0, (row.starts_at, row.ends_at or FAR, row.kind == HostCondition.Kind.LOST))
-    return found
-
-
-def _back_at(row: Shortfall) -> datetime | None:
-    """When its host came back, or was taken for maintenance, which has rows of its own."""
-    able = HostCondition.objects.filter(host=row.host_id, kind=HostCondition.Kind.ABLE, starts_at__gt=row.starts_at)
-    taken = _MAINTAINED.filter(host=row.host_id, taken_at__gt=row.starts_at)
-    first = [
-        able.order_by("starts_at").values_list("starts_at", flat=True).first(),
-        taken.aggregate(at=Min("taken_at"))["at"],
-    ]
-    return min(filter(None, first), default=None)
-
-
-def _close(row: Shortfall, at: datetime) -> None:
-    if at <= row.starts_at:
-        row.delete()
-    elif at != row.ends_at:
-        row.ends_at = at
-        row.save(update_fields=["ends_at"])
-
-
 # --- what its people are told
 def _why(host: Host) -> str:
     """In a customer's words; what the operator wrote is not theirs to read."""
+    if host.site.mode == Site.Mode.OFF:
+        return "its site is switched off"
     if host.state == Host.State.LOST:
-        return "a host does not answer"
+        return "its site does not answer" if host.state_reason == SITE_SILENT else "a host does not answer"
     return "a GPU is sick" if host.gpus.filter(healthy=False).exists() else "a host was taken out of work"
 
 

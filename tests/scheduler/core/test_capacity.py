@@ -3,7 +3,7 @@
 from itertools import pairwise, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.core import capacity
@@ -22,7 +22,6 @@ from scheduler.core.capacity import (
 pytestmark = pytest.mark.serverless
 
 HORIZON = 12
-BOUNDED = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def site(hosts_per_leaf=2, leaves_per_spine=2, spines=2, gpus=8):
@@ -82,7 +81,6 @@ windows = st.tuples(st.integers(0, HORIZON - 1), st.integers(1, HORIZON)).map(
 )
 
 
-@BOUNDED
 @given(small_sites(), windows, st.integers(1, 3), st.sampled_from(LEVELS))
 def test_largest_is_what_brute_force_finds_and_is_placeable_and_one_more_is_not(drawn, window, chunk, level):
     rows, claims = drawn
@@ -101,7 +99,6 @@ def test_largest_is_what_brute_force_finds_and_is_placeable_and_one_more_is_not(
     assert not capacity.admit(pool, shape, level, most + chunk, *window).admitted
 
 
-@BOUNDED
 @given(small_sites(), windows, st.integers(1, 2), st.sampled_from(LEVELS), st.integers(1, 8))
 def test_a_refusal_names_its_reason_and_every_alternative_fits(drawn, window, chunk, level, chunks):
     rows, claims = drawn
@@ -125,7 +122,6 @@ def test_a_refusal_names_its_reason_and_every_alternative_fits(drawn, window, ch
     assert other.until == next((t for t in range(t2 - 1, t1, -1) if fits(t1, t)), None)
 
 
-@BOUNDED
 @given(small_sites(), st.integers(1, 2), st.sampled_from(LEVELS), st.integers(1, 5))
 def test_calendar_steps_and_segments_agree_with_largest(drawn, chunk, level, step):
     rows, claims = drawn
@@ -140,7 +136,6 @@ def test_calendar_steps_and_segments_agree_with_largest(drawn, chunk, level, ste
             assert cell.gpus == brute_largest(rows, claims, chunk, level, t, t + 1)
 
 
-@BOUNDED
 @given(st.lists(st.tuples(windows, st.integers(1, 12), st.sampled_from(LEVELS), st.booleans()), max_size=25))
 def test_a_year_of_admissions_never_oversells_an_instant(requests):
     pool = Pool.build(site(gpus=4))
@@ -269,7 +264,6 @@ def test_an_empty_pool_offers_nothing():
     assert capacity.admit(pool, Shape(1), "site", 1, 0, 1).reason == NEVER_FITS
 
 
-@BOUNDED
 @given(small_sites(), st.lists(windows, max_size=6), st.integers(1, 2))
 def test_one_sweep_answers_as_largest_does_window_by_window(drawn, asked, chunk):
     rows, claims = drawn
@@ -280,7 +274,6 @@ def test_one_sweep_answers_as_largest_does_window_by_window(drawn, asked, chunk)
         assert found[level].tolist() == [brute_largest(rows, claims, chunk, level, *window) for window in asked]
 
 
-@BOUNDED
 @given(
     small_sites(), st.sampled_from(LEVELS), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2), st.integers(1, 3)
 )
@@ -311,7 +304,6 @@ def test_the_first_windows_begin_as_early_and_last_as_long_as_they_can(drawn, le
     assert list(found) == expected
 
 
-@BOUNDED
 @given(
     small_sites(),
     st.sampled_from(LEVELS),

@@ -12,8 +12,10 @@ from marketplace.errors import MarketError
 from marketplace.models import (
     Gpu,
     Host,
+    HostVerification,
     Listing,
     OfferChange,
+    Reliability,
     Reservation,
     ReservationBlock,
     Site,
@@ -192,44 +194,127 @@ def test_what_was_withdrawn_since_the_columns_were_read_is_not_shown():
     assert asked
 
 
-COMPARED = {
-    "vram_mib": lambda row, hosts: row.gpu_model and row.gpu_model.vram_mib,
-    "gpus_per_host": lambda _, hosts: min((h.gpu_count for h in hosts), default=None),
-    "nvlink_gpus": lambda _, hosts: min(
-        (max(map([d for d in h.nvlink_domains if d >= 0].count, h.nvlink_domains), default=0) for h in hosts), default=None
-    ),
-    "ram_mib_per_host": lambda _, hosts: min((h.ram_mib for h in hosts), default=None),
-    "carbon_g_per_kwh": lambda row, _: row.site.carbon_g_per_kwh,
-    "renewable_permille": lambda row, _: row.site.renewable_permille,
-    "max_term_days": lambda row, _: row.max_term_days,
-    "spot_floor": lambda row, _: row.spot_floor,
+_HOSTS = (
+    "FROM marketplace_host h LEFT JOIN marketplace_hostverification v ON v.host_id = h.id"
+    " WHERE h.listing_id = l.id AND h.state <> 'retired'"
+)
+_DOMAIN = "(SELECT coalesce(max(n), 0) FROM (SELECT count(*) AS n FROM unnest(h.nvlink_domains) AS d WHERE d >= 0 GROUP BY d) AS sizes)"
+# Field -> what an offer states of it, in bare SQL; of hosts the least.
+STATED = {
+    "vram_mib": "m.vram_mib",
+    "gpus_per_host": f"(SELECT min(h.gpu_count) {_HOSTS})",
+    "nvlink_gpus": f"(SELECT min({_DOMAIN}) {_HOSTS})",
+    "vcpu_milli_per_host": f"(SELECT min(h.vcpu_milli) {_HOSTS})",
+    "ram_mib_per_host": f"(SELECT min(h.ram_mib) {_HOSTS})",
+    "nvme_gib_per_host": f"(SELECT min(h.nvme_gib) {_HOSTS})",
+    "fabric_gbps": "l.fabric_gbps",
+    "carbon_g_per_kwh": "s.carbon_g_per_kwh",
+    "renewable_permille": "s.renewable_permille",
+    "reliability_permille": "(SELECT r.score_permille FROM marketplace_reliability r WHERE r.listing_id = l.id)",
+    "verified": f"(SELECT bool_and(v.state IS NOT NULL AND v.state = 'verified')::int {_HOSTS})",
+    "benchmark_score": f"(SELECT CASE WHEN bool_and(v.state IS NOT NULL AND v.state = 'verified') THEN min(v.score) END {_HOSTS})",
+    "emergency_clause": "(l.emergency_notice_s IS NOT NULL)::int",
+    **{name: f"l.{name}" for name in (
+        "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s", "flexible_hours_per_month", "flexible_notice_s",
+        "emergency_notice_s", "on_demand_price", "reserved_price", "flexible_price", "spot_floor",
+    )},
+}  # fmt: skip
+STATED_TEXTS = {
+    "gpu_model": "m.name", "region": "s.region", "country": "s.country", "interconnect": "l.interconnect", "runtime": "l.runtime",
+    "currency": "l.currency",
+}  # fmt: skip
+SORTED_BY = {
+    "vram": "vram_mib", "fabric": "fabric_gbps", "carbon": "carbon_g_per_kwh", "renewable": "renewable_permille",
+    "reliability": "reliability_permille", "benchmark": "benchmark_score", "nvlink": "nvlink_gpus", "vcpu": "vcpu_milli_per_host",
+    "ram": "ram_mib_per_host", "nvme": "nvme_gib_per_host", "notice": "eviction_notice_s", "term": "min_term_hours",
 }  # fmt: skip
 
 
-def test_every_comparison_of_every_field():
+def stated(sql):
+    """{listing: value} of all that are on offer, from the rows themselves."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SELECT l.id, {sql} FROM marketplace_listing l JOIN marketplace_site s ON s.id = l.site_id"
+            " LEFT JOIN marketplace_gpumodel m ON m.id = l.gpu_model_id WHERE l.state = 'published' ORDER BY l.id"
+        )
+        return dict(cursor.fetchall())
+
+
+@pytest.fixture
+def varied():
+    """A market in which every field has several values, and some state none."""
     dice = random.Random(5)
     market = Market(dice)
-    for host in Host.objects.all():
+    for _ in range(16):
+        market.offer()
+    for host in Host.objects.order_by("pk"):
         host.nvlink_domains = [dice.choice([-1, 0, 1]) for _ in range(host.gpu_count)]
-        host.ram_mib = dice.choice([1000, 2000])
+        for name, values in (("vcpu_milli", [1000, 2000]), ("ram_mib", [1000, 2000]), ("nvme_gib", [0, 100, 200])):
+            setattr(host, name, dice.choice(values))
         host.save()
-    for site in market.sites[1:]:
-        Site.objects.filter(pk=site.pk).update(renewable_permille=dice.choice([400, 900]))
-    rows = list(search.on_offer(SYSTEM).select_related("site", "gpu_model"))
-    for name, value_of in COMPARED.items():
-        values = {row.pk: value_of(row, list(row.hosts.exclude(state="retired"))) for row in rows}
-        at = dice.choice([v for v in values.values() if v is not None])
-        for op, holds in search_operators().items():
-            found = search.search(SYSTEM, Filters(where=search.comparisons(f"{name}{op}{at}")), now=NOW, limit=100)
-            assert {r.listing.pk for r in found.rows} == {
-                pk for pk, v in values.items() if v is not None and holds(v, at)
-            }, f"{name}{op}{at}"
+        if dice.random() < 0.85:
+            state = dice.choice(["verified"] * 5 + ["stale"])
+            HostVerification.objects.create(host=host, state=state, score=dice.choice([700, 900, 1000]), next_at=NOW)
+    Host.objects.filter(pk=Host.objects.exclude(listing=None).first().pk).update(state="retired")
+    for site, renewable in zip(market.sites, (None, 400, 900, 650), strict=True):
+        Site.objects.filter(pk=site.pk).update(renewable_permille=renewable)
+    for row in Listing.objects.order_by("pk"):
+        Listing.objects.filter(pk=row.pk).update(
+            min_term_hours=dice.choice([1, 24]), flexible_hours_per_month=dice.choice([10, 40]),
+            flexible_notice_s=dice.choice([300, 900]), emergency_notice_s=dice.choice([None, 300, 600]),
+            reserved_price=dice.choice([None, 900_000, 850_000]), flexible_price=dice.choice([None, 800_000, 700_000]),
+            spot_floor=dice.choice([None, 300_000, 200_000]),
+        )  # fmt: skip
+        if dice.random() < 0.7:
+            Reliability.objects.create(listing=row, score_permille=dice.choice([950, 990, 999]), as_of=NOW)
+    return dice
 
 
-def search_operators():
+def test_nothing_can_be_compared_or_sorted_by_that_is_not_compared_here():
+    from marketplace.services.filters import COMPARABLE
+
+    assert {"price", *STATED, *STATED_TEXTS} == set(COMPARABLE)
+    orders = {sign + name for name in SORTED_BY for sign in ("", "-")}
+    assert {"price", "-price", "newest", "oldest", *orders} == set(search.SORTS)
+
+
+def test_every_comparison_of_every_field(varied):
     from marketplace.services.filters import OPERATORS
 
-    return OPERATORS
+    def found(text):
+        rows = search.search(SYSTEM, Filters(where=search.comparisons(text)), now=NOW, limit=100).rows
+        return {row.listing.pk for row in rows}
+
+    for name, sql in STATED.items():
+        values = stated(sql)
+        known = sorted({v for v in values.values() if v is not None})
+        assert len(known) > 1, f"{name}: the market must differ in it"
+        for at in {known[0], known[len(known) // 2], known[-1]}:
+            for op, holds in OPERATORS.items():
+                expected = {pk for pk, v in values.items() if v is not None and holds(v, at)}
+                assert found(f"{name}{op}{at}") == expected, f"{name}{op}{at}"
+    for name, sql in STATED_TEXTS.items():
+        values = stated(sql)
+        known = sorted({v for v in values.values() if v is not None})
+        one = known[-1]
+        assert found(f"{name}={one}") == {pk for pk, v in values.items() if v == one}, name
+        assert found(f"{name}!={one}") == {pk for pk, v in values.items() if v is not None and v != one}, name
+        assert found(f"{name}={'|'.join(known[:2])}") == {pk for pk, v in values.items() if v in known[:2]}, name
+
+
+def test_every_order_is_that_of_the_bare_sql_page_by_page(varied):
+    for name, field in SORTED_BY.items():
+        values = stated(STATED[field])
+        for sort, sign in ((name, 1), (f"-{name}", -1)):  # what is unknown comes last either way
+            expected = sorted(values, key=lambda pk: (values[pk] is None, sign * (values[pk] or 0), sign * pk))
+            seen, cursor = [], None
+            while True:
+                page = search.search(SYSTEM, Filters(), now=NOW, sort=sort, limit=4, cursor=cursor)
+                seen += [row.listing.pk for row in page.rows]
+                cursor = page.cursor
+                if cursor is None:
+                    break
+            assert seen == expected, sort
 
 
 def test_comparisons_of_text_prices_and_several_at_once():
@@ -260,19 +345,3 @@ def test_comparisons_of_text_prices_and_several_at_once():
         with pytest.raises(MarketError) as refused:
             search.comparisons(bad)
         assert "/where" in refused.value.fields
-
-
-@pytest.mark.parametrize("sort", ["renewable", "-nvlink", "ram", "-vcpu", "nvme", "oldest", "-term", "notice"])
-def test_every_order_pages_through_all_offers_once(sort):
-    dice = random.Random(2)
-    Market(dice)
-    whole = [r.listing.pk for r in search.search(SYSTEM, Filters(), now=NOW, sort=sort, limit=100).rows]
-    seen, cursor = [], None
-    while True:
-        page = search.search(SYSTEM, Filters(), now=NOW, sort=sort, limit=2, cursor=cursor)
-        seen += [r.listing.pk for r in page.rows]
-        cursor = page.cursor
-        if cursor is None:
-            break
-    assert seen == whole
-    assert sorted(seen) == sorted(search.on_offer(SYSTEM).values_list("pk", flat=True))

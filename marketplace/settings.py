@@ -201,6 +201,7 @@ STRIPE_BASE_URL = env.str("STRIPE_BASE_URL", default="" if not DEVELOPMENT else 
 STRIPE_WEBHOOK_SECRETS = env.list("STRIPE_WEBHOOK_SECRETS", default=["whsec_tailrace_sandbox"] if DEVELOPMENT else [])
 PLATFORM_FEE_PERMILLE = env.int("PLATFORM_FEE_PERMILLE", default=150)
 RESALE_FEE_PERMILLE = env.int("RESALE_FEE_PERMILLE", default=50)
+LEGAL_COUNTRY = env.str("LEGAL_COUNTRY", default="US")
 LEGAL_ENTITY = env.str("LEGAL_ENTITY", default="Tailrace Inc.")
 
 # --- sites and power

@@ -160,6 +160,14 @@ class StockShape(serializers.Serializer):
     heard_at = serializers.DateTimeField(allow_null=True, help_text="the oldest last beat of the hosts counted")
 
 
+class EachHostShape(serializers.Serializer):
+    gpu_count = serializers.IntegerField()
+    vcpu_milli = serializers.IntegerField()
+    ram_mib = serializers.IntegerField()
+    nvme_gib = serializers.IntegerField()
+    nvlink_gpus = serializers.IntegerField(help_text="of the largest NVLink domain in it; 0: none")
+
+
 class ListingShape(serializers.Serializer):
     id = serializers.CharField()
     object = serializers.CharField()
@@ -173,6 +181,7 @@ class ListingShape(serializers.Serializer):
     operator = serializers.DictField()
     site = serializers.DictField()
     gpu_model = serializers.DictField(allow_null=True)
+    host = EachHostShape(allow_null=True, help_text="what each of its hosts has at the least; frozen into contracts")
     interconnect = serializers.CharField()
     fabric_gbps = serializers.IntegerField()
     runtime = serializers.CharField()

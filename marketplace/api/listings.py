@@ -23,7 +23,7 @@ from marketplace.api.listing_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Maintenance, Site, SpotInterval
-from marketplace.services import availability, listings, maintenance, price_tiers, search, spot_prices
+from marketplace.services import availability, host_shape, listings, maintenance, price_tiers, search, spot_prices
 from marketplace.services.availability import Stock
 from marketplace.services.price_tiers import Option
 from scheduler.core.capacity import LEVELS
@@ -43,6 +43,7 @@ class ListingResource(Resource):
         level: str = "site",
         verified: dict[str, Any] | None = None,
         prices: dict[str, Option] | None = None,
+        host: dict[str, int] | None = None,
     ) -> dict[str, Any]:
         site, model = row.site, row.gpu_model
         mine = self.actor.organization_id == row.organization_id
@@ -73,6 +74,7 @@ class ListingResource(Resource):
             "gpu_model": None
             if model is None
             else {"name": model.name, "vram_mib": model.vram_mib, "tdp_w": model.tdp_w},
+            "host": host_shape.of_listing(row) if host is None else host,
             "interconnect": row.interconnect,
             "fabric_gbps": row.fabric_gbps,
             "runtime": row.runtime,
@@ -182,7 +184,8 @@ class Listings(ListingResource):
         return Response(
             {
                 "data": [
-                    self.represent(f.listing, f.stock, wanted.level, vars(f.checked), f.prices) for f in found.rows
+                    self.represent(f.listing, f.stock, wanted.level, vars(f.checked), f.prices, f.host)
+                    for f in found.rows
                 ],
                 "has_more": found.has_more,
                 "cursor": found.cursor,

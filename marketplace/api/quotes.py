@@ -71,7 +71,11 @@ class QuoteShape(serializers.Serializer):
     limit_price = shapes.PriceShape(allow_null=True)
     total = shapes.MoneyShape(allow_null=True, help_text="of the commitment; null: billed by use")
     due_at_signing = shapes.MoneyShape(allow_null=True, help_text="drawn down first; null: nothing")
-    items = serializers.DictField()
+    items = serializers.DictField(
+        help_text="`basis` commitment, or per_hour_at_ceiling; `gpu_seconds`; `total`, and of it `to_the_operator` (`energy` is in that: "
+        "Wh and average watts at full power, the site's overhead included, and what they cost at the grid's published price), "
+        "`to_the_seller` and `platform_fee`; `tax`: what is charged on top, by which rule"
+    )
     maintenance = NoticeShape(many=True, help_text="announced work on hosts of the listing during the quoted window")
     held_until = serializers.DateTimeField(allow_null=True)
     firm_until = serializers.DateTimeField()
@@ -85,7 +89,7 @@ class QuoteShape(serializers.Serializer):
 
 
 class QuoteResource(Resource):
-    model_queryset = Quote.objects.select_related("listing__resale", "contract", "bid")
+    model_queryset = Quote.objects.select_related("listing__resale", "contract", "bid", "organization")
     prefix = "quo"
     filters = {"state": "state", "listing": "listing", "kind": "kind", "reference": "reference", "bid": "bid"}
 
@@ -120,6 +124,11 @@ class QuoteResource(Resource):
                 "to_the_operator": shapes.amount(items["operator_minor"], row.currency),
                 "to_the_seller": shapes.amount(items["seller_minor"] or None, row.currency),
                 "platform_fee": shapes.amount(items["platform_fee_minor"], row.currency),
+                "energy": _energy(items["energy"], row.currency),
+                "tax": {
+                    "amount": shapes.amount(items["tax"]["minor"], row.currency),
+                    **{name: items["tax"][name] for name in ("rule", "text", "source")},
+                },
             },
             "maintenance": [
                 {**shapes.maintenance(work), "touches": row.kind not in HOLDING}
@@ -135,6 +144,19 @@ class QuoteResource(Resource):
             "metadata": row.metadata,
             "actions": ["accept", "release"] if open_ else [],
         }
+
+
+def _energy(found: dict[str, Any] | None, currency: str) -> dict[str, Any] | None:
+    """Of the operator's part: at most so much, with all GPUs at full power."""
+    if found is None:
+        return None
+    return {
+        "included": True,
+        "wh": found["wh"],
+        "watts": found["watts"],
+        "at_grid_price": shapes.amount(found["minor"], currency),
+        "source": found["source"],
+    }
 
 
 class Quotes(QuoteResource):

@@ -201,6 +201,13 @@ def rates(site: Site, *, now: datetime) -> Rates:
     return Rates(price, carbon.value if carbon else own_g, fee, hashing)
 
 
+def published_energy(site: Site, *, now: datetime) -> Value | None:
+    """The grid's price in the site's zone by the newest reading that is not stale, micro-USD/MWh; without the site's own tariff."""
+    newest = _newest(site, now)
+    found = newest.get((Kind.ENERGY, site.region)) or newest.get((Kind.ENERGY, ""))
+    return None if found is None or found.stale else found
+
+
 def _energy_of(site: Site, found: Value | None, now: datetime) -> Energy:
     added = tariffs.added_uusd_mwh(tariffs.parse(site.tariff), now.astimezone(ZoneInfo(site.timezone)))
     if found is None:

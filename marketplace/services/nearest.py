@@ -18,7 +18,7 @@ from django.conf import settings
 
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Organization, Quote
-from marketplace.services import availability, listings, price_tiers, quote_terms, search
+from marketplace.services import availability, listings, price_tiers, quote_terms, quoted, search
 from marketplace.services.availability import HOLDING, Market, instant, seconds
 from marketplace.services.price_tiers import Option
 from marketplace.services.quote_terms import Request
@@ -69,7 +69,8 @@ def alternatives(
         *_elsewhere(actor, organization, listing, asked, now),
     ]
     offers.sort(key=lambda each: (each.distance, each.what, each.listing.pk))
-    found["nearest"] = [_shown(each, now) for each in offers]
+    energy = {each.listing.pk: quoted.energy(each.listing, now) for each in offers}
+    found["nearest"] = [_shown(each, organization, energy[each.listing.pk], now) for each in offers]
     found["listings"] = [
         {
             "listing": each.listing.public_id, "title": each.listing.title, "gpus": each.wanted.gpu_count, "price": each.price,
@@ -99,7 +100,9 @@ def _here(
     market: Market | None,
 ) -> Iterator[Offer]:  # fmt: skip
     """As it is offered now, whatever the quote froze: its present terms and price."""
-    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model", "organization", "resale")
+    rows = Listing.objects.visible_to(actor).select_related(
+        "site__cell", "gpu_model", "organization", "resale", "reliability"
+    )
     row = rows.filter(pk=listing.pk, state=Listing.State.PUBLISHED).first()
     if row is None:
         return
@@ -198,16 +201,17 @@ def _dearer(price: int, asked: Quote) -> int:
 
 
 # --- as it is shown
-def _shown(offer: Offer, now: datetime) -> dict[str, Any]:
+def _shown(offer: Offer, organization: Organization, energy: dict[str, Any] | None, now: datetime) -> dict[str, Any]:
     row, wanted = offer.listing, offer.wanted
     starts_at = wanted.starts_at or now
     total = None
     if wanted.kind in HOLDING and wanted.ends_at is not None:
         total = quote_terms.total_minor(wanted.gpu_count, starts_at, wanted.ends_at, offer.price, row.currency)
     made = Quote(
-        listing=row, kind=wanted.kind, gpu_count=wanted.gpu_count, level=wanted.level, starts_at=starts_at, ends_at=wanted.ends_at,
+        organization=organization, listing=row, kind=wanted.kind, gpu_count=wanted.gpu_count, level=wanted.level,
+        starts_at=starts_at, ends_at=wanted.ends_at,
         price=offer.price, currency=row.currency, total_minor=total, fee_permille=settings.PLATFORM_FEE_PERMILLE,
-        terms={"upfront_permille": offer.option.upfront_permille},
+        terms={"upfront_permille": offer.option.upfront_permille, "energy": energy},
     )  # fmt: skip
     body = {
         "listing": row.public_id, "kind": wanted.kind, "gpu_count": wanted.gpu_count, "level": wanted.level,
@@ -222,6 +226,7 @@ def _shown(offer: Offer, now: datetime) -> dict[str, Any]:
         "title": row.title,
         "site": row.site.name,
         "region": row.site.region,
+        "reliability_permille": score.score_permille if (score := getattr(row, "reliability", None)) else None,
         "price": offer.price,
         "currency": row.currency,
         "items": quote_terms.itemise(made),

@@ -5,9 +5,10 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 from typing import Any
 
+from django.conf import settings
 from django.db.models import Min
 
-from billing.core import money, share
+from billing.core import money, share, tax
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing, Organization, Quote
 from marketplace.services import price_tiers
@@ -92,7 +93,10 @@ def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: dat
         raise MarketError(
             "term_not_offered", "Starts lie at most a year ahead.", {"/starts_at": "at most a year ahead"}
         )
-    if wanted.kind not in HOLDING or wanted.ends_at is None:
+    if wanted.kind not in HOLDING:
+        _check_open(listing, wanted, starts_at)
+        return
+    if wanted.ends_at is None:
         return
     term = wanted.ends_at - starts_at
     least, most = timedelta(hours=listing.min_term_hours), timedelta(days=listing.max_term_days)
@@ -104,6 +108,28 @@ def _check_term(listing: Listing, wanted: Request, starts_at: datetime, now: dat
             {"/ends_at": f"{listing.min_term_hours} hours to {listing.max_term_days} days after the start"},
             {"min_term_hours": listing.min_term_hours, "max_term_days": listing.max_term_days},
         )
+
+
+def _check_open(listing: Listing, wanted: Request, starts_at: datetime) -> None:
+    """What holds nothing claims nothing, so the hours in which the listing is on offer bind its contract's window instead."""
+    opens, until = listing.available_from, closes(listing, wanted)
+    extra = {"available_from": opens, "available_until": listing.available_until}
+    if opens is not None and starts_at < opens:
+        pointer, said = "/starts_at", f"{opens:%F %R} UTC or later"
+    elif listing.available_until is not None and starts_at >= listing.available_until:
+        pointer, said = "/starts_at", f"before {listing.available_until:%F %R} UTC"
+    elif until is not None and listing.available_until is not None and until > listing.available_until:
+        pointer, said = "/ends_at", f"{listing.available_until:%F %R} UTC or earlier; left out: then"
+    else:
+        return
+    raise MarketError(
+        "term_not_offered", f"{pointer.strip('/')}: {said}: it is not on offer at other times.", {pointer: said}, extra
+    )
+
+
+def closes(listing: Listing, wanted: Request) -> datetime | None:
+    """The end of an on-demand or spot contract: as asked, else when the listing is not on offer any more."""
+    return wanted.ends_at or listing.available_until
 
 
 def option_of(listing: Listing, wanted: Request, now: datetime) -> Option:
@@ -152,8 +178,8 @@ def upfront_minor(total: int | None, permille: int, currency: str) -> int:
 
 
 def itemise(row: Quote) -> dict[str, Any]:
-    """GPU-seconds and the amounts of the commitment in minor units; the platform's fee lies inside the total. By use: amounts per
-    hour of the whole ceiling.
+    """GPU-seconds and the amounts of the commitment in minor units; the platform's fee and the energy lie inside the total. By use:
+    amounts per hour of the whole ceiling. `energy`: at most so much, for all GPUs at full power; None where it was not known.
     """
     by_use = row.total_minor is None or row.ends_at is None
     span = 3600 if by_use else seconds(row.ends_at or row.starts_at) - seconds(row.starts_at)
@@ -169,6 +195,23 @@ def itemise(row: Quote) -> dict[str, Any]:
         "seller_minor": 0 if resale is None else parts.operator,
         "platform_fee_minor": parts.platform,
         "total_minor": total,
+        "energy": _energy(row, span),
+        "tax": vars(tax.estimate(settings.LEGAL_COUNTRY, row.organization.country)),
         "upfront_minor": upfront_minor(row.total_minor, row.terms.get("upfront_permille", 0), row.currency),
         "currency": row.currency,
     }
+
+
+def _energy(row: Quote, span_s: int) -> dict[str, Any] | None:
+    """`wh` and the average `watts` of the quoted GPUs at full power, the site's overhead included; `minor`: what that would cost at the
+    grid's price of then, of the operator's part; None where none is published, or in another currency than USD.
+    """
+    of = row.terms.get("energy")
+    if not of:
+        return None
+    watts = row.gpu_count * of["gpu_w"]
+    minor = None
+    if of["grid_uusd_mwh"] is not None and row.currency == "USD":
+        usd = Fraction(watts * span_s, 3600) * of["grid_uusd_mwh"] / (1_000_000 * money.MILLIONTHS)
+        minor = max(0, money.round_half_away(usd * 10 ** money.exponent(row.currency)))
+    return {"wh": watts * span_s // 3600, "watts": watts, "minor": minor, "source": of["grid_source"]}

@@ -1,19 +1,25 @@
 """What a quote freezes of its listing. The contract is made of this, whatever becomes of the listing in the meantime."""
 
+from datetime import datetime
 from typing import Any
+
+from django.db.models import F
 
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Quote
+from marketplace.services import feeds, host_shape
 from marketplace.services.price_tiers import Option
+from scheduler.core import economics
 
 FROZEN = (
     "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
     "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "upfront_permille", "maintenance_hours_per_month",
 )  # fmt: skip
+GPU_W = F("gpu_max_w") + F("base_w") / F("gpu_count")
 ASKS = ("upfront_permille", "flexible_hours_per_month")  # that a price tier has instead of the listing
 
 
-def terms_of(listing: Listing, option: Option | None = None) -> dict[str, Any]:
+def terms_of(listing: Listing, option: Option | None = None, *, now: datetime) -> dict[str, Any]:
     """The listing's terms as they are now; prices, currency and fee stand in the quote's own columns. `option`: the offer that is
     quoted, with what it asks in place of the plain terms.
     """
@@ -28,6 +34,24 @@ def terms_of(listing: Listing, option: Option | None = None) -> dict[str, Any]:
         "country": site.country,
         "gpu_model": listing.gpu_model.name if listing.gpu_model else None,
         "gpu_model_id": listing.gpu_model_id,
+        "host": host_shape.of_listing(listing),
+        "energy": energy(listing, now),
+    }
+
+
+def energy(listing: Listing, now: datetime) -> dict[str, Any] | None:
+    """What a GPU draws at the meter when its host runs at full power, the site's overhead included (W), and the grid's price of now
+    (micro-USD/MWh), None where no feed publishes one: what a site pays by its own tariff is nobody else's business.
+    """
+    host = listing.offered_hosts().filter(gpu_count__gt=0).order_by(GPU_W.desc(), "id").first()
+    if host is None:
+        return None
+    share = economics.gpu_share_w(host.base_w, host.gpu_count, host.gpu_max_w)
+    price = feeds.published_energy(listing.site, now=now)
+    return {
+        "gpu_w": -(-share * listing.site.pue_permille // 1000),
+        "grid_uusd_mwh": None if price is None else price.value,
+        "grid_source": "" if price is None else price.source,
     }
 
 

@@ -18,7 +18,16 @@ from marketplace.services import availability, documents, holds, listings, neare
 from marketplace.services.availability import HOLDING, instant, seconds
 from marketplace.services.forward import buying
 from marketplace.services.price_tiers import Option
-from marketplace.services.quote_terms import Request, check, chunk_of, itemise, option_of, total_minor, upfront_minor
+from marketplace.services.quote_terms import (
+    Request,
+    check,
+    chunk_of,
+    closes,
+    itemise,
+    option_of,
+    total_minor,
+    upfront_minor,
+)
 from marketplace.tenancy import Actor
 from scheduler.core.capacity import Admission
 
@@ -67,7 +76,7 @@ def quote(
             gpu_count=wanted.gpu_count,
             level=wanted.level,
             starts_at=starts_at,
-            ends_at=wanted.ends_at,
+            ends_at=wanted.ends_at if holding else closes(listing, wanted),
             price=option.price,
             overage_price=(listing.on_demand_price or price) if holding else None,
             limit_price=wanted.limit_price,
@@ -75,7 +84,7 @@ def quote(
             flexible_hours_max=wanted.flexible_hours_max,
             currency=listing.currency,
             listing_version=listing.version,
-            terms=quoted.terms_of(listing, option if holding else None),
+            terms=quoted.terms_of(listing, option if holding else None, now=now),
             fee_permille=settings.PLATFORM_FEE_PERMILLE,
             total_minor=total_minor(wanted.gpu_count, starts_at, wanted.ends_at, option.price, listing.currency)
             if wanted.ends_at and holding

@@ -17,7 +17,7 @@ from django.db.models import QuerySet
 from marketplace import prepared
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing
-from marketplace.services import availability, catalogue, price_tiers
+from marketplace.services import availability, catalogue, host_shape, price_tiers
 from marketplace.services.availability import Stock
 from marketplace.services.filters import (
     COMPARABLE,
@@ -88,12 +88,15 @@ class Checked:
 
 @dataclass(frozen=True)
 class Found:
-    """`prices`: kind -> what it costs and asks for what was asked; what nothing of the listing meets is left out."""
+    """`prices`: kind -> what it costs and asks for what was asked; what nothing of the listing meets is left out. `host`: as
+    services.host_shape.
+    """
 
     listing: Listing
     stock: Stock
     checked: Checked = Checked()
     prices: dict[str, Option] = field(default_factory=dict)
+    host: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,16 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, asked: Asked, no
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
     verified, hosts = offers.verified[page].tolist(), offers.host_count[page].tolist()
     scores = [None if score == NONE else score for score in offers.of_hosts["benchmark_score"][page].tolist()]
+    least = np.stack([offers.of_hosts[name][page] for name in host_shape.FIELDS], axis=1).tolist()
     return [
         Found(
-            rows[pk], Stock(gpus, total, now, heard.get(pk)), Checked(*checked), price_tiers.all_chosen(rows[pk], asked)
+            rows[pk],
+            Stock(gpus, total, now, heard.get(pk)),
+            Checked(*checked),
+            price_tiers.all_chosen(rows[pk], asked),
+            dict(zip(host_shape.FIELDS, shape, strict=True)) if shape[0] != NONE else None,
         )
-        for pk, gpus, total, *checked in zip(ids, stock, totals, verified, hosts, scores, strict=True)
+        for pk, gpus, total, shape, *checked in zip(ids, stock, totals, least, verified, hosts, scores, strict=True)
         if pk in rows
     ]
 

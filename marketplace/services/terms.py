@@ -56,6 +56,7 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         "listing": quote.listing.public_id,
         "listing_version": quote.listing_version,
         **{name: frozen[name] for name in of_listing},
+        "host": frozen.get("host"),
         "kind": quote.kind,
         "gpu_count": quote.gpu_count,
         "level": quote.level,

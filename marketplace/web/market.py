@@ -1,6 +1,5 @@
 """The market: search with facets, and one listing with its terms, prices and calendar."""
 
-from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -15,7 +14,7 @@ from django.utils.safestring import SafeString
 
 from marketplace.errors import MarketError
 from marketplace.models import Host, Listing
-from marketplace.services import availability, maintenance, price_tiers, search
+from marketplace.services import availability, host_shape, maintenance, price_tiers, search
 from marketplace.services.availability import HOLDING
 from marketplace.services.price_tiers import Option
 from marketplace.tenancy import Actor
@@ -229,7 +228,7 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
     free = calendars.shown(row, request.GET, now, stock["site"].total, loaded)
     if getattr(request, "htmx", False) and request.htmx.target == "free-days":  # type: ignore[attr-defined]
         return varied(render(request, "part/calendar.html", {"row": row, "free": free}))
-    host = row.offered_hosts().order_by("id").first()
+    host = host_shape.of_listing(row)
     response = render(
         request,
         "listing.html",
@@ -239,7 +238,6 @@ def listing(request: HttpRequest, listing: str) -> HttpResponse:
             "now": stock["site"],
             "free": free,
             "host": host,
-            "nvlink": max(Counter(host.nvlink_domains).values(), default=0) if host else 0,
             "meter": _meter(stock["site"]),
             "prices": _prices(price_tiers.all_chosen(row)),
             "tiers": _tiers(row),

@@ -92,6 +92,7 @@ class Fit:
     where: str
     starts_at: datetime | None
     ends_at: datetime | None
+    reliability: int | None
     price: int
     currency: str
     total_minor: int
@@ -113,6 +114,7 @@ def _fit(offer: dict[str, Any], body: dict[str, Any]) -> Fit:
         where=LEVEL_WORDS[body["level"]],
         starts_at=body.get("starts_at"),
         ends_at=body.get("ends_at"),
+        reliability=offer["reliability_permille"],
         price=offer["price"],
         currency=items["currency"],
         total_minor=items["total_minor"],

@@ -11,6 +11,7 @@ from django.utils.safestring import SafeString
 
 from billing.core import money
 from marketplace import ids
+from marketplace.services import host_shape
 from scheduler import words as said
 
 register = template.Library()
@@ -145,6 +146,12 @@ def span(seconds: int | None) -> str:
 def hours(value: int) -> str:
     """`720` -> `30 days`, `36` -> `36 h`."""
     return f"{value // 24} days" if value > 24 and value % 24 == 0 else f"{value} h"
+
+
+@register.filter
+def host_words(shape: dict[str, Any] | None) -> str:
+    """What a host has: `8 GPUs, 96 vCPU, ...`."""
+    return host_shape.words(shape)
 
 
 @register.filter

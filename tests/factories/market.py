@@ -52,7 +52,7 @@ def quote(listing: Listing, organization: Organization, *, kind: str = "on_deman
             "held_until": NOW + timedelta(minutes=2),
             "firm_until": NOW + timedelta(minutes=15),
             "listing_version": listing.version,
-            "terms": quoted.terms_of(listing),
+            "terms": quoted.terms_of(listing, now=NOW),
             **fields,
         },
     )

@@ -47,6 +47,7 @@ def test_nearest_first_itemised_with_the_body_that_asks_for_it(customer):
     assert [each["distance"] for each in nearest] == sorted(each["distance"] for each in nearest)
     by = {(each["what"], each["title"]): each for each in nearest}
     assert nearest[0]["title"] == "next door"
+    assert (nearest[0]["reliability_permille"], nearest[0]["items"]["tax"]["rule"]) == (None, "not_collected")
     assert (by["listing", "next door"]["distance"], by["listing", "far away"]["distance"]) == (50, 200 + 250)
     later = by["later", listing.title]
     assert later["quote"]["body"]["starts_at"] == END + timedelta(seconds=240)

@@ -1,0 +1,36 @@
+"""What each host behind an offer has at the least: shown with the listing, frozen into quotes, contracts and order forms.
+
+A promise holds for every host, so it is that of the poorest in each respect, as search compares it (services.offers.OF_HOSTS).
+"""
+
+from collections import Counter
+from typing import Any
+
+from marketplace.models import Listing
+
+FIELDS = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "nvlink_gpus")
+
+
+def of_listing(listing: Listing) -> dict[str, int] | None:
+    """`gpu_count`, `vcpu_milli`, `ram_mib`, `nvme_gib`, and `nvlink_gpus` (of the largest NVLink domain); None without hosts."""
+    columns = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "nvlink_domains")
+    rows = listing.offered_hosts().order_by().values_list(*columns).distinct()
+    found = [(*plain, min(_largest(domains), plain[0])) for *plain, domains in rows]
+    return dict(zip(FIELDS, map(min, zip(*found, strict=True)), strict=True)) if found else None
+
+
+def _largest(domains: list[int]) -> int:
+    """GPUs of the largest NVLink domain; below 0: in none."""
+    return max(Counter(domain for domain in domains if domain >= 0).values(), default=0)
+
+
+def words(shape: dict[str, Any] | None) -> str:
+    """For people: `8 GPUs, 96 vCPU, 1,024 GiB RAM, 7,680 GiB NVMe, NVLink among 8`."""
+    if not shape:
+        return ""
+    said = [
+        f"{shape['gpu_count']} GPUs", f"{shape['vcpu_milli'] // 1000} vCPU", f"{round(shape['ram_mib'] / 1024):,} GiB RAM",
+        f"{shape['nvme_gib']:,} GiB NVMe" if shape["nvme_gib"] else "",
+        f"NVLink among {shape['nvlink_gpus']}" if shape["nvlink_gpus"] > 1 else "",
+    ]  # fmt: skip
+    return ", ".join(filter(None, said))

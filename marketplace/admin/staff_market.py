@@ -1,7 +1,8 @@
-"""Our own people's view of the market: who, what is offered, agreed and run. To read."""
+"""Our own people's view of the market: who, what is offered, agreed and run. To read, but for an organization's GPU limit."""
 
 from typing import Any
 
+from django import forms
 from django.contrib import admin
 from django.http import HttpRequest
 from unfold.decorators import display
@@ -11,6 +12,7 @@ from marketplace.admin.base import RowsInline, StaffAdmin
 from marketplace.admin.contracts import ContractEvents, PlacementEvents
 from marketplace.admin.doors import staff_site
 from marketplace.admin.freeze import FreezeShown
+from marketplace.admin.moves import Call, Move
 from marketplace.admin.power import CurtailmentRows
 from marketplace.models import (
     Contract,
@@ -24,11 +26,38 @@ from marketplace.models import (
     Site,
     User,
 )
+from marketplace.services import accounts
 from scheduler import why
 from scheduler.models import Cycle, CycleRecord, Decision
 from scheduler.record import code
 
 SHOWN_DECISIONS = 200
+
+
+class LimitForm(forms.Form):
+    """`seen`: the limit that was looked at when the form was opened."""
+
+    seen = forms.IntegerField(widget=forms.HiddenInput)
+    gpu_limit = forms.IntegerField(label="Most GPUs at once", min_value=0, max_value=accounts.MOST_GPUS)
+    reason = forms.CharField(
+        label="Why", max_length=200, help_text="Stands in the audit trail, which its people can read."
+    )
+
+
+def _limit_seen(row: Organization) -> dict[str, Any]:
+    return {"seen": row.gpu_limit, "gpu_limit": row.gpu_limit}
+
+
+def _limit(call: Call) -> str:
+    row = accounts.set_gpu_limit(
+        call.row,
+        call.values["gpu_limit"],
+        seen=call.values["seen"],
+        actor=call.actor,
+        reason=call.values["reason"],
+        now=call.now,
+    )
+    return f"{row} may run or hold {row.gpu_limit} GPUs at once."
 
 
 class Members(RowsInline):
@@ -48,6 +77,7 @@ class OrganizationAdmin(look.Shown, StaffAdmin):
         "country",
         "shown_verification",
         "shown_standing",
+        "gpu_limit",
         "created_at",
     )
     list_select_related = ("standing",)
@@ -55,6 +85,13 @@ class OrganizationAdmin(look.Shown, StaffAdmin):
     search_fields = ("name",)
     ordering = ("-id",)
     inlines = (Members,)
+    moves = (
+        Move(
+            name="limit", label="Change its GPU limit", action="audit:read", run=_limit, form=LimitForm, initial=_limit_seen, icon="tune",
+            question="Most GPUs that it may run or hold at once, over all regions. What waits for a higher limit is planned anew at once; "
+            "a lower one takes nothing away, and lets nothing be added.",
+        ),
+    )  # fmt: skip
 
     @display(description="Verification", label=look.TONES)
     def shown_verification(self, row: Organization) -> str:

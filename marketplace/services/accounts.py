@@ -10,12 +10,13 @@ from django.db.models import QuerySet
 from marketplace import actors
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import ApiKey, BillingStanding, Invitation, Membership, Organization, User
+from marketplace.models import ApiKey, BillingStanding, Invitation, Job, Membership, Organization, User
 from marketplace.outbox import emit
-from marketplace.services import audit, screening, tokens
+from marketplace.services import audit, jobs, screening, tokens
 from marketplace.tenancy import ROLES, SCOPES, SYSTEM, Actor
 
 INVITATION_DAYS = 7
+MOST_GPUS = 100_000  # of an organization
 PREFIX_LENGTH = 16  # of a key: `tr_live_` and 8 characters, shown in lists and logs
 
 
@@ -93,6 +94,41 @@ def update_organization(organization: Organization, *, actor: Actor, now: dateti
         after=changes,
     )
     screening.refresh(organization, actor=actor, now=now)
+    return organization
+
+
+@transaction.atomic
+def set_gpu_limit(
+    organization: Organization, limit: int, *, seen: int, actor: Actor, reason: str, now: datetime
+) -> Organization:
+    """Most GPUs that may run or be held at once, by our own people. `seen`: the limit that was looked at.
+
+    A higher one counts from now on: what waits for it is planned anew. A lower one takes nothing away: what is held stays, nothing is
+    added. MarketError: forbidden, conflict where somebody else has changed it, invalid_request.
+    """
+    if actor.kind != "staff":
+        raise MarketError("forbidden", "Our own people change an organization's limit: write to us.")
+    if not 0 <= limit <= MOST_GPUS:
+        raise MarketError("invalid_request", f"gpu_limit is {limit}", {"/gpu_limit": f"0 to {MOST_GPUS:,}"})
+    acquire((Lock.ORG, organization.pk))
+    if not Organization.objects.filter(pk=organization.pk, gpu_limit=seen).update(gpu_limit=limit):
+        organization.refresh_from_db()
+        raise MarketError("conflict", f"The limit is {organization.gpu_limit} by now; look again.")
+    organization.refresh_from_db()
+    if limit != seen:
+        audit.record(
+            actor,
+            "organization.limit_changed",
+            organization.public_id,
+            now=now,
+            organization_id=organization.pk,
+            before={"gpu_limit": seen},
+            after={"gpu_limit": limit, "reason": reason},
+        )
+    if limit > seen:
+        waiting = Job.objects.filter(organization=organization, state__in=("queued", "requeued"))
+        for cell_id in sorted(set(waiting.order_by().values_list("cell_id", flat=True))):
+            jobs.nudge_cell(cell_id)
     return organization
 
 

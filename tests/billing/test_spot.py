@@ -6,11 +6,13 @@ import pytest
 
 from billing import invoices
 from marketplace.models import SpotInterval, SpotResult
-from marketplace.services import spot
+from marketplace.services import contracts, quotes, spot
 from tests import factories
 from tests.billing.conftest import after, assert_invariants, make_world
+from tests.billing.test_kinds import collect, market, paid_out, settled
 
 pytestmark = pytest.mark.django_db
+__all__ = ["market"]
 FLOOR = 600_000
 FIVE = timedelta(minutes=5)
 
@@ -57,4 +59,32 @@ def test_seconds_whose_price_is_not_made_wait_for_the_next_invoice(world):
     spot.close(world.contract.cell_id, now=after(3600 + 240))
     second = world.close(3900)
     assert sum(line.quantity for line in second.lines.all()) == 3_300_000
+    assert_invariants()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_money_of_intervals_reaches_the_operator(market):
+    """Signed with a limit, outbid at nothing, priced every five minutes: what the auctions made is invoiced, collected and paid out."""
+    type(market.listing).objects.filter(pk=market.listing.pk).update(spot_floor=FLOOR)
+    actor = factories.actor(market.customer)
+    made = quotes.quote(actor, market.listing.pk, quotes.Request("spot", 4, limit_price=3_000_000), now=after(0))
+    market.contract = contracts.accept(actor, made.pk, now=after(0))
+    market.ran(300, 3600, gpus=4)
+    rival = factories.contract(market.listing, kind="spot", limit_price=1_200_000, price=FLOOR)
+    for n in range(1, 13):  # every other interval somebody else wants the rest
+        other = factories.job(rival, gpus=8, state="queued") if n % 2 else None
+        spot.close(market.contract.cell_id, now=after(300 * n - 60))
+        if other:
+            type(other).objects.filter(pk=other.pk).update(state="cancelled")
+    prices = list(SpotInterval.objects.order_by("start").values_list("price", flat=True))
+    assert prices == [1_200_000, FLOOR] * 6
+    invoice = market.close(7200)
+    assert sum(line.quantity for line in invoice.lines.all()) == 4000 * 3600
+    assert invoice.total_minor == sum(round(4 * price / 12 / 10_000) for price in prices) == 360
+    for line in invoice.lines.all():
+        assert line.price_millionths in set(prices)
+        assert line.operator_minor + line.platform_minor == line.amount_minor
+    collect(invoice)
+    settled(market, invoice)
+    assert paid_out() == 306
     assert_invariants()

@@ -10,7 +10,9 @@ from billing.models import PriceVersion, UsageRecord
 from marketplace.errors import MarketError
 from marketplace.models import (
     AuditEvent,
+    Contract,
     JobEvent,
+    Listing,
     Placement,
     PlacementEvent,
     Reservation,
@@ -19,7 +21,7 @@ from marketplace.models import (
     SpotNotice,
     SpotResult,
 )
-from marketplace.services import placements, quotes, spot, spot_prices
+from marketplace.services import feeds, listings, placements, quotes, spot, spot_prices
 from scheduler import snapshot
 from tests import factories as f
 from tests.factories import NOW
@@ -353,3 +355,30 @@ def test_notice_that_was_cut_short_is_free(market, reason, grace, told, billed):
         placements.request_release([placement.pk], now=asked, actor="x", reason=reason)
     rows = usage.pending(contract.organization_id, until=NOW + timedelta(hours=1))
     assert sum(row.quantity for row in rows) == billed * 1000
+
+
+def test_under_what_the_watts_earn_hashing_nothing_is_sold_and_the_auction_says_so(market):
+    """The listing's own floor is 0.05; its 1275 W a GPU would earn more than 0.18 by the feeds, so that is the step."""
+    Listing.objects.filter(pk=market.listing.pk).update(spot_floor=50_000)
+    f.miner(market.site, modes=(("sleep", 25, 0), ("normal", 3500, 200_000)))
+    poor, rich = market.bid(150_000), market.bid(400_000, gpus=4)
+    market.runs(poor, 4), market.runs(rich, 4)
+    Contract.objects.filter(pk__in=(poor.pk, rich.pk)).update(price=50_000)
+    (before,) = market.close()
+    own = listings.floor_of(market.listing, now=LEAD)  # no feeds: what the watts cost
+    assert (before.floor, before.price, before.sold_milli) == (own, own, 8000)
+    assert 50_000 < own < 150_000
+    later = LEAD + FIVE
+    for kind, value in (
+        ("difficulty", 155_970_000_000_000), ("btc_usd_cents", 10_693_500), ("block_height", 921_700), ("fees_sat_per_block", 1_937_500),
+    ):  # fmt: skip
+        feeds.store(kind, value, source="test", observed_at=later, now=later)
+    hashing = listings.floor_of(market.listing, now=later)
+    assert 181_000 < hashing < 184_000
+    (made,) = market.close(later)
+    assert (made.floor, made.price, made.supply_milli, made.sold_milli) == (hashing, hashing, 8000, 4000)
+    assert result(rich, made.start) == ("won", 4, hashing, "")
+    assert result(poor, made.start)[:2] == ("lost", 0)
+    assert "floor" in result(poor, made.start)[3]
+    spot.tell(market.cell, now=later)
+    assert [notice.job.contract_id for notice in SpotNotice.objects.all()] == [poor.pk]

@@ -4,8 +4,10 @@ import threading
 
 import pytest
 
-from marketplace.models import Contract, Job, Organization, OrganizationSlice, Placement
-from marketplace.services import slices, spending
+from marketplace.errors import MarketError
+from marketplace.models import Contract, Job, Organization, OrganizationSlice, OutboxMessage, Placement
+from marketplace.services import accounts, slices, spending
+from marketplace.tenancy import Actor
 from scheduler import commit, cycle, why
 from scheduler.core.types import Reason
 from tests import factories as f
@@ -145,6 +147,42 @@ def test_an_organization_within_its_slice_takes_no_lock_of_its_own(monkeypatch):
         assert one.cycle().jobs_placed == 1
     kinds = [{kind.name for kind, _ in wanted} for wanted in taken]
     assert kinds == [{"CELL", "ORG", "SITE"}, {"CELL", "SITE"}]
+
+
+STAFF = Actor(kind="staff", user_id=1, label="dana@tailrace.example")
+
+
+def raised(organization, limit, seen):
+    return accounts.set_gpu_limit(organization, limit, seen=seen, actor=STAFF, reason="asked", now=NOW)
+
+
+def test_a_limit_that_is_raised_lets_go_what_waited_for_it():
+    one, two = two_cells(limit=8, hosts=2)
+    one.submit(gpus=8)
+    two.submit(gpus=8)
+    one.cycle()
+    two.cycle()
+    assert held() == 8000
+    OutboxMessage.objects.all().delete()
+    raised(one.contract.organization, 16, 8)
+    assert set(OutboxMessage.objects.values_list("payload__cell", flat=True)) == {two.cell.pk}
+    two.cycle()
+    assert held() == 16_000 == shared()
+
+
+def test_two_who_raise_a_limit_at_once_and_a_cell_that_commits():
+    """One of them has read what the other has changed; whoever plans meanwhile keeps to one of the limits."""
+    one, _ = two_cells(limit=8, hosts=2)
+    for _ in range(2):
+        one.submit(gpus=8)
+    home = one.contract.organization
+    answers = at_once([lambda: raised(home, 9, 8), lambda: raised(home, 16, 8), one.cycle])
+    assert sorted(a if isinstance(a, str) else type(a).__name__ for a in answers[:2]) == ["Organization", "conflict"]
+    home.refresh_from_db()
+    assert held() <= home.gpu_limit * 1000
+    with pytest.raises(MarketError) as refused:
+        accounts.set_gpu_limit(home, 99, seen=home.gpu_limit, actor=one.actor, reason="", now=NOW)
+    assert refused.value.code == "forbidden"
 
 
 def test_jobs_without_gpus_ask_for_no_slice():

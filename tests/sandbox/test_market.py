@@ -14,6 +14,13 @@ from tests.factories import NOW
 from tests.marketplace.works import DAY, Yard
 
 pytestmark = pytest.mark.django_db(transaction=True)
+KEPT = (
+    "every running second billed once",
+    "window begins at its hour",
+    "reserved capacity at the hour",
+    "screening: nobody paid out without it",
+    "screening: nothing signed that asks for it without it",
+)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +30,20 @@ def test_every_promise_is_kept_and_the_books_balance(seed, days):
     environment.empty()
     outcome = Market(seed, days=days).run()
     assert not outcome.violations, "\n".join(report.lines(outcome))
-    assert outcome.counts["closes"] == 1
-    assert outcome.counts["jobs"] > 0
-    assert outcome.promises["every running second billed once"]["kept"] > 0
-    assert outcome.money["invoiced"] > 0
+    counts, money = outcome.counts, outcome.money
+    assert counts["closes"] == 1
+    happened = ("jobs", "Stripe events heard", "quotes released", "organizations that signed up later", "audits", *(
+        f"contracts: {kind}" for kind in ("on_demand", "reserved", "flexible", "spot")
+    ))  # fmt: skip
+    assert not [what for what in happened if not counts[what]], counts
+    assert counts["moves of states"] >= 4 * counts["jobs"]
+    for promise in KEPT:
+        assert outcome.promises[promise]["kept"] > 0, promise
+    assert outcome.promises["terms frozen"]["made"] >= 8
+    assert 0 < money["collected"] <= money["invoiced"]
+    assert 0 < money["paid out"] <= money["operators' share"]
+    assert money["our fee"] > 0
+    assert outcome.occupancy["running"] > 0 < outcome.occupancy["reserved"]
 
 
 @pytest.fixture

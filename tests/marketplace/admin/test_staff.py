@@ -9,7 +9,7 @@ from billing.models import BillingAccount, BillingCase, StripeEvent
 from marketplace import outbox
 from marketplace.admin import dashboard
 from marketplace.admin.sites import staff_site
-from marketplace.models import AuditEvent, Host, OutboxMessage, Screening
+from marketplace.models import AuditEvent, Host, Organization, OutboxMessage, Screening
 from tests import factories
 from tests.factories import NOW
 
@@ -43,7 +43,7 @@ def test_nothing_is_edited(staff, mine):
             assert staff.post(url(name, "delete", row.pk), {"post": "yes"}).status_code == 403, name
         assert staff_site._registry[model].actions == () or not staff_site._registry[model].actions, name
     assert {m for m, a in staff_site._registry.items() if a.moves} == {
-        BillingCase, BillingAccount, Host, OutboxMessage, Screening,
+        BillingCase, BillingAccount, Host, Organization, OutboxMessage, Screening,
     }  # fmt: skip
 
 
@@ -158,3 +158,21 @@ def test_ledger_pages_show_even_books(staff, account):
     assert "even" in staff.get("/staff/").content.decode()
     transaction = ledger.find("test-1")
     assert "12.00" in staff.get(url("billing_ledgertransaction", "change", transaction.pk)).content.decode()
+
+
+def test_a_limit_is_raised_by_our_own_people_and_stands_in_the_trail(staff, mine):
+    home = mine.home
+    path = url("marketplace_organization", "limit", home.pk)
+    assert "1024" in staff.get(path).content.decode()
+    for bad in ({"gpu_limit": "-1"}, {"gpu_limit": "100001"}, {"reason": ""}, {"gpu_limit": ""}):
+        assert staff.post(path, {"seen": 1024, "gpu_limit": 2000, "reason": "a large fleet", **bad}).status_code == 200
+        assert Organization.objects.get(pk=home.pk).gpu_limit == 1024
+    assert staff.post(path, {"seen": 1024, "gpu_limit": 2000, "reason": "a large fleet"}).status_code == 302
+    assert Organization.objects.get(pk=home.pk).gpu_limit == 2000
+    event = AuditEvent.objects.get(verb="organization.limit_changed")
+    assert (event.organization, event.subject) == (home, home.public_id)
+    assert (event.before, event.after) == ({"gpu_limit": 1024}, {"gpu_limit": 2000, "reason": "a large fleet"})
+    stale = staff.post(path, {"seen": 1024, "gpu_limit": 4000, "reason": "twice"})
+    assert "The limit is 2000 by now" in stale.content.decode()
+    assert Organization.objects.get(pk=home.pk).gpu_limit == 2000
+    assert AuditEvent.objects.filter(verb="organization.limit_changed").count() == 1

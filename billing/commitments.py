@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from django.db import connection
@@ -16,6 +17,7 @@ from marketplace.models import Amendment, Contract, Curtailment, Fill, Shortfall
 from marketplace.services import sheds
 
 HELD_KINDS = ("reserved", "flexible")
+NAMED = 3  # calls of the grid on a line
 
 
 def prepaid(contracts: Iterable[Contract]) -> dict[int, int]:
@@ -74,6 +76,45 @@ def not_charged(contract: Contract, rows: Iterable[Shortfall], month: Interval) 
     return tuple(free)
 
 
+def _commitment(
+    contract: Contract, month: Interval, versions: Sequence[PriceVersion], joined: Sequence[Amendment],
+    missed: Sequence[Shortfall], sold: Sequence[Fill],
+) -> rating.Commitment:  # fmt: skip
+    """What the contract holds in a month, as it is priced."""
+    rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
+    overage = next(v for v in versions if v.kind == PriceVersion.Kind.OVERAGE)
+    later = {v.valid_from_s: v for v in versions if v.kind == PriceVersion.Kind.ADDED}
+    end = term_end(contract, month.end)
+
+    def term(begins: datetime) -> Interval:
+        start = metering.floor_second(begins)
+        return Interval(start, max(start, end))
+
+    return rating.Commitment(
+        contract=contract.pk,
+        meter="gpu",
+        milli_gpus=(contract.gpu_count - sum(row.added_gpus for row in joined)) * 1000,
+        term=term(contract.starts_at),
+        price=_priced(rate),
+        overage=_priced(overage),
+        curtailed=curtailed(contract, month),
+        sold=tuple(
+            rating.Added(
+                row.gpu_count * 1000, metering.interval(row.starts_at, _sold_until(contract, row)), _priced(rate)
+            )
+            for row in sold
+            if row.starts_at < _sold_until(contract, row)
+        ),
+        added=tuple(
+            rating.Added(
+                row.added_gpus * 1000, term(row.effective_at), _priced(later[metering.floor_second(row.effective_at)])
+            )
+            for row in joined
+        ),
+        missed=not_charged(contract, missed, month),
+    )
+
+
 def lines(
     contract: Contract,
     window: Interval,
@@ -85,63 +126,47 @@ def lines(
     *,
     used: int,
     sold: Sequence[Fill] = (),
-) -> tuple[rating.Line, ...]:
-    """The commitment, overage and credit of `window`, inside one month; `used`: milli-GPU-seconds of that month to the window's end.
+) -> tuple[tuple[rating.Line, ...], str]:
+    """The commitment, overage and credit of `window`, inside one month, and what the commitment leaves out and why, in words;
+    `used`: milli-GPU-seconds of that month to the window's end.
 
     `sold`: what was sold on of it. `billed`: quantities on earlier invoices by (contract, month, kind, price version).
     """
     month = rating.month_of(window.start)
-    rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
-    overage = next(v for v in versions if v.kind == PriceVersion.Kind.OVERAGE)
-    later = {v.valid_from_s: v for v in versions if v.kind == PriceVersion.Kind.ADDED}
-    end = term_end(contract, month.end)
+    commitment = _commitment(contract, month, versions, joined, missed, sold)
 
-    def priced(version: PriceVersion) -> rating.Price:
-        return rating.Price(version.pk, version.millionths)
+    def earlier(price: rating.Price, kind: LineKind) -> int:
+        return billed.get((contract.pk, month.start, kind.value, price.version), 0)
 
-    def term(begins: datetime) -> Interval:
-        start = metering.floor_second(begins)
-        return Interval(start, max(start, end))
-
-    commitment = rating.Commitment(
-        contract=contract.pk,
-        meter="gpu",
-        milli_gpus=(contract.gpu_count - sum(row.added_gpus for row in joined)) * 1000,
-        term=term(contract.starts_at),
-        price=priced(rate),
-        overage=priced(overage),
-        curtailed=curtailed(contract, month) if gives_way(contract) else (),
-        sold=tuple(
-            rating.Added(
-                row.gpu_count * 1000, metering.interval(row.starts_at, _sold_until(contract, row)), priced(rate)
-            )
-            for row in sold
-            if row.starts_at < _sold_until(contract, row)
-        ),
-        added=tuple(
-            rating.Added(
-                row.added_gpus * 1000, term(row.effective_at), priced(later[metering.floor_second(row.effective_at)])
-            )
-            for row in joined
-        ),
-        missed=not_charged(contract, missed, month),
-    )
-
-    def earlier(version: PriceVersion, kind: LineKind) -> int:
-        return billed.get((contract.pk, month.start, kind.value, version.pk), 0)
-
-    held = (rate, *later.values())
-    return rating.rate_commitment(
+    held = [_priced(v) for v in versions if v.kind in {PriceVersion.Kind.RATE, PriceVersion.Kind.ADDED}]
+    found = rating.rate_commitment(
         commitment,
         window,
         currency,
         used=used,
         billed={
-            priced(overage): earlier(overage, LineKind.OVERAGE),
-            **{priced(version): earlier(version, LineKind.COMMITMENT) for version in held},
+            commitment.overage: earlier(commitment.overage, LineKind.OVERAGE),
+            **{price: earlier(price, LineKind.COMMITMENT) for price in held},
         },
-        credited={priced(version): earlier(version, LineKind.CREDIT) for version in held},
+        credited={price: earlier(price, LineKind.CREDIT) for price in held},
     )
+    return found, _gave_way(contract, commitment, window)
+
+
+def _priced(version: PriceVersion) -> rating.Price:
+    return rating.Price(version.pk, version.millionths)
+
+
+def _gave_way(contract: Contract, commitment: rating.Commitment, window: Interval) -> str:
+    """`, less 20.000 for the grid: cur_...`: what the window's calls took off the commitment. Empty where they took nothing."""
+    free = rating.committed_quantity(replace(commitment, curtailed=()), window) - rating.committed_quantity(
+        commitment, window
+    )
+    if not free:
+        return ""
+    names = [call.public_id for call in _calls(contract, window)]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f", less {free / 3_600_000:,.3f} for the grid: {', '.join(names[:NAMED])}{more}"
 
 
 def _sold_until(contract: Contract, sold: Fill) -> datetime:
@@ -164,14 +189,21 @@ def gives_way(contract: Contract) -> bool:
 
 
 def curtailed(contract: Contract, window: Interval) -> tuple[Interval, ...]:
-    """Seconds in which calls held the contract's jobs back: those calls that drained one of them. Another call of the same hours
-    took nothing from it.
+    """Seconds in which calls held the contract's jobs back, from their start to their end: those calls that drained one of them.
+    Another call of the same hours took nothing from it (ADR 21).
     """
+    spans = [metering.interval(call.starts_at, call.over_at) for call in _calls(contract, window)]
+    return metering.clip(spans, window)
+
+
+def _calls(contract: Contract, window: Interval) -> list[Curtailment]:
+    """Calls that took work of the contract and touch the window, the earliest first."""
+    if not gives_way(contract):
+        return []
     calls = Curtailment.objects.filter(
         pk__in=sheds.calls_of(contract),
         state__in=("active", "restoring", "completed", "failed"),
         starts_at__lt=metering.instant(window.end),
         ends_at__gt=metering.instant(window.start),
     )
-    spans = [metering.interval(call.starts_at, call.over_at) for call in calls]
-    return metering.clip(spans, window)
+    return list(calls.order_by("starts_at", "pk"))

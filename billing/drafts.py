@@ -22,42 +22,14 @@ from billing.commitments import HELD_KINDS
 from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
+from billing.draft_lines import DraftLine
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Amendment, Contract, Fill, Resale, Shortfall
+from marketplace.models import Amendment, Contract, Fill, Shortfall
 
 log = logging.getLogger(__name__)
 
 NOT_IN_FORCE = (Contract.State.PENDING_PAYMENT, Contract.State.CANCELLED)
 LATE_OVERLAP = timedelta(hours=1)  # longer than any transaction that writes usage
-
-
-@dataclass(frozen=True, slots=True)
-class DraftLine:
-    """A rated line before it is stored: amounts in minor units of the account's currency, seconds since 1970."""
-
-    line: rating.Line
-    contract: Contract
-    month_s: int
-    adjustment: bool
-    operator_minor: int
-    platform_minor: int
-    seller_minor: int = 0
-    resale: Resale | None = None
-
-    @property
-    def description(self) -> str:
-        gpu = self.contract.gpu_model.name if self.contract.gpu_model is not None else "GPU"
-        hours = f"{self.line.quantity / 3_600_000:,.3f}"
-        kind = self.contract.kind.replace("_", "-")
-        if self.line.kind in {LineKind.UPFRONT, LineKind.DRAWDOWN}:
-            words = "due at signing" if self.line.kind == LineKind.UPFRONT else "paid at signing, drawn down"
-            return f"{gpu} {kind}, {words}, {self.contract.public_id}"
-        if self.line.kind == LineKind.RESALE and self.resale is not None:
-            return f"{gpu} {kind}, {hours} GPU-hours {resales.words(self.resale)}, {self.contract.public_id}"
-        if self.resale is not None:
-            kind += f", resale {self.resale.public_id}"
-        late = f", adjustment of {metering.instant(self.month_s):%Y-%m}" if self.adjustment else ""
-        return f"{gpu} {kind}, {hours} GPU-hours {rating.WORDS[self.line.kind]}, {self.contract.public_id}{late}"
 
 
 @dataclass(slots=True)
@@ -319,11 +291,19 @@ def _rate_account(
                 if contract.state in NOT_IN_FORCE or metering.floor_second(contract.starts_at) >= edge:
                     continue
                 used_here = sum(group.before + group.inside for group in here)
-                lines = commitments.lines(
+                lines, note = commitments.lines(
                     contract, window, billed, versions[contract.pk], added[contract.pk], missed[contract.pk], currency,
                     used=used_here, sold=sold.get(contract.pk, ()),
                 )  # fmt: skip
-                _add(draft, contract, month, lines, adjustment=late, bought=bought.get(contract.pk))
+                _add(
+                    draft,
+                    contract,
+                    month,
+                    lines,
+                    adjustment=late,
+                    bought=bought.get(contract.pk),
+                    note="" if late else note,
+                )
                 continue
             fresh, changed = [], []
             for group in _merged(here):
@@ -385,16 +365,17 @@ def _add(
     *,
     adjustment: bool,
     bought: Fill | None = None,
+    note: str = "",
 ) -> None:
-    for line in lines:
-        if not line.quantity:
-            continue
-        if bought is not None and line.kind == LineKind.COMMITMENT:
-            of = resales.split(line, bought, contract)
-            made = DraftLine(
-                line, contract, month.start, adjustment, of.operator, of.platform, of.seller, bought.resale
-            )
-            draft.lines.append(made)
-            continue
+    """`note`: of the first commitment line."""
+    for line in filter(lambda line: line.quantity, lines):
+        seller, resale, said = 0, None, ""
         parts = share.split(line.amount, contract.fee_permille)
-        draft.lines.append(DraftLine(line, contract, month.start, adjustment, parts.operator, parts.platform))
+        operator, platform = parts.operator, parts.platform
+        if line.kind == LineKind.COMMITMENT:
+            said, note = note, ""
+            if bought is not None:
+                of = resales.split(line, bought, contract)
+                operator, platform, seller, resale = of.operator, of.platform, of.seller, bought.resale
+        row = DraftLine(line, contract, month.start, adjustment, operator, platform, seller, resale, said)
+        draft.lines.append(row)

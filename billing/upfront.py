@@ -15,6 +15,7 @@ from billing import drafts, gateway, invoices, payments, usage
 from billing.core import metering, rating
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
+from billing.draft_lines import DraftLine
 from billing.models import BillingAccount, Invoice, InvoiceLine
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract
@@ -45,7 +46,7 @@ def issue(contract_id: int, *, now: datetime) -> Invoice | None:
         price = rating.Price(first.pk, first.millionths)
         line = rating.Line(contract.pk, LineKind.UPFRONT, "gpu", price, span, 0, contract.upfront_minor)
         draft = drafts.Draft(account, metering.instant(span.start), metering.instant(span.end))
-        draft.lines.append(drafts.DraftLine(line, contract, _month(span), False, 0, 0))
+        draft.lines.append(DraftLine(line, contract, _month(span), False, 0, 0))
         (invoice,) = invoices.store([draft], Invoice.Kind.UPFRONT, now)
         invoices.finalize([invoice], now)
         if invoice.state == Invoice.State.PAID or not invoice.due_minor:  # by credit, or too little to charge alone

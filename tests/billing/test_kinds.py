@@ -126,6 +126,8 @@ def test_what_gives_way_is_free_meanwhile(market: World, kind, cents, terms):
     )  # fmt: skip
     invoice = market.close(MONTH + 3 * DAY)
     assert lines(invoice) == [("commitment", round(8 * (48 - 2.5) * cents))]
+    words = f"364.000 GPU-hours reserved, {contract.public_id}, less 20.000 for the grid: {Curtailment.objects.get().public_id}"
+    assert invoice.lines.get().description.endswith(words)
     collect(invoice)
     settled(market, invoice)
 

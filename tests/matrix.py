@@ -459,6 +459,7 @@ ROUTES: tuple[R, ...] = (
     # --- pages
     R("", "GET", "public", stranger="sees"),
     R("reliability", "GET", "public", stranger="sees"),
+    R("compare", "GET", "public", stranger="sees"),
     R("listings/<str:listing>", "GET", "public", listing, stranger="sees"),
     R("searches", "GET", "searches:read"),
     R("searches", "POST", "searches:write"),

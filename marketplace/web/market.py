@@ -31,6 +31,15 @@ FILTER_WORDS = {
     "fabric_gbps_min": "fabric speed", "carbon_max_g": "carbon", "reliability_min": "reliability", "kind": "contract",
     "verified": "verified", "resale": "who sells", "availability": "window and number of GPUs",
 }  # fmt: skip
+ASKED = (
+    "kind",
+    "count",
+    "level",
+    "start",
+    "end",
+    "upfront_max",
+    "flexible_hours_max",
+)  # what goes along to the comparison
 PARAMETER = {"vram_min_mib": "vram_min", "upfront_max_permille": "upfront_max"}
 FACET_WORDS = {
     "gpu_model": "GPU", "region": "Region", "country": "Country", "interconnect": "Interconnect", "runtime": "Isolation",
@@ -66,6 +75,7 @@ def market(request: HttpRequest) -> HttpResponse:
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),
         "filtered": any(v for k, v in request.GET.lists() if k not in {"sort", "cursor", "level", "view"} and any(v)),
+        "asked": [(name, value) for name in ASKED for value in request.GET.getlist(name) if value],
         "view": request.GET.get("view") if request.GET.get("view") in {"table", "calendar"} else "",
     }
     if found and wanted and context["view"] == "calendar":
@@ -96,7 +106,7 @@ def _hero(actor: Actor) -> dict[str, Any] | None:
 
 def _offer(found: search.Found, actor: Actor, wanted: search.Filters, now: datetime) -> dict[str, Any]:
     row, stock = found.listing, found.stock
-    quote, calendar = _carried(row, wanted, now)
+    quote, calendar = carried(row, wanted, now)
     return {
         "quote": f"{reverse('web:quote-new', args=[row.public_id])}{quote}",
         "terms": f"{reverse('web:listing', args=[row.public_id])}{calendar}",
@@ -111,7 +121,7 @@ def _offer(found: search.Found, actor: Actor, wanted: search.Filters, now: datet
     }
 
 
-def _carried(row: Listing, wanted: search.Filters, now: datetime) -> tuple[str, str]:
+def carried(row: Listing, wanted: search.Filters, now: datetime) -> tuple[str, str]:
     """What was searched for, as the query strings that fill in the quote form and the calendar of an offer."""
     kind = wanted.kind if wanted.kind and row.price_of(wanted.kind) is not None else None
     block = {"level": wanted.level} if wanted.count is not None else {}

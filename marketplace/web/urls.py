@@ -4,6 +4,7 @@ from marketplace.web import (
     amendments,
     budget,
     cards,
+    compare,
     contracts,
     forward,
     invoices,
@@ -23,6 +24,7 @@ from marketplace.web import (
 app_name = "web"
 urlpatterns = [
     *market.urlpatterns,
+    *compare.urlpatterns,
     *trust.urlpatterns,
     *saved.urlpatterns,
     *quotes.urlpatterns,

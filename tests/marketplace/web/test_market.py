@@ -156,6 +156,45 @@ def test_prices_by_term_are_shown_searched_and_quoted(market, browser):
     assert answer.status_code == 200
 
 
+def test_two_to_four_offers_stand_side_by_side(market, browser):
+    site = factories.site(region="no-north")
+    host = factories.host(site, beat_at=timezone.now(), nvme_gib=0)
+    tier = {
+        "kind": "reserved",
+        "min_term_hours": 720,
+        "upfront_permille": 0,
+        "flexible_hours_per_month": 0,
+        "price": 1_111_000,
+    }
+    other = factories.listing(site, hosts=[host], title="Fjord", price_tiers=[tier], spot_floor=None)
+    hidden = factories.listing(site, title="Hidden", state="draft")
+    client = browser(market.customer)
+    page = text(client.get("/?count=8"))
+    assert f'form="compare" name="listing" value="{other.public_id}"' in page
+    assert '<input type="hidden" name="count" value="8">' in page
+    both = f"listing={market.listing.public_id}&listing={other.public_id}"
+    page = text(client.get(f"/compare?{both}"))
+    assert "Fjord" in page
+    assert "from $1.111 by term or share at signing" in page
+    assert "8 of 8" in page
+    assert "16 of 16" in page
+    begin = (timezone.now() + timedelta(days=9)).replace(hour=0, minute=0)
+    window = f"kind=reserved&start={begin:%Y-%m-%d}T00:00&end={begin + timedelta(days=31):%Y-%m-%d}T00:00"
+    page = unescape(text(client.get(f"/compare?{both}&{window}")))
+    assert ">$1.111<" in page
+    assert f"/listings/{other.public_id}/quote?kind=reserved&starts_at=" in page
+    for query, said in (
+        (f"listing={other.public_id}", "Tick two to 4"),
+        (f"listing={other.public_id}&listing={hidden.public_id}", "1 of what was ticked is not on offer"),
+        ("listing=x&start=never", "Tick two to 4"),
+    ):
+        page = text(client.get(f"/compare?{query}"))
+        assert said in page
+        assert "Hidden" not in page
+    many = "&".join(f"listing={factories.listing(site).public_id}" for _ in range(5))
+    assert "Tick two to 4" in text(client.get(f"/compare?{many}"))
+
+
 def test_who_asks_for_a_window_too_is_told_that_it_may_be_the_window(market, browser):
     begin = timezone.now() + timedelta(days=9)
     page = text(

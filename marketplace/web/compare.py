@@ -80,7 +80,7 @@ def _told(row: Listing, stock: Stock, wanted: search.Filters, now: datetime) -> 
         ),
         "Isolation": row.runtime,
         "Reliability": permille(score.score_permille) if (score := getattr(row, "reliability", None)) else "new",
-        "Verified": f"{verified} of {hosts} hosts",
+        "Verified hosts": f"{verified} of {hosts}",
         "Carbon": f"{site.carbon_g_per_kwh} g CO₂/kWh" if site.carbon_g_per_kwh is not None else "",
         "Renewable": permille(site.renewable_permille) if site.renewable_permille is not None else "",
         "Smallest block": f"{row.min_gpus} GPU{'s' if row.min_gpus > 1 else ''}",
@@ -103,7 +103,7 @@ def _price(row: Listing, kind: str, found: Option | None) -> str:
     if kind == Kind.FLEXIBLE:
         asks.append(f"{found.flexible_hours_per_month} h of curtailment a month")
     least = min(price_tiers.options(row, kind))
-    below = f"from {price(least.price, row.currency)} by term or share at signing" if least.price < found.price else ""
+    below = f"from {price(least.price, row.currency)} on other terms" if least.price < found.price else ""
     return "; ".join([price(found.price, row.currency), *asks, *filter(None, [below])])
 
 

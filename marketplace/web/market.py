@@ -71,6 +71,7 @@ def market(request: HttpRequest) -> HttpResponse:
         "found": found,
         "error": error,
         "offers": [_offer(f, actor, wanted, now) for f in found.rows] if found and wanted else [],
+        "comparable": bool(found and len(found.rows) > 1),
         "facets": _facets(request, found.facets) if found else [],
         "nothing": _nothing(request, found.nothing) if found and found.nothing else None,
         "older": _older(request, found),

@@ -135,7 +135,7 @@ def test_prices_by_term_are_shown_searched_and_quoted(market, browser):
     begin = (timezone.now() + timedelta(days=9)).replace(hour=0, minute=0)
     window = f"start={begin:%Y-%m-%d}T00:00&end={begin + timedelta(days=31):%Y-%m-%d}T00:00"
     client = browser(market.customer)
-    assert "less by term or share at signing" in text(client.get("/"))
+    assert "less on other terms" in text(client.get("/"))
     assert "$1.111" not in text(client.get(f"/?kind=reserved&{window}"))
     page = unescape(text(client.get(f"/?kind=reserved&upfront_max=25&{window}")))
     assert "$1.111" in page
@@ -175,7 +175,7 @@ def test_two_to_four_offers_stand_side_by_side(market, browser):
     both = f"listing={market.listing.public_id}&listing={other.public_id}"
     page = text(client.get(f"/compare?{both}"))
     assert "Fjord" in page
-    assert "from $1.111 by term or share at signing" in page
+    assert "from $1.111 on other terms" in page
     assert "8 of 8" in page
     assert "16 of 16" in page
     begin = (timezone.now() + timedelta(days=9)).replace(hour=0, minute=0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks import packing
+from benchmarks import clearing, packing
 from benchmarks.churn_load import LOAD, MEAN_S, MOVABLE, SIGMA, Load, bound, load_of
 from benchmarks.harness import Options, Report, require
 from benchmarks.traces import Nodes
@@ -201,7 +201,7 @@ class Cell:
         k = int(self.classes[job])
         jobs = np.flatnonzero(self.row >= 0)
         busy = {h for h, at in self.since.items() if now - at < 4 * HOLD_S} | {h for _, h in self.held}
-        found = defrag.cheapest(self.packer.state, self._work(jobs), self._wanted(k, now, job), REACH)
+        found = clearing.cheapest(self.packer.state, self._work(jobs), self._wanted(k, now, job), REACH)
         rows = [h for h in found if h not in busy]
         if rows:
             self.held.append((job, rows[0]))
@@ -226,7 +226,7 @@ class Cell:
             moves: list[defrag.Move] = []
             left = 0
             if len(jobs):
-                moves, left = defrag.drain(
+                moves, left = clearing.drain(
                     self.packer.state,
                     self.packer.tables,
                     self._work(jobs),
@@ -243,7 +243,7 @@ class Cell:
                 q.remove(job)
                 if not q:
                     del self.queues[k]
-                mask = defrag.room(self.packer.state, self.packer.classes[k], h)
+                mask = clearing.room(self.packer.state, self.packer.classes[k], h)
                 require(mask >= 0, "a cleared host has no room")
                 self.packer.take(h, k, mask)
                 self._started(job, h, mask, now)

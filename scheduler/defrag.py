@@ -8,8 +8,8 @@ since, takes it. One wave at a time: while anybody of the cell still gives way t
 
 Who may be moved: jobs under spot contracts, which are sold as work that gives way, and those whose owner has agreed to it
 (`Job.movable`); with a checkpoint grace, of one replica, without rules beyond their shape, on capacity that is not reserved for
-them, and running here for `REST_S` at least. Who is served: jobs of one replica without such rules that the last cycle left
-waiting for room, with no promised start.
+them, and running here for `REST_S` at least. Who is served: jobs without such rules that the last cycle left waiting for room, with
+no promised start; a gang of up to `GANG` replicas gets room for all of them at once, or none.
 
 What a move costs is the work since the last checkpoint that the job told of (since its start, without one: whether its grace is
 long enough to save that nobody knows), and the time in which it does none: its grace, and `LAG_S` until it runs elsewhere. What
@@ -48,6 +48,7 @@ MOVED: Final = "moved to make room"  # and the reason of one that leaves
 REST_S: Final = 600  # a job that has just come to its host is left in peace
 HORIZON_S: Final = 3600  # of its run, what a job that starts now is counted to gain
 SERVED: Final = 32  # jobs for which room is looked for in one tick, oldest first
+GANG: Final = 64  # replicas of a gang for which room is looked for
 LEAST_MILLI: Final = 100  # a job without GPUs is worth as much as a tenth of one
 
 # Running placements whose owner allows a move. Where jobs of the same contract wait for its ceiling, or of the organization for its
@@ -67,8 +68,9 @@ ORDER BY p.id
 """
 _SERVED = """
 SELECT j.id FROM marketplace_job j JOIN scheduler_decision d ON d.job_id = j.id
-WHERE j.cell_id = %(cell)s AND j.state IN ('queued', 'requeued') AND j.cancel_requested_at IS NULL AND j.replicas = 1
-  AND NOT j.ruled AND d.outcome = 'waiting' AND d.at >= j.queued_at AND d.held_hosts IS NULL AND NOT d.reason = ANY(%(other)s)
+WHERE j.cell_id = %(cell)s AND j.state IN ('queued', 'requeued') AND j.cancel_requested_at IS NULL
+  AND (j.replicas = 1 OR j.replicas <= %(gang)s AND NOT j.topology_required) AND NOT j.ruled
+  AND d.outcome = 'waiting' AND d.at >= j.queued_at AND d.held_hosts IS NULL AND NOT d.reason = ANY(%(other)s)
   AND (%(jobs)s::bigint[] IS NULL OR j.id = ANY(%(jobs)s))
 ORDER BY j.queued_at, j.id LIMIT %(limit)s
 """
@@ -76,10 +78,10 @@ ORDER BY j.queued_at, j.id LIMIT %(limit)s
 
 @dataclass(frozen=True)
 class Room:
-    """`movers`: job id -> its grace in s; when they have left `host`, `job` fits there."""
+    """`movers`: job id -> its grace in s; when they have left, each replica of `job` fits on its one of `hosts`."""
 
     job: int
-    host: int
+    hosts: list[int]
     movers: dict[int, int]
 
 
@@ -119,7 +121,7 @@ def _served(cell_id: int, jobs: list[int] | None = None) -> list[int]:
     """Jobs that wait for room and for nothing else, oldest first."""
     other = [reason.name for reason in cycle.NO_ROOM_NEEDED]
     with connection.cursor() as cursor:
-        cursor.execute(_SERVED, {"cell": cell_id, "other": other, "jobs": jobs, "limit": SERVED})
+        cursor.execute(_SERVED, {"cell": cell_id, "other": other, "jobs": jobs, "limit": SERVED, "gang": GANG})
         return [pk for (pk,) in cursor.fetchall()]
 
 
@@ -161,7 +163,9 @@ def rooms(taken: Snapshot) -> list[Room]:
         [_milli(r) * (p.work_lost_s + grace + LAG_S) for p, r, grace in stands],
     )
     wanted = [
-        defrag.Wanted(vectors[k], _milli(r) * (HORIZON_S + max(0, now_s - r.queued_at)) // settings.DEFRAG_GAIN)
+        defrag.Wanted(
+            vectors[k], _milli(r) * (HORIZON_S + max(0, now_s - r.queued_at)) // settings.DEFRAG_GAIN, r.replicas
+        )
         for k, r in zip(of[len(stands) :], waits, strict=True)
     ]
     found = defrag.search(packer.state, packer.tables, work, wanted, settings.DEFRAG_MOVES)
@@ -169,7 +173,10 @@ def rooms(taken: Snapshot) -> list[Room]:
     for move in found.moves:
         placement, _, grace = stands[move.index]
         movers[move.wanted][placement.job] = grace
-    return [Room(waits[r.wanted].job, taken.host_of[r.row], movers[r.wanted]) for r in found.rooms]
+    hosts: dict[int, list[int]] = defaultdict(list)
+    for r in found.rooms:
+        hosts[r.wanted].append(taken.host_of[r.row])
+    return [Room(waits[i].job, rows, movers[i]) for i, rows in hosts.items()]
 
 
 def _only_room(r: Request) -> bool:
@@ -179,7 +186,7 @@ def _only_room(r: Request) -> bool:
 
 
 def _milli(r: Request) -> int:
-    return max(LEAST_MILLI, r.gpus * r.gpu_milli)
+    return max(LEAST_MILLI, r.milli)
 
 
 def _closed(taken: Snapshot) -> Fleet:
@@ -218,10 +225,15 @@ def _make(room: Room, now: datetime) -> list[int]:
     start = now.replace(microsecond=0) + timedelta(seconds=max(room.movers.values()) + LAG_S)
     job = Job.objects.get(pk=room.job)
     size = f"{job.gpus} GPU{'s' * (job.gpus != 1)}" if job.gpus else "more CPU and memory"
-    reason = f"{MOVED}: a job that needs {size} in one host waits, and there is a place for this one elsewhere"
+    gang = f"at once in each of {job.replicas} places" if job.replicas > 1 else "in one host"
+    reason = f"{MOVED}: a job that needs {size} {gang} waits, and there is a place for this one elsewhere"
     left = job_service.preempt(room.movers, now=now, actor=ACTOR, reason=reason, increment=["moves"])
     many = f"{len(left)} smaller jobs leave" if len(left) != 1 else "a smaller job leaves"
-    told = f"{words.ROOM}: {many} a host with a checkpoint, by {start.astimezone(UTC):%H:%M:%S} UTC at the latest"
-    Decision.objects.filter(job_id=room.job).update(earliest_start=start, held_hosts=[room.host], suggestion=told)
+    if job.replicas > 1:
+        where = "their hosts" if len(left) != 1 else "its host"
+    else:
+        where = "a host"
+    told = f"{words.ROOM}: {many} {where} with a checkpoint, by {start.astimezone(UTC):%H:%M:%S} UTC at the latest"
+    Decision.objects.filter(job_id=room.job).update(earliest_start=start, held_hosts=room.hosts, suggestion=told)
     replicas.note([job], told, now=now, actor=ACTOR)
     return left

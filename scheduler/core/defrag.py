@@ -26,7 +26,6 @@ from scheduler.core.fit_kernels import (
     NVME,
     Q_CPU,
     Q_GPUS,
-    Q_HOLD,
     Q_MILLI,
     Q_NVME,
     Q_RAM,
@@ -46,8 +45,9 @@ from scheduler.core.types import I64, HostFlag
 U8 = npt.NDArray[np.uint8]
 TRIES: Final = 8  # hosts tried for one waiting request before it is given up for this time
 MOST: Final = 32  # placements that may be asked to leave one host
-_NONE: Final = np.int64(1 << 62)  # key of a host that cannot be cleared
-_PER_MOVE: Final = np.int64(1 << 40)  # in a key: one move more outweighs any work lost
+NEVER: Final = np.int64(1 << 62)  # key of a host that cannot be cleared
+PER_MOVE_BITS: Final = 40
+PER_MOVE: Final = np.int64(1 << PER_MOVE_BITS)  # in a key: one move more outweighs any work lost
 
 
 class Work(NamedTuple):
@@ -61,10 +61,11 @@ class Work(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """One waiting replica: its request vector and what starting it now is worth, milli-GPU seconds."""
+    """Who waits: the request vector of each of his replicas, and what starting them all now is worth, milli-GPU seconds."""
 
     vector: I64
     worth: int
+    replicas: int = 1
 
 
 class Move(NamedTuple):
@@ -78,7 +79,7 @@ class Move(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Where a waiting replica fits once the moves named for it are done."""
+    """Where a waiting replica fits, at once or when the moves off that row are done."""
 
     wanted: int
     row: int
@@ -111,7 +112,7 @@ def _may_leave(v: int, q: I64, w: Work) -> bool:
 def _gpu_victims(h: int, q: I64, s: State, w: Work, members: I64, low: int, high: int, out: U8) -> bool:
     """Marks, for one more GPU of the request, those who must leave the GPU that is cheapest to clear. False: there is none."""
     milli = q[Q_MILLI]
-    best, best_key = -1, _NONE
+    best, best_key = -1, NEVER
     for g in range(s.rows[h, NGPU]):
         free, key = np.int64(s.gfree[h, g]), np.int64(0)
         if free >= milli:
@@ -120,7 +121,7 @@ def _gpu_victims(h: int, q: I64, s: State, w: Work, members: I64, low: int, high
             v = members[at]
             if free < milli and not out[at - low] and _may_leave(v, q, w) and (w.mask[v] >> g) & 1:
                 free += w.vector[v, Q_MILLI]
-                key += _PER_MOVE + w.lost[v]
+                key += PER_MOVE + w.lost[v]
         if free >= milli and key < best_key:
             best, best_key = g, key
     if best < 0:
@@ -165,14 +166,14 @@ def _other_victim(h: int, q: I64, s: State, w: Work, members: I64, low: int, hig
 
 @kernel
 def clear(h: int, q: I64, s: State, w: Work, members: I64, low: int, high: int, limit: int, out: U8) -> int:
-    """Who must leave host h so that q fits: out[i] = 1 for members[low + i]. Returns the key of the set, or `_NONE`.
+    """Who must leave host h so that q fits: out[i] = 1 for members[low + i]. Returns the key of the set, or `NEVER`.
 
     The state is left as it was. At most `limit` leave, and only the movable.
     """
     out[:] = 0
     high = min(high, low + len(out))
     if static_kernel(s.rows[h], q) or s.rows[h, NGPU] < q[Q_GPUS]:
-        return int(_NONE)
+        return int(NEVER)
     fits = _fits(h, q, s)
     going = True
     while going and not fits:
@@ -194,10 +195,10 @@ def clear(h: int, q: I64, s: State, w: Work, members: I64, low: int, high: int, 
         if out[at - low]:
             v = members[at]
             take(h, w.vector[v], w.mask[v], s)
-            key += _PER_MOVE + w.lost[v]
+            key += PER_MOVE + w.lost[v]
             count += 1
     if not fits or count > limit:
-        return int(_NONE)
+        return int(NEVER)
     return int(key)
 
 
@@ -248,8 +249,8 @@ def search(
     """The moves to make now, at most `max_moves`. Same arguments, same answer; `s` is not changed.
 
     Requests are served in the order of what they are worth a move. One that needs up to `reach` moves (`max_moves` when not
-    given) keeps its place in that order: nobody behind it spends what it saves up for. A request that fits without any move
-    is the planner's business and gets nothing here.
+    given) keeps its place in that order: nobody behind it spends what it saves up for. A gang gets room for all its replicas or
+    for none. A request that fits without any move is the planner's business and gets nothing here.
     """
     out = Repair([], [], 0, 0)
     reach = max(max_moves, reach or 0)
@@ -263,31 +264,83 @@ def search(
     found: list[tuple[float, int, list[int]]] = []
     for i, one in enumerate(wanted):
         clear_all(one.vector, s, work, members, start, reach, np.zeros(MOST, np.uint8), keys)
-        low = int(keys.min())
-        if 0 < low < _NONE:
-            first = np.argsort(keys, kind="stable")[:TRIES]
-            found.append((-one.worth / (low >> 40), i, [int(h) for h in first if keys[h] < _NONE]))
+        order = np.argsort(keys, kind="stable")
+        each = keys[order[: one.replicas]]  # a host for each replica; several on one cost no less
+        fewest = int((each[each < NEVER] >> PER_MOVE_BITS).sum())
+        if each[0] < NEVER and (fewest or one.replicas > 1):
+            found.append((-one.worth / max(1, fewest), i, [int(h) for h in order[:TRIES] if keys[h] < NEVER]))
     moves, rooms, gain, lost = out.moves, out.rooms, 0, 0
     for _, i, hosts in sorted(found):
         if len(moves) >= max_moves:
             break
-        saving = False
-        for h in hosts:
-            tried = _empty(h, wanted[i], i, s, t, work, members, start, reach)
-            if tried is None:
-                continue
-            room, made, cost = tried
-            if len(moves) + len(made) > max_moves:
-                saving = True
-                break
-            work.movable[[move.index for move in made]] = 0  # nobody moves twice
-            moves += made
-            rooms.append(room)
-            gain, lost = gain + wanted[i].worth, lost + cost
+        whole = _gather if wanted[i].replicas > 1 else _first
+        tried = whole(hosts, wanted[i], i, s, t, work, members, start, reach)
+        if tried is None:
+            continue
+        places, made, cost = tried
+        if len(moves) + len(made) > max_moves:
             break
-        if saving:
-            break
+        work.movable[[move.index for move in made]] = 0  # nobody moves twice
+        moves += made
+        rooms += places
+        gain, lost = gain + wanted[i].worth, lost + cost
     return Repair(moves, rooms, gain, lost)
+
+
+def _first(
+    hosts: Sequence[int],
+    one: Wanted,
+    number: int,
+    s: State,
+    t: Tables,
+    work: Work,
+    members: I64,
+    start: I64,
+    limit: int,
+) -> tuple[list[Room], list[Move], int] | None:
+    """The first of `hosts` that can be emptied for `one`."""
+    for h in hosts:
+        tried = _empty(h, one, number, s, t, work, members, start, limit)
+        if tried is not None:
+            return [tried[0]], *tried[1:]
+    return None
+
+
+def _gather(
+    _: Sequence[int], one: Wanted, number: int, s: State, t: Tables, work: Work, members: I64, start: I64, limit: int
+) -> tuple[list[Room], list[Move], int] | None:
+    """Room for every replica of a gang, where it fits already and then where it costs least, done on `s`; None, and `s` as it was,
+    when there is none for all of them, or no move is needed.
+    """
+    flags, budget = s.rows[:, FLAGS].copy(), s.budget.copy()
+    rooms: list[Room] = []
+    made: list[Move] = []
+    keys, scratch, cost = np.empty(len(s.rows), np.int64), np.zeros(MOST, np.uint8), 0
+    while len(rooms) < one.replicas:
+        row, mask = best_host(one.vector, -1, s, t)
+        if row >= 0:
+            book(row, one.vector, mask, s, t)
+            rooms.append(Room(number, row, int(mask)))
+            continue
+        clear_all(one.vector, s, work, members, start, limit - len(made), scratch, keys)
+        hosts = [int(h) for h in np.argsort(keys, kind="stable")[:TRIES] if keys[h] < NEVER]
+        rest = one._replace(worth=one.worth - cost)
+        found = _first(hosts, rest, number, s, t, work, members, start, limit - len(made)) if hosts else None
+        if found is None:
+            break
+        rooms += found[0]
+        made += found[1]
+        cost += found[2]
+    if made and len(rooms) == one.replicas:
+        return rooms, made, cost
+    for room in reversed(rooms):
+        unbook(room.row, one.vector, room.mask, s, t)
+    for move in made:
+        book(move.row, work.vector[move.index], int(work.mask[move.index]), s, t)
+    for move in reversed(made):
+        unbook(move.to, work.vector[move.index], move.mask, s, t)
+    s.rows[:, FLAGS], s.budget[:] = flags, budget
+    return None
 
 
 def _empty(
@@ -295,13 +348,13 @@ def _empty(
 ) -> tuple[Room, list[Move], int] | None:
     """Moves that make room for `one` on h, done on `s`; None, and `s` as it was, when they are too many, too dear or have nowhere to go."""
     leave = np.zeros(MOST, np.uint8)
-    if not 0 < clear(h, one.vector, s, work, members, start[h], start[h + 1], limit, leave) < _NONE:
+    if not 0 < clear(h, one.vector, s, work, members, start[h], start[h + 1], limit, leave) < NEVER:
         return None
     victims = [int(members[start[h] + i]) for i in np.flatnonzero(leave)]
     cost = int(work.lost[victims].sum())
     if cost >= one.worth:
         return None
-    victims.sort(key=lambda v: (-_size(work.vector[v]), v))
+    victims.sort(key=lambda v: (-size_of(work.vector[v]), v))
     made: list[Move] = []
     for v in victims:
         to, mask = best_host(work.vector[v], h, s, t)
@@ -322,54 +375,9 @@ def _empty(
     return Room(number, h, int(mask)), made, cost
 
 
-def _size(vector: I64) -> int:
+def size_of(vector: I64) -> int:
     """milli-GPU, then CPU."""
     return int(vector[Q_GPUS] * vector[Q_MILLI]) * 1_000_000 + int(vector[Q_CPU])
-
-
-def cheapest(s: State, work: Work, one: Wanted, limit: int) -> list[int]:
-    """Hosts that could be cleared for `one` by at most `limit` moves that pay, fewest moves first, then least work lost."""
-    s = copy_state(s)
-    members = np.argsort(work.row, kind="stable").astype(np.int64)
-    start = np.searchsorted(work.row[members], np.arange(len(s.rows) + 1)).astype(np.int64)
-    keys = np.empty(len(s.rows), np.int64)
-    clear_all(one.vector, s, work, members, start, limit, np.zeros(MOST, np.uint8), keys)
-    paying = (keys < _NONE) & ((keys & (_PER_MOVE - 1)) < one.worth)
-    return [int(h) for h in np.argsort(keys, kind="stable") if paying[h]]
-
-
-def room(s: State, q: I64, h: int) -> int:
-    """The GPUs that q gets on host h, as a mask; -1 when it does not fit there. Holds do not count."""
-    q = q.copy()
-    q[Q_HOLD] = 0
-    reason, mask, _, _ = fit_kernel(s.rows[h], s.gfree[h], s.vfree[h], s.nvl[h], q, s.parent, s.k, s.budget)
-    return -1 if reason else int(mask)
-
-
-def drain(s: State, t: Tables, work: Work, one: Wanted, h: int, max_moves: int) -> tuple[list[Move], int]:
-    """(moves off host h that land now, how many more must leave before `one` fits there; -1: it never will). For a host that
-    is held for `one`.
-
-    The room of `search` is made at once or not at all; in a full cell nothing lands at once. So a host is held, and what comes
-    free elsewhere takes those who must leave, one by one. `s` is not changed; the same rules hold for every single move.
-    """
-    s = copy_state(s)
-    members = np.flatnonzero(work.row == h).astype(np.int64)
-    leave = np.zeros(MOST, np.uint8)
-    free = one.vector.copy()
-    free[Q_HOLD] = 0
-    if clear(h, free, s, work, members, 0, len(members), MOST, leave) >= _NONE:
-        return [], -1
-    victims = sorted((int(members[i]) for i in np.flatnonzero(leave)), key=lambda v: (-_size(work.vector[v]), v))
-    made: list[Move] = []
-    for v in victims:
-        if len(made) == max_moves:
-            break
-        to, mask = best_host(work.vector[v], h, s, t)
-        if to >= 0:
-            book(to, work.vector[v], mask, s, t)
-            made.append(Move(v, h, to, mask, 0))
-    return made, len(victims) - len(made)
 
 
 def workload(

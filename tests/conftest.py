@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import migrated
+from tests import emptied, migrated
 from tests.environment import HAS_SERVERS
 
 # On two shared cores a deadline would test the machine. `ci` is the same run every time; `full` looks for new examples.
@@ -47,6 +47,14 @@ def django_db_modify_db_settings(
     cache = pytestconfig.cache
     kept = cache.mkdir("migrated") if cache is not None else pytestconfig.rootpath / ".data"
     connection.settings_dict["TEST"]["TEMPLATE"] = migrated.template(os.environ["DATABASE_URL"], kept)
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> None:
+    """Between two tests with real transactions rows are deleted: a TRUNCATE takes many times as long."""
+    from django.test import TransactionTestCase
+
+    TransactionTestCase._fixture_teardown = emptied.teardown  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)

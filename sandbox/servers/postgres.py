@@ -89,6 +89,7 @@ class PostgreSQL:
             f"CREATE ROLE {OWNER} LOGIN CREATEDB PASSWORD '{passwords[OWNER]}'",
             f"CREATE ROLE {APP} LOGIN PASSWORD '{passwords[APP]}'",
             f"GRANT pg_signal_backend, pg_read_all_stats TO {OWNER}",
+            f"GRANT SET ON PARAMETER session_replication_role TO {OWNER}",  # tests delete what nobody may (tests.emptied)
             f"ALTER DEFAULT PRIVILEGES FOR ROLE {OWNER} GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {APP}",
             f"ALTER DEFAULT PRIVILEGES FOR ROLE {OWNER} GRANT USAGE, SELECT ON SEQUENCES TO {APP}",
             f"CREATE DATABASE {DATABASE} OWNER {OWNER}",

@@ -108,7 +108,9 @@ def test_a_gang_gets_room_for_all_of_its_replicas_at_once_and_runs():
     assert row.events.get(to_state="preempting").reason == (
         "moved to make room: a job that needs 8 GPUs at once in each of 2 places waits, and there is a place for this one elsewhere"
     )
-    assert gang.events.last().reason.startswith("room is being made: a smaller job leaves its host with a checkpoint, by ")
+    assert gang.events.last().reason.startswith(
+        "room is being made: a smaller job leaves its host with a checkpoint, by "
+    )
 
     cycle.run(cell.pk, now=later(6))
     assert Decision.objects.get(job=gang).held_hosts == promise.held_hosts

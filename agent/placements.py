@@ -93,14 +93,12 @@ class Placements:
                 secrets = {str(k): str(v) for k, v in (row.get("secrets") or {}).items()}
                 if item is None:
                     spec = {k: v for k, v in row.items() if k != "secrets"}
-                    item = self.items[key] = Placement(
-                        key, spec, int(row["generation"]), str(row["desired"]), secrets=secrets
-                    )
+                    item = Placement(key, spec, int(row["generation"]), str(row["desired"]), secrets=secrets)
+                    self.items[key] = item
                     self._keep(item)
                     self._tell(item)
                     continue
-                item.secrets = secrets
-                item.listed = True
+                item.secrets, item.listed = secrets, True
                 if item.learn(row):
                     self._keep(item)
                 if int(row["generation"]) > item.generation:

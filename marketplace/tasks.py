@@ -107,9 +107,14 @@ def profit_of(payload: dict[str, Any]) -> None:
 
 
 @shared_task
-def tick_grid() -> None:
-    """Every signal that may call a site down: asked, judged, and what it says announced or taken back."""
-    grid.tick()
+def tick_grid() -> int:
+    """Every signal that may call a site down: a message for each, to be asked and judged, and what it says announced or taken back."""
+    return grid.tick()
+
+
+@outbox.handler(grid.ASK, one_at_a_time=True)
+def ask_grid(payload: dict[str, Any]) -> None:
+    grid.ask(payload["source"], now=timezone.now())
 
 
 @outbox.handler(grid.REPORT)

@@ -26,9 +26,9 @@ def main() -> int:
         print(words, flush=True)
 
     minutes = options.minutes if options.hours is None else 24 * 60
-    outcome = Soak(options.seed, minutes=minutes, hours=options.hours, say=say).run()
+    outcome = Soak(options.seed, minutes=minutes, hours=options.hours, whole=True, say=say).run()
     say("\n".join(report.lines(outcome)))
-    return 1 if outcome.violations else 0
+    return 1 if outcome.violations or outcome.missing else 0
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Calls:
             self.soak.operator.post(
                 f"grid-sources/{self.meter}/readings", {"millihertz": self.mhz, "at": now.isoformat()}
             )
-        grid.tick(now)
+        grid.tick()
 
     def turn(self) -> None:
         """The next call, when it is its time; every kind in turn, shuffled anew each round."""

@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     from sandbox.soak.soak import Soak
 
 MINUTE = timedelta(minutes=1)
+STALE_S = 150.0  # a meter silent for longer is stale
+LIE_W = 500.0  # no machine that sleeps draws so much
+UNBELIEVED = ("sleeps not believed: acknowledged_no_drop", "sleeps not believed: phantom_load")
+UNREAD = ("machines unread, at their nameplate",)
+OWN = ("machines put to sleep", "hosts lowered to their floor", "jobs ended for the copper")  # by the site's own loop
 ASLEEP_LEAVES = 0.85  # of a PDU's cap, when its machines sleep and its hosts are parked
 
 
 @dataclass
 class Fault:
-    """`row`: of the failure table. `never`: counters that must not rise from `settled` after it began until it ends."""
+    """`row`: of the failure table. `never`: counters that must not rise from `settled` after it began until it ends. `shows`: whether it
+    is to be seen at the site now; `answers`: counters of which one rises when something is done about it. `lifts`: nodes that it puts
+    over their caps by itself, until the site's own loop has brought them down.
+    """
 
     row: str
     what: str
@@ -28,12 +36,17 @@ class Fault:
     before: Counter[str]
     never: Sequence[str] = ()
     settled: timedelta = timedelta()
+    shows: Callable[[], bool] = lambda: True
+    answers: Sequence[str] = ()
+    lifts: frozenset[str] = frozenset()
+    struck: bool = False
     held: Counter[str] | None = None  # the counters at `settled`
     name: str = ""  # of ROWS
     done: dict[str, int] = field(default_factory=dict)  # what was done about it, when it is over
 
     def watch(self, now: datetime, counts: Counter[str]) -> list[str]:
         """What has happened that must not."""
+        self.struck = self.struck or self.shows()
         if self.held is None:
             if now >= self.began + self.settled:
                 self.held = counts.copy()
@@ -41,9 +54,33 @@ class Fault:
         return [f"{self.row} ({self.what}): {counts[n] - self.held[n]} {n} meanwhile"
                 for n in self.never if counts[n] > self.held[n]]  # fmt: skip
 
+    @property
+    def answered(self) -> bool:
+        """It was seen, and what the table says was done: something rose, or what must not rise was watched."""
+        done = any(self.done.get(name) for name in self.answers) if self.answers else True
+        return self.struck and done and not (self.never and self.held is None)
+
+
+def missing(over: Sequence[Fault]) -> list[str]:
+    """The rows of which this run proves nothing: that never struck, were never seen at the site, or that nothing answered."""
+    found = []
+    for name in ROWS:
+        mine = [fault for fault in over if fault.name == name]
+        said = name.replace("_", " ")
+        if not mine:
+            found.append(f"{said}: it never struck")
+        elif not any(fault.struck for fault in mine):
+            found.append(f"{said}: it struck {len(mine)} times, and was never to be seen at the site")
+        elif not any(fault.answered for fault in mine):
+            wanted = ", ".join(mine[0].answers) or f"no {' nor '.join(mine[0].never)}"
+            found.append(f"{said}: it struck {len(mine)} times, and nothing was done about it ({wanted})")
+    return found
+
 
 class Faults:
-    """What goes wrong when: every row in turn, shuffled anew each round, so that none is left out and any two may meet."""
+    """What goes wrong when: every row in turn, shuffled anew each round, so that none is left out and any two may meet. The longest
+    comes first, and of a later round those that have proved nothing yet.
+    """
 
     def __init__(self, soak: Soak, dice: Random) -> None:
         self.soak, self.dice = soak, dice
@@ -58,7 +95,7 @@ class Faults:
             self.end(fault, counts)
         if now >= self.next_at:
             self.strike()
-            self.next_at = now + MINUTE * self.dice.uniform(4, 16)
+            self.next_at = now + MINUTE * self.dice.uniform(3, 11)
 
     def end(self, fault: Fault, counts: Counter[str]) -> None:
         fault.undo()
@@ -70,6 +107,9 @@ class Faults:
         if not self.waiting:
             self.waiting = list(ROWS)
             self.dice.shuffle(self.waiting)
+            proved = {fault.name for fault in self.over if fault.answered}
+            first = {name for name in ROWS if name not in proved} if self.over else {"prices_stale"}
+            self.waiting.sort(key=lambda name: name not in first)
         busy = {fault.name for fault in self.live}  # two of one kind would end each other
         name = next((name for name in self.waiting if name not in busy), None)
         if name is None:
@@ -77,7 +117,7 @@ class Faults:
         self.waiting.remove(name)
         made: Fault | None = getattr(self, name)()
         if made is not None:
-            made.name = name
+            made.name, made.struck = name, made.shows()
             self.live.append(made)
 
     def _fault(self, row: str, what: str, minutes: tuple[float, float], undo: Callable[[], Any], **more: Any) -> Fault:
@@ -91,7 +131,9 @@ class Faults:
         free = [n for i, n in enumerate(fleet.names) if not fleet.fault[i] and awake in (None, not fleet.asleep[i])]
         return self.dice.sample(free, min(count, len(free)))
 
-    def _on(self, row: str, fault: str, names: list[str], minutes: tuple[float, float] = (3, 12)) -> Fault | None:
+    def _on(
+        self, row: str, fault: str, names: list[str], minutes: tuple[float, float] = (5, 14), **more: Any
+    ) -> Fault | None:
         fleet = self.soak.site.physics.fleet
         for name in names:
             fleet.set_fault(name, fault, factor=1.2)
@@ -100,17 +142,24 @@ class Faults:
             for name in names:
                 fleet.set_fault(name, "")
 
-        return self._fault(row, f"{fault} of {', '.join(names)}", minutes, undo) if names else None
+        return self._fault(row, f"{fault} of {', '.join(names)}", minutes, undo, **more) if names else None
 
     def acknowledges_and_ignores(self) -> Fault | None:
-        return self._on("acks, no drop", "ack_ignore", self._machines(self.dice.randrange(1, 4), awake=True))
+        names, site = self._machines(self.dice.randrange(1, 4), awake=True), self.soak.site
+        fleet = site.physics.fleet
+        return self._on("acks, no drop", "ack_ignore", names, answers=UNBELIEVED,
+                        shows=lambda: any(site.asics[n].mode == 0 and not fleet.asleep[fleet.index[n]] for n in names))  # fmt: skip
 
     def lies(self) -> Fault | None:
-        return self._on("acks, no drop", "phantom", self._machines(1, awake=True))
+        names, fleet = self._machines(1, awake=True), self.soak.site.physics.fleet
+        return self._on("acks, no drop", "phantom", names, answers=UNBELIEVED,
+                        shows=lambda: any(fleet.asleep[i] and fleet.true_w[i] > LIE_W for i in map(fleet.index.get, names)))  # fmt: skip
 
     def does_not_answer(self) -> Fault | None:
         kind = self.dice.choice(("hang", "refuse", "error_status"))
-        return self._on("no answer / stale", kind, self._machines(self.dice.randrange(1, 4)))
+        names, site = self._machines(self.dice.randrange(1, 4)), self.soak.site
+        return self._on("no answer / stale", kind, names, answers=UNREAD,
+                        shows=lambda: any(not site._answers(n) for n in names))  # fmt: skip
 
     def odd_readings(self) -> Fault | None:
         kind = self.dice.choice(("wattage_off", "frozen_reading", "slow_ramp"))
@@ -118,13 +167,20 @@ class Faults:
 
     def reboots(self) -> Fault | None:
         kind = self.dice.choice(("reboot_running", "asleep_after_reboot"))
-        return self._on("power returns after an outage", kind, self._machines(2))
+        names, fleet = self._machines(2), self.soak.site.physics.fleet
+        return self._on("power returns after an outage", kind, names, lifts=self._all(),
+                        shows=lambda: any(fleet.boot_left[fleet.index[n]] > 0 for n in names))  # fmt: skip
+
+    def _all(self) -> frozenset[str]:
+        """What boots hashing draws at once, before anybody has slept it: any node may be over its cap until then."""
+        return frozenset(self.soak.site.physics.node_names)
 
     def network_of_a_pdu(self) -> Fault:
         site = self.soak.site
         pdu = self.dice.choice([n for n in site.nodes if n.startswith("pdu")])
         site.deaf_pdus.add(pdu)
-        return self._fault("no answer / stale", f"the network of {pdu}", (3, 8), lambda: site.deaf_pdus.discard(pdu))
+        return self._fault("no answer / stale", f"the network of {pdu}", (3, 8), lambda: site.deaf_pdus.discard(pdu),
+                           answers=UNREAD, shows=lambda: pdu in site.deaf_pdus)  # fmt: skip
 
     # --- meters and copper
     def meter_stale(self) -> Fault:
@@ -137,15 +193,16 @@ class Faults:
 
         # 150 s of silence is stale; what was commanded in the second before is still counted a turn later.
         return self._fault("meter stale", f"the meter of {physics.node_names[i]}", (5, 12), undo,
-                           never=("grants", "wakes"), settled=timedelta(seconds=165))  # fmt: skip
+                           never=("grants", "wakes"), settled=timedelta(seconds=165),
+                           shows=lambda: self.soak.clock.now.timestamp() - physics.meter_at[i] > STALE_S)  # fmt: skip
 
     def over_95_percent(self) -> Fault:
-        return self._intruder("meter > 95 % of cap", 0.965)
+        return self._intruder("meter > 95 % of cap", 0.965, ("sleeps", *OWN))
 
     def over_the_cap(self) -> Fault:
-        return self._intruder("meter > cap", 1.06)
+        return self._intruder("meter > cap", 1.06, OWN)
 
-    def _intruder(self, row: str, share: float) -> Fault:
+    def _intruder(self, row: str, share: float, answers: Sequence[str]) -> Fault:
         """Somebody plugs in what no book knows of, until a PDU draws this share of its cap; but what carries it with all else asleep."""
         physics = self.soak.site.physics
         i = self.dice.choice([i for i, name in enumerate(physics.node_names) if name.startswith("pdu")])
@@ -161,7 +218,9 @@ class Faults:
             for n in up:
                 physics.fixed[n] -= watts
 
-        return self._fault(row, f"{watts / 1000:.1f} kW nobody knows of at {physics.node_names[i]}", (3, 8), undo)
+        return self._fault(row, f"{watts / 1000:.1f} kW nobody knows of at {physics.node_names[i]}", (3, 8), undo,
+                           answers=answers, lifts=frozenset(physics.node_names[n] for n in up),
+                           shows=lambda: physics.meter_w[i] > 0.95 * physics.cap[i])  # fmt: skip
 
     def outage(self) -> Fault:
         """A breaker is opened by hand, and closed again: machines boot hashing, hosts boot, work is gone."""
@@ -181,7 +240,8 @@ class Faults:
         def undo() -> None:
             physics.reset_breaker(physics.node_names[i])
 
-        return self._fault("power returns after an outage", f"an outage of {physics.node_names[i]}", (1, 6), undo)
+        return self._fault("power returns after an outage", f"an outage of {physics.node_names[i]}", (1, 6), undo,
+                           lifts=self._all(), shows=lambda: not physics.energised()[i])  # fmt: skip
 
     # --- us
     def control_away(self) -> Fault:
@@ -217,7 +277,8 @@ class Faults:
         def undo() -> None:
             self.soak.doubled = False
 
-        return self._fault("duplicate beat, two schedulers", "reports doubled, two loops", (3, 10), undo)
+        return self._fault("duplicate beat, two schedulers", "reports doubled, two loops", (3, 10), undo,
+                           answers=("loops beside each other",))  # fmt: skip
 
     def workers_die(self) -> Fault:
         self.soak.kills = 400
@@ -225,7 +286,8 @@ class Faults:
         def undo() -> None:
             self.soak.kills = 0
 
-        return self._fault("restart mid-event", "workers killed at some statement", (3, 10), undo)
+        return self._fault("restart mid-event", "workers killed at some statement", (3, 10), undo,
+                           answers=("workers killed",))  # fmt: skip
 
 
 ROWS = (

@@ -17,10 +17,14 @@ def lines(outcome: Outcome) -> list[str]:
     for fault in outcome.faults:
         seconds = int((fault.until - fault.began).total_seconds())
         done = ", ".join(f"{n} {what}" for what, n in fault.done.items() if what not in QUIET) or "nothing was needed"
-        out.append(f"  {fault.began:%d %T} {seconds:>6} s  {fault.row}: {fault.what}: {done}")
+        seen = "" if fault.struck else " (never to be seen)"
+        out.append(f"  {fault.began:%d %T} {seconds:>6} s  {fault.row}: {fault.what}{seen}: {done}")
         by_row[fault.row]["times"] += 1
     out.append("\nrows of the failure table")
     out += [f"  {n['times']:>5}  {row}" for row, n in sorted(by_row.items())]
+    if outcome.missing:
+        out.append(f"\n{len(outcome.missing)} ROWS PROVE NOTHING (a longer run, or something is broken)")
+        out += [f"  {words}" for words in outcome.missing]
     if not outcome.violations:
         back = int(outcome.back_in.total_seconds()) if outcome.back_in is not None else 0
         out.append(f"\n0 violations in {outcome.counts['turns']:,} turns; all was back {back} s after the last fault")

@@ -26,7 +26,7 @@ from sandbox.market.doors import Stripe, Web, sign_up
 from sandbox.market.screener import Screener, profile
 from sandbox.site.physics import Physics
 from sandbox.soak.calls import Calls
-from sandbox.soak.faults import Fault, Faults
+from sandbox.soak.faults import Fault, Faults, missing
 from sandbox.soak.grounds import Grounds
 from sandbox.soak.watch import Watch
 from scheduler import cycle, site_loop
@@ -46,6 +46,7 @@ class Outcome:
     faults: list[Fault] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     back_in: timedelta | None = None
+    missing: list[str] = field(default_factory=list)  # rows of the table of which this run proves nothing
 
 
 class Soak:
@@ -53,10 +54,12 @@ class Soak:
 
     back = timedelta(minutes=90)  # after the last fault everything has come back by then
 
-    def __init__(self, seed: int, *, minutes: float, hours: float | None = None, say: Any = None) -> None:
+    def __init__(
+        self, seed: int, *, minutes: float, hours: float | None = None, whole: bool = False, say: Any = None
+    ) -> None:
         self.outcome = Outcome(seed)
         self.dice = Random(seed)
-        self.minutes, self.hours = minutes, hours
+        self.minutes, self.hours, self.whole = minutes, hours, whole
         self.say = say or (lambda _: None)
         self.clock = Clock(QUARTER)
         self.control = self.priced = True
@@ -80,6 +83,7 @@ class Soak:
         self.outcome.hours = (self.clock.now - QUARTER).total_seconds() / 3600
         self.outcome.counts = self.counts()
         self.outcome.faults = self.faults.over
+        self.outcome.missing = missing(self.faults.over)
         return self.outcome
 
     # --- the site and who uses it
@@ -120,11 +124,16 @@ class Soak:
 
     # --- time
     def _weather(self, began: float) -> None:
-        """Jobs, calls and faults, until the machine's or the site's time is up."""
-        end = None if self.hours is None else self.clock.now + timedelta(hours=self.hours)
+        """Jobs, calls and faults, until the machine's or the site's time is up; of a `whole` run as long again at most, while some row
+        has proved nothing.
+        """
+        opened = self.clock.now
         told = self.clock.now
         while not self.outcome.violations:
-            if (end is not None and self.clock.now >= end) or monotonic() - began > 60 * self.minutes:
+            spent = (monotonic() - began) / 60 / self.minutes
+            if self.hours is not None:
+                spent = max(spent, (self.clock.now - opened) / timedelta(hours=self.hours))
+            if spent >= 2 or (spent >= 1 and not (self.whole and missing(self.faults.over))):
                 return
             self.faults.turn(self.counts())
             if self.control:
@@ -176,6 +185,7 @@ class Soak:
             self._do(lambda: site_loop.run(self.site.pk, now=now))
             if self.doubled:
                 self._beside(lambda: site_loop.run(self.site.pk, now=now))
+                self.watch.counts["loops beside each other"] += 1
             self.site.sync(now)
         self.outcome.violations += self.watch.look()
 

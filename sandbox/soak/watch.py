@@ -7,9 +7,11 @@ may draw under the limits they were promised must fit under every cap together, 
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
+from django.db.models import Q
 
 from benchmarks.auditor import rows
 from marketplace.models import Curtailment, Host, Miner, Placement, PowerGrant, PowerNode, ShedClaim, Site
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from sandbox.soak.soak import Soak
 
 AUDIT_EVERY = 40  # looks
+LIFTED = timedelta(minutes=5)  # after its end a fault may still lift what it lifted: machines boot, and ramp
+OVER_S = 60  # what a fault lifts over a cap, the site's own loop brings down within so many seconds
+UNREAD_S = 200  # a machine unread for so long, with turns in between, stands at its nameplate
 
 
 class Watch:
@@ -32,6 +37,8 @@ class Watch:
         self.seen: Counter[str] = Counter()
         fleet = self.site.physics.fleet
         self.was_up = ~fleet.asleep
+        self.over: dict[str, tuple[float, float]] = {}  # node -> its newest time over its cap: from, to
+        self.unread: set[str] = set()
 
     def look(self) -> list[str]:
         """What is wrong now."""
@@ -40,11 +47,45 @@ class Watch:
         self._count()
         found = [f"a breaker tripped: {trip}" for trip in self.site.physics.trips]
         found += self.site.wrong
+        found += self._over()
+        found += self._unread()
         found += self._potential()
         found += self._books()
         if self.looks % AUDIT_EVERY == 0:
             found += self.states.look()
         return [f"{self.soak.clock.now:%d %T}: {words}" for words in found]
+
+    def _over(self) -> list[str]:
+        """Every second since the last look in which a node stood over its cap: only what a fault lifted may, and not for long."""
+        now, found = self.soak.clock.now, []
+        faults = [*self.soak.faults.live, *self.soak.faults.over] if hasattr(self.soak, "faults") else []
+        lifted = {name for f in faults if now < f.until + LIFTED for name in f.lifts}
+        instants, self.site.physics.over_instants = self.site.physics.over_instants, []
+        for row in instants:
+            node, at = row["node"], row["at"]
+            began, last = self.over.get(node, (at, at))
+            self.over[node] = (began if at - last <= 2 else at, at)
+            self.counts["seconds over a cap, by a fault"] += node in lifted
+            if node not in lifted:
+                found.append(
+                    f"{node} drew {row['watts']:,} W over its cap of {row['cap_w']:,}, and no fault had lifted it"
+                )
+            elif at - self.over[node][0] > OVER_S:
+                found.append(f"{node} stood over its cap of {row['cap_w']:,} W for more than {OVER_S} s")
+        return found[:4]
+
+    def _unread(self) -> list[str]:
+        """Whose reading is old is booked at its nameplate."""
+        if not self.soak.control:
+            return []
+        old = Q(measured_at=None) | Q(measured_at__lt=self.soak.clock.now - timedelta(seconds=UNREAD_S))
+        found = Miner.objects.filter(old, site=self.site.pk).values_list("name", "reserved_w", "mode_watts")
+        silent = {name for name, *_ in found}
+        self.counts["machines unread, at their nameplate"] += len(silent - self.unread)
+        self.unread = silent
+        return [
+            f"{name} is silent and booked with {w} W of {ladder[-1]}" for name, w, ladder in found if w < ladder[-1]
+        ]
 
     def _count(self) -> None:
         """What control and the site did since the last look."""

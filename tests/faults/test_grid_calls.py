@@ -59,12 +59,18 @@ def settled(row):
     return row.state in {"completed", "failed", "cancelled"} and row
 
 
+def heard(yard):
+    """The workers' part of the grid's beat."""
+    for pk in GridSource.objects.filter(enabled=True).values_list("pk", flat=True):
+        grid.ask(pk, now=yard.now)
+
+
 def energy(yard, usd):
     """One more interval of the energy feed."""
     assert feeds.store(
         FeedValue.Kind.ENERGY, usd * WH, source="test", observed_at=yard.now, now=yard.now, scope=yard.site.region
     )
-    grid.tick(yard.now)
+    heard(yard)
 
 
 def strike(yard, **more):
@@ -84,7 +90,7 @@ def test_a_price_puts_machines_to_sleep_and_no_job_waits_for_it(yard):
     assert not Curtailment.objects.exists()
     yard.turn(2)
     energy(yard, 55)
-    grid.tick(yard.now)
+    heard(yard)
     row = Curtailment.objects.get()
     assert (row.source, row.mandatory, row.cap_w) == ("price", False, 15_000)
     before = yard.physics.meter_w[0]
@@ -180,7 +186,7 @@ def test_a_silent_price_keeps_what_stands(yard):
     row = Curtailment.objects.get()
     yard.until(lambda: yard.physics.true_w[0] <= 15_000, seconds=90)
     yard.turn(14)
-    grid.tick(yard.now)
+    heard(yard)
     assert rules.silent(GridSource.objects.get(pk=source.pk), yard.now)
     take_back(yard, row)
     asleep = Miner.objects.filter(desired_mode=0).count()

@@ -68,6 +68,11 @@ class Yard:
         self.saves = timedelta()  # what work takes to save its state, once it is asked to leave
         self.asked_at = {}  # placement pk -> when the site heard of it
         self.priced = priced
+        self.parts = [
+            "_command_miners",
+            "_set_limits",
+            "_run_work",
+        ]  # of an answer, in the order in which they are obeyed
         self.counts = {}
 
     def _node(self, row):
@@ -109,6 +114,9 @@ class Yard:
 
     # --- the agent's half
 
+    def step(self, what):
+        """The agent is about to do one thing; who cuts it off does so here."""
+
     def dark(self, i):
         return not self.physics.energised()[self.physics.miner_node[i]] or self.fleet.boot_left[i] > 0
 
@@ -144,9 +152,11 @@ class Yard:
             "meters": [],
             "placements": [],
         }
+        self.step("report")
         agents.observe(
             self.agent, {**rows, "sequence": self.sequence, "miners": [r for ago, r in miners if ago]}, now=self.now
         )
+        self.step("report, half told")
         self.sequence += 1
         placements = [{"pk": pk, "generation": g, "state": s} for pk, (g, s) in self.work.items()]
         full = {**rows, "hosts": hosts, "meters": meters, "placements": placements}
@@ -157,10 +167,17 @@ class Yard:
 
     def obey(self):
         told = agents.desired(self.agent, {"sequence": self.sequence, "known_safety": -1}, now=self.now)
+        self.step("answer")
+        self.safety = told["safety"]
+        for part in self.parts:
+            getattr(self, part)(told)
+
+    def _command_miners(self, told):
         for name, mode, generation in told["miners"]:
             i = self.fleet.index[name]
             if name in self.silent or self.dark(i) or generation <= self.generation.get(name, 0):
                 continue
+            self.step("machine")
             self.generation[name] = generation  # acknowledged
             self.wanted[name] = mode
             if self.fleet.fault[i] != "ack_ignore":
@@ -179,11 +196,15 @@ class Yard:
             ):
                 self.fleet.asleep[i] = True
                 self.fleet._retarget(i)
+
+    def _set_limits(self, told):
         for row in told["hosts"]:
+            self.step("limits")
             h = self.physics.hosts.index[row["name"]]
             self.physics.hosts.set_limits(h, row["limits_w"])
             self.host_generation[row["name"]] = row["generation"]
-        self.safety = told["safety"]
+
+    def _run_work(self, told):
         wanted = {p.pk: p for p in Placement.objects.filter(site=self.site, state__in=Placement.AT_SITE)}
         for pk in [*self.work]:
             if pk not in wanted or wanted[pk].desired != "run":
@@ -191,12 +212,14 @@ class Yard:
                 if pk in wanted and wanted[pk].desired == "drain" and self.now < asked_at + self.saves:
                     self.work[pk] = (self.work[pk][0], "draining")
                     continue
+                self.step("end")
                 self.physics.hosts.detach(str(pk))
                 self.work[pk] = (self.work[pk][0], "exited") if pk in wanted else self.work.pop(pk)
         for pk, p in wanted.items():
             if p.desired == "run" and pk not in self.work and told["mode"] == "auto":
                 h = self.physics.hosts.index[p.host.name]
                 if self.physics.hosts.limits(h)[p.gpu_indices[0]] > p.host.gpu_min_w:
+                    self.step("start")
                     self.physics.hosts.attach(str(pk), h, p.gpu_indices, 1.0)
                     self.work[pk] = (p.generation, "running")
 

@@ -32,7 +32,7 @@ def frozen() -> bool:
 
 def may(actor: Actor) -> bool:
     """Our own people with the permission `marketplace.freeze_power`; superusers have it."""
-    if actor.kind != "staff":
+    if actor.kind != "staff" or actor.user_id is None:
         return actor.kind == "system"
     person = User.objects.filter(pk=actor.user_id, is_active=True, is_staff=True).first()
     return person is not None and person.has_perm(PERMISSION)
@@ -59,8 +59,10 @@ def lift(actor: Actor, *, now: datetime) -> bool:
     _check(actor)
     with transaction.atomic():
         found = standing()
-        ended = PowerFreeze.objects.filter(pk=found.pk if found else None, ended_at=None)
-        if found is None or not ended.update(ended_at=now, ended_by=actor.label[:120]):
+        if found is None:
+            return False
+        mine = PowerFreeze.objects.filter(pk=found.pk, ended_at=None)
+        if not mine.update(ended_at=now, ended_by=actor.label[:120]):  # a rival was first
             return False
         before = {"since": found.began_at.isoformat(), "by": found.began_by, "reason": found.reason}
         audit.record(actor, "power.freeze_lifted", "platform", now=now, before=before)

@@ -8,10 +8,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from django.utils import timezone
 
+from marketplace import tasks
 from marketplace.errors import MarketError
-from marketplace.models import AuditEvent, Curtailment, CurtailmentReport, GridSource, MeterReading, PowerNode
-from marketplace.services import curtailments, grid, outbound
+from marketplace.models import (
+    AuditEvent,
+    Curtailment,
+    CurtailmentReport,
+    FeedValue,
+    GridSource,
+    MeterReading,
+    OutboxMessage,
+    PowerNode,
+)
+from marketplace.services import curtailments, feeds, grid, outbound
 from marketplace.services.grid import clock, openadr
 from sandbox.vtn import Vtn
 from tests import factories as f
@@ -116,6 +127,28 @@ def test_what_somebody_ended_by_hand_stays_ended(source, vtn, site):
     curtailments.cancel(f.actor(site.organization), Curtailment.objects.get(), now=minutes(1))
     assert len(poll(source, minutes(2))) == 1
     assert Curtailment.objects.get().state == "restoring"
+
+
+def test_a_message_for_each_source_so_that_one_that_fails_holds_up_no_other(source, vtn, site, monkeypatch):
+    actor = f.actor(site.organization)
+    dear = {"cap_w": 15_000, "strike_uusd_mwh": 90_000_000, "resume_uusd_mwh": 60_000_000, "windows": 1}
+    price = grid.add(actor, root(site), kind="price", name="dear hours", now=NOW, **dear)
+    grid.add(actor, root(site), kind="price", name="switched off", now=NOW, enabled=False, **dear)
+    now = timezone.now()
+    assert feeds.store(FeedValue.Kind.ENERGY, 95_000_000, source="test", observed_at=now, now=now, scope=site.region)
+    assert tasks.tick_grid() == tasks.tick_grid() == 2
+    asked = OutboxMessage.objects.filter(topic=grid.ASK)
+    assert sorted(asked.values_list("key", flat=True)) == sorted([str(source.pk), str(price.pk)])
+
+    def broken(*_args, **_named):
+        raise RuntimeError("its answer made no sense to us at all")
+
+    monkeypatch.setattr(openadr, "poll", broken)
+    tasks.drain_outbox(grid.ASK)
+    assert Curtailment.objects.get().origin == price
+    assert asked.get().payload == {"source": source.pk}, "it is tried again by itself"
+    grid.remove(actor, source, now=NOW)
+    grid.ask(source.pk, now=NOW)
 
 
 def test_two_workers_ask_once(source, vtn):

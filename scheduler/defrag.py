@@ -229,10 +229,8 @@ def _make(room: Room, now: datetime) -> list[int]:
     reason = f"{MOVED}: a job that needs {size} {gang} waits, and there is a place for this one elsewhere"
     left = job_service.preempt(room.movers, now=now, actor=ACTOR, reason=reason, increment=["moves"])
     many = f"{len(left)} smaller jobs leave" if len(left) != 1 else "a smaller job leaves"
-    if job.replicas > 1:
-        where = "their hosts" if len(left) != 1 else "its host"
-    else:
-        where = "a host"
+    theirs = "their hosts" if len(left) != 1 else "its host"
+    where = theirs if job.replicas > 1 else "a host"
     told = f"{words.ROOM}: {many} {where} with a checkpoint, by {start.astimezone(UTC):%H:%M:%S} UTC at the latest"
     Decision.objects.filter(job_id=room.job).update(earliest_start=start, held_hosts=room.hosts, suggestion=told)
     replicas.note([job], told, now=now, actor=ACTOR)

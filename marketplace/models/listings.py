@@ -15,6 +15,14 @@ class Kind(models.TextChoices):
     SPOT = "spot"
 
 
+PRICE_COLUMNS: dict[str, str] = {
+    Kind.ON_DEMAND: "on_demand_price",
+    Kind.RESERVED: "reserved_price",
+    Kind.FLEXIBLE: "flexible_price",
+    Kind.SPOT: "spot_floor",
+}
+
+
 class ListingQuerySet(TenantQuerySet):
     def public_to(self, actor: Actor) -> Q:
         """Published offers of the same mode are everybody's; those for partners only the named ones'."""
@@ -108,12 +116,8 @@ class Listing(TenantModel):
 
     def price_of(self, kind: str) -> int | None:
         """The plain price, millionths of the major unit per GPU-hour; None where the kind is not offered."""
-        return {
-            Kind.ON_DEMAND: self.on_demand_price,
-            Kind.RESERVED: self.reserved_price,
-            Kind.FLEXIBLE: self.flexible_price,
-            Kind.SPOT: self.spot_floor,
-        }[Kind(kind)]
+        found: int | None = getattr(self, PRICE_COLUMNS[kind])
+        return found
 
 
 class Quote(TenantModel):

@@ -15,8 +15,9 @@ import numpy as np
 
 from marketplace.errors import MarketError
 from marketplace.models import Kind
+from marketplace.models.listings import PRICE_COLUMNS
 from marketplace.services.availability import HOLDING
-from marketplace.services.offers import NONE, PRICES, Mask, Offers
+from marketplace.services.offers import NONE, Mask, Offers
 from marketplace.services.price_tiers import Asked
 from scheduler.core.capacity import LEVELS
 
@@ -44,7 +45,7 @@ NUMBERS: Final = {
     "flexible_notice_s": "flexible_notice_s",
     "emergency_clause": "emergency_clause",
     "emergency_notice_s": "emergency_notice_s",
-    **{name: name for name in PRICES.values()},
+    **{name: name for name in PRICE_COLUMNS.values()},
 }
 COMPARABLE: Final = ("price", *NUMBERS, *TEXTS)  # `price`: of any kind asked for
 OPERATORS: Final[dict[str, Callable[[Any, Any], Any]]] = {
@@ -145,7 +146,7 @@ class Filters:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return (Kind(self.kind),) if self.kind else tuple(PRICES)
+        return (Kind(self.kind),) if self.kind else tuple(Kind)
 
     @property
     def stock_kind(self) -> str:

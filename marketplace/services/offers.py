@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marketplace.models import Kind
+from marketplace.models.listings import PRICE_COLUMNS
 from marketplace.services.availability import CHECKPOINT_GRACE_S, HOLDING, SHED_LEAD_S, seconds
 from marketplace.services.price_tiers import Asked
 from marketplace.tenancy import Actor
@@ -25,12 +26,6 @@ from scheduler.core.stock import Shelf, Timeline
 
 Mask = npt.NDArray[np.bool_]
 NONE: Final = -1
-PRICES: Final = {
-    Kind.ON_DEMAND: "on_demand_price",
-    Kind.RESERVED: "reserved_price",
-    Kind.FLEXIBLE: "flexible_price",
-    Kind.SPOT: "spot_floor",
-}
 # What is asked of each host of a listing, and holds where its poorest host has it.
 OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib", "verified", "benchmark_score")
 _STATEFUL: Final = ("id", "listing_id", "spine", "leaf", "part")  # columns of hosts that decide the shelf
@@ -208,9 +203,8 @@ class Offers:
 
     def price(self, kind: str, asked: Asked) -> Ints:
         """int64[N]: as `price_tiers.chosen` of each listing; NONE where nothing meets what is asked."""
-        rows, plain = self.listings, self.listings[PRICES[Kind(kind)]]
-        limited = asked.upfront_max_permille is not None or asked.flexible_hours_max is not None
-        if kind not in HOLDING or not (limited or len(self.tiers)):
+        rows, plain = self.listings, self.listings[PRICE_COLUMNS[kind]]
+        if kind not in HOLDING or not (asked.limited or len(self.tiers)):
             return plain
         upfront = _limit(asked.upfront_max_permille, rows["upfront_permille"])
         hours = _limit(asked.flexible_hours_max, rows["flexible_hours_per_month"])

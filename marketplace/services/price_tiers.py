@@ -34,6 +34,10 @@ class Asked:
     flexible_hours_max: int | None = None
 
     @property
+    def limited(self) -> bool:
+        return self.upfront_max_permille is not None or self.flexible_hours_max is not None
+
+    @property
     def term_hours(self) -> int:
         """Whole hours that count as the term; 0 where it is not known."""
         return 0 if self.term_s is None else (self.term_s + GRACE_S - 1) // 3600
@@ -79,6 +83,8 @@ def options(listing: Listing, kind: str) -> Iterator[Option]:
 
 def chosen(listing: Listing, kind: str, asked: Asked = Asked()) -> Option | None:
     """The cheapest that meets what is asked; None where nothing does."""
+    if not (listing.price_tiers or asked.limited):  # the plain price, which most listings have alone
+        return next(options(listing, kind), None)
     upfront, hours = asked.upfront_max_permille, asked.flexible_hours_max
     upfront = listing.upfront_permille if upfront is None else upfront
     hours = listing.flexible_hours_per_month if hours is None else hours

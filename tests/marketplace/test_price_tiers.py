@@ -242,13 +242,14 @@ def test_a_standing_bid_meets_the_price_of_its_own_length():
         reserved_price=2_000_000,
         price_tiers=[tier(hours=72, price=1_700_000), tier(hours=72, upfront=900, price=900_000)],
     )
-    for hours, found in ((48, []), (72, [1_700_000])):
+    for hours, limit, found in ((72, 1_000_000, []), (48, 1_750_000, []), (72, 1_750_000, [1_700_000])):
         wanted = bids.Wanted(
             gpu_model=desk.listing.gpu_model.name, region=desk.site.region, gpu_count=4, earliest=FROM,
-            duration_s=hours * 3600, limit_price=1_750_000, expires_at=FROM,
+            duration_s=hours * 3600, limit_price=limit, expires_at=FROM,
         )  # fmt: skip
         bids.place(desk.buyer(), wanted, now=NOW)
-        bids.run(True, desk.listing.gpu_model_id, desk.site.region, now=NOW + timedelta(minutes=1))
+        looked = bids.run(True, desk.listing.gpu_model_id, desk.site.region, now=NOW + timedelta(minutes=1))
+        assert looked.refused == 0  # a price with more due at signing is for who says so
         assert list(Quote.objects.filter(bid__isnull=False).values_list("price", flat=True)) == found
 
 

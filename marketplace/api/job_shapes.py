@@ -111,8 +111,20 @@ class PlacementShape(serializers.Serializer):
     average_w = serializers.IntegerField(allow_null=True, help_text="of that; null: not accounted for yet")
 
 
+class GridCallShape(serializers.Serializer):
+    id = serializers.CharField()
+    object = serializers.CharField()
+    starts_at = serializers.DateTimeField()
+    ends_at = serializers.DateTimeField()
+    emergency = serializers.BooleanField(help_text="declared by the grid")
+    leaves_from = serializers.DateTimeField(help_text="the job is not asked to leave before, and perhaps not at all")
+
+
 class JobDetailShape(JobShape):
     placements = PlacementShape(many=True, help_text="newest attempt first, at most 200")
+    grid_calls = GridCallShape(
+        many=True, help_text="announced or in force, that may take the job; empty once it is over"
+    )
 
 
 class RefusalShape(serializers.Serializer):

@@ -31,7 +31,7 @@ from marketplace.api.job_shapes import (
 )
 from marketplace.errors import MarketError
 from marketplace.models import Job, Placement
-from marketplace.services import job_rules, job_views, jobs, placement_energy
+from marketplace.services import calls_ahead, job_rules, job_views, jobs, placement_energy
 from scheduler import why
 
 MAX_BATCH = 100
@@ -221,7 +221,16 @@ class JobDetail(JobResource):
     @extend_schema(tags=["jobs"], operation_id="jobs_show", responses={200: JobDetailShape})
     def get(self, request: Request, job: str) -> Response:  # noqa: ARG002
         row = self.row(job)
-        return Response({**self.represent(row), "placements": job_views.placements(row)})
+        calls = (
+            [] if row.state in Job.FINAL else calls_ahead.ahead([row.contract], timezone.now()).get(row.contract_id, [])
+        )
+        return Response(
+            {
+                **self.represent(row),
+                "placements": job_views.placements(row),
+                "grid_calls": [calls_ahead.shown(each) for each in calls],
+            }
+        )
 
 
 class JobCancel(JobResource):

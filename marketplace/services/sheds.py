@@ -100,7 +100,7 @@ def _rank(contract: Contract, call: Curtailment, now: datetime, willing: dict[tu
     told = now - max(call.created_at, contract.created_at)
     key = (contract.pk, call.pk)
     if contract.kind == "flexible" and key not in willing:
-        willing[key] = _hours_left(contract, call, now)
+        willing[key] = hours_left(contract, call, now)
     agreed = curtail.Agreed(
         contract.kind, willing.get(key, False), contract.flexible_notice_s, contract.emergency_notice_s
     )
@@ -122,8 +122,8 @@ def contracts_of(call: Curtailment) -> set[int]:
     return set(drained.order_by().values_list("placement__contract_id", flat=True).distinct())
 
 
-def _hours_left(contract: Contract, call: Curtailment, now: datetime) -> bool:
-    """A call that it has left for before costs no further hours."""
+def hours_left(contract: Contract, call: Curtailment, now: datetime) -> bool:
+    """Has a flexible contract hours of the month left for this call? One that it has left for before costs no further hours."""
     month = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     after = (month + timedelta(days=32)).replace(day=1)
     gave = calls_of(contract)

@@ -10,7 +10,7 @@ from django.utils import timezone
 from billing import costs
 from marketplace.errors import MarketError
 from marketplace.models import Contract, Job, Placement
-from marketplace.services import job_rules, job_views, placement_energy
+from marketplace.services import calls_ahead, job_rules, job_views, placement_energy
 from marketplace.services import jobs as service
 from marketplace.services.availability import HOLDING
 from marketplace.web import charts
@@ -32,9 +32,15 @@ def jobs(request: HttpRequest) -> HttpResponse:
     if show in SHOWS:
         rows = rows.filter(state__in=SHOWS[show])
     found = listed(request, rows, Job.PREFIX)
-    return render(
-        request, "jobs.html", {"page": found, "show": show, "contracts": bool(found.rows) or bool(_contracts(request))}
-    )
+    live = {job.contract_id: job.contract for job in found.rows if job.state not in Job.FINAL}
+    calls = calls_ahead.ahead(list(live.values()), timezone.now())
+    context = {
+        "page": found,
+        "show": show,
+        "contracts": bool(found.rows) or bool(_contracts(request)),
+        "calls": [(live[pk], each) for pk, rows_ in calls.items() for each in rows_],
+    }
+    return render(request, "jobs.html", context)
 
 
 def _contracts(request: HttpRequest) -> list[Contract]:
@@ -136,6 +142,7 @@ def _live(row: Job) -> dict[str, Any]:
         "row": row,
         "events": job_views.events(row),
         "final": final,
+        "calls": [] if final else calls_ahead.ahead([row.contract], now).get(row.contract_id, []),
         "waiting": row.state in Job.WAITING,
         "actions": job_views.shown(row)["actions"],
         "placements": placements[:SHOWN_PLACEMENTS],

@@ -9,7 +9,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from billing import costs
-from marketplace.models import BillingStanding, DeviceHour, Job, LogChunk
+from marketplace.models import BillingStanding, Contract, Curtailment, DeviceHour, Job, LogChunk
 from marketplace.services import jobs
 from scheduler import cycle
 from tests import factories
@@ -330,3 +330,45 @@ def test_pages_cost_few_queries(market, browser):
         spent[path] = len(seen)
     over = {path: n for path, n in spent.items() if n > ceilings[path]}
     assert not over
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "minutes"),
+    [
+        ("flexible", {}, 60),  # its start: the notice is over by then
+        ("flexible", {"starts": 5}, 15),
+        ("spot", {"starts": 5}, 5),
+        ("reserved", {"emergency": True}, None),
+        ("on_demand", {}, None),
+        ("flexible", {"mandatory": False}, None),
+        ("flexible", {"state": "cancelled"}, None),
+    ],
+)
+def test_a_call_that_may_take_the_job_is_shown_before(market, browser, kind, call, minutes):
+    contract = market.contract(
+        kind=kind, flexible_hours_per_month=10, flexible_notice_s=900, limit_price=2_000_000 if kind == "spot" else None
+    )
+    job = factories.job(contract, state="running", started_at=timezone.now(), checkpoint_grace_s=90)
+    now = timezone.now().replace(microsecond=0)
+    begins = now + timedelta(minutes=call.pop("starts", 60))
+    row = Curtailment.objects.create(
+        site=market.site, node=factories.a_node(market.site), reference="grid-1", cap_w=1, starts_at=begins,
+        ends_at=begins + timedelta(hours=2), created_by="grid", **call,
+    )  # fmt: skip
+    Curtailment.objects.update(created_at=now)
+    Contract.objects.update(created_at=now - timedelta(days=1))
+    client = browser(market.customer)
+    shown = factories.client(market.customer).get(f"/api/v1/jobs/{job.public_id}").json()["grid_calls"]
+    pages = [text(client.get(path)) for path in ("/jobs", f"/jobs/{job.public_id}", f"/jobs/{job.public_id}/live")]
+    if minutes is None:
+        assert shown == []
+        assert not any("The grid calls" in page for page in pages)
+        return
+    leaves = now + timedelta(minutes=minutes)
+    (answer,) = shown
+    assert answer["id"] == row.public_id
+    assert answer["leaves_from"] == leaves.isoformat().replace("+00:00", "Z")
+    assert all("The grid calls" in page and f"{leaves:%H:%M}" in page for page in pages)
+    Job.objects.update(state="succeeded", finished_at=now)
+    assert factories.client(market.customer).get(f"/api/v1/jobs/{job.public_id}").json()["grid_calls"] == []
+    assert "The grid calls" not in text(client.get("/jobs"))

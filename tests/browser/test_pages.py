@@ -36,7 +36,7 @@ def open_page(
     context = chromium.new_context(viewport={"width": width, "height": 850}, color_scheme=theme)
     if role:
         client = Client()
-        client.force_login(factories.member(market["customer"], role).user)
+        client.force_login(market.get("person") or factories.member(market["customer"], role).user)
         cookie = client.cookies[settings.SESSION_COOKIE_NAME].value
         context.add_cookies([{"name": settings.SESSION_COOKIE_NAME, "value": cookie, "url": market["url"]}])
     page = context.new_page()

@@ -5,6 +5,7 @@ from django.urls import reverse
 
 from marketplace.models import AuditEvent, Miner, Site
 from marketplace.services import feeds
+from scheduler import site_loop
 from tests import factories as f
 from tests.faults.yard import PRICES, Yard
 
@@ -48,3 +49,22 @@ def test_the_operators_form_and_bounds():
     for kind, value in PRICES.items():
         feeds.store(kind, value, source="test", observed_at=f.NOW, now=f.NOW)
     assert feeds.rates(site, now=f.NOW).hashing.wear_uusd_h == 20_000
+
+
+def test_the_slow_tier_changes_so_many_machines_a_tick_and_none_in_between(monkeypatch):
+    monkeypatch.setattr(site_loop, "CHANGE_LIMIT", 3)
+    yard = Yard()
+    yard.turn(3)
+    sites = Site.objects.filter(pk=yard.site.pk)
+    sites.update(energy_price_microusd_per_kwh=DEAR, switch_cost_uusd=0, dispatched_at=yard.now)
+    before = dict(Miner.objects.values_list("pk", "desired_mode"))
+
+    def changed():
+        return sum(mode != before[pk] for pk, mode in Miner.objects.values_list("pk", "desired_mode"))
+
+    yard.turn(3)
+    assert changed() == 0, "the fast tier re-tunes nobody"
+    for tick in (1, 2):
+        sites.update(dispatched_at=yard.now - site_loop.SLOW)
+        yard.turn(3)
+        assert changed() == 3 * tick

@@ -65,6 +65,7 @@ def quote(
         price = spot_prices.quoted(listing, price, wanted.limit_price, now)
     holding = wanted.kind in HOLDING
     option = option_of(listing, wanted, now) if holding else Option(price)
+    frozen = quoted.terms_of(listing, option if holding else None, now=now)  # read before anything is locked
     with transaction.atomic():
         acquire((Lock.CELL, listing.site.cell_id), (Lock.ORG, organization.pk))
         made = Quote(
@@ -84,7 +85,7 @@ def quote(
             flexible_hours_max=wanted.flexible_hours_max,
             currency=listing.currency,
             listing_version=listing.version,
-            terms=quoted.terms_of(listing, option if holding else None, now=now),
+            terms=frozen,
             fee_permille=settings.PLATFORM_FEE_PERMILLE,
             total_minor=total_minor(wanted.gpu_count, starts_at, wanted.ends_at, option.price, listing.currency)
             if wanted.ends_at and holding

@@ -2,19 +2,24 @@
 
 It is given what no scheduler has, all arrivals at once, and the same rules: CPU and memory of each host, models, whole GPUs or a
 share of one. Requests of one shape are counted, not told apart, so that no permutation of equals is searched twice.
+
+It runs in a process of its own: OR-Tools brings a HiGHS, highspy another, and one process cannot hold both.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
-
-from ortools.sat.python import cp_model
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.traces import Nodes
 from scheduler.core.types import WHOLE, Request
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 
 class Filled(NamedTuple):
@@ -26,7 +31,16 @@ class Filled(NamedTuple):
 
 
 def fill(nodes: Nodes, hosts: Sequence[int], requests: Sequence[Request], limit_s: float) -> Filled:
-    """The best allocation of `requests` onto `hosts` (rows of `nodes`) that one thread finds within `limit_s`."""
+    """The best allocation of `requests` onto `hosts` (rows of `nodes`) that one thread finds within `limit_s`. Raises RuntimeError when
+    it finds none.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        return alone.submit(_fill, nodes, hosts, requests, limit_s).result()
+
+
+def _fill(nodes: Nodes, hosts: Sequence[int], requests: Sequence[Request], limit_s: float) -> Filled:
+    from ortools.sat.python import cp_model
+
     model = cp_model.CpModel()
     shapes = Counter((r.cpu, r.ram, r.gpus, r.gpu_milli, r.models) for r in requests)
     placed: dict[tuple[int, int, int, int, int], list[cp_model.LinearExprT]] = {shape: [] for shape in shapes}

@@ -25,9 +25,8 @@ def teardown(case: Any) -> None:
             cursor.execute("SET LOCAL session_replication_role = replica")
             cursor.execute("; ".join(f'DELETE FROM "{table}"' for table in tables if table not in KEPT))
             cursor.execute("SET LOCAL session_replication_role = origin")
-            cursor.execute(
-                "SELECT marketplace_offer_changed(0::smallint, 0)"
-            )  # as a TRUNCATE would say it: all offers are others
+            # As a TRUNCATE would say it: all offers are others.
+            cursor.execute("SELECT marketplace_offer_changed(0::smallint, 0)")
 
 
 def _may(name: str) -> bool:

@@ -286,7 +286,7 @@ def _gives_way(row: Placement) -> list[int]:
     bid = contract.limit_price or contract.price
     bid = bid if limit is None else min(bid, limit)
     spot = contract.kind == Kind.SPOT
-    return [_ORDER.index(Kind(contract.kind)), bid if spot else 0, -int(row.created_at.timestamp())]
+    return [_ORDER.index(Kind(contract.kind)), bid if spot else 0, -int(row.created_at.timestamp()), -row.pk]
 
 
 def _safety(site: Site) -> dict[str, Any]:

@@ -180,7 +180,18 @@ def own_loop(yard, seconds, memory, done, grow=lambda _second: 0.0):
         }
         meters = {name: (w, at) for name, w, at in physics.meters()}
         tree, order = Tree(yard.safety["nodes"]), yard.safety["shed_order"]
-        found = decide(tree, order, meters, miners, hosts, memory, yard.now.timestamp(), stale_s=15, settle_s=8)
+        found = decide(
+            tree,
+            order,
+            meters,
+            miners,
+            hosts,
+            memory,
+            yard.now.timestamp(),
+            stale_s=15,
+            settle_s=8,
+            gives_way=yard.gives_way,
+        )
         for name, node in found.shed:
             done.append(("sleep", name, node))
             fleet.asleep[fleet.index[name]] = True

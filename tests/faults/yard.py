@@ -169,6 +169,8 @@ class Yard:
         told = agents.desired(self.agent, {"sequence": self.sequence, "known_safety": -1}, now=self.now)
         self.step("answer")
         self.safety = told["safety"]
+        pks = {p.public_id: str(p.pk) for p in Placement.objects.filter(site=self.site, state__in=Placement.AT_SITE)}
+        self.gives_way = {pks[row["id"]]: tuple(row["gives_way"]) for row in told["placements"]}
         for part in self.parts:
             getattr(self, part)(told)
 

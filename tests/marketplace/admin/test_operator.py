@@ -68,7 +68,7 @@ def test_a_new_site_and_its_settings(client, mine):
     values = {
         "name": "West Hall", "region": "us-tx", "country": "US", "timezone": "America/Chicago", "grid_operator": "ERCOT",
         "contract_power_w": 5_000_000, "pue_permille": 1300, "miner_pue_permille": 1050, "energy_price_microusd_per_kwh": 42_000,
-        "pool_scheme": "fpps",
+        "pool_scheme": "fpps", "switch_cost_uusd": 20_000,
     }  # fmt: skip
     assert client.post(url("site", "add"), values).status_code == 302
     site = Site.objects.get(name="West Hall")

@@ -51,13 +51,14 @@ class Snapshot:
 def take(cell: Cell, *, now: datetime, running: bool = True) -> Snapshot:
     """The cell as it stands: open capacity, waiting jobs in no order, placements that could give way.
 
-    Without `running` the last are left out, and who has used how much: while every job finds room, neither matters.
+    Without `running` the last are left out, who has used how much, and who waits behind more than a cycle takes: while every job finds
+    room, none of it matters.
     """
     hosts = cells.read(cell.pk)
     sites, site_of = hosts.sites
     nodes = node_table(sites.tolist())
     repairs = rules.repairs(cell.pk)
-    jobs = waiting.read(cell.pk, now, repairs)
+    jobs = waiting.read(cell.pk, now, repairs, short=running)
     begun, ahead = reservations(cell.pk, now, max((job.lasts_s or 0 for job in jobs), default=0))
     reserved = Parts(hosts, begun)
     model_of = hosts.models[0]

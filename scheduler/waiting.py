@@ -70,15 +70,15 @@ ORDER BY d.held_hosts IS NULL, CASE WHEN d.at >= j.queued_at THEN d.at END NULLS
 _UNSEEN: Final = f"SELECT EXISTS (SELECT {_DECIDED} AND (d.at IS NULL OR d.at < j.queued_at))"
 
 
-def read(cell_id: int, now: datetime, mending: Iterable[int]) -> list[Waiting]:
+def read(cell_id: int, now: datetime, mending: Iterable[int], *, short: bool) -> list[Waiting]:
     """`MAX_JOBS` at most that queue, and besides them `mending`: running gangs that lost ranks.
 
-    Where more queue, half of the places go by turn. The others go to those behind, who may fit where the first do not: to whoever
-    has a start promised, which is kept by being planned; then to whoever was never looked at, then was longest ago.
+    Where more queue and room is `short`, half of the places go by turn. The others go to those behind, who may fit where the first do
+    not: to whoever has a start promised, which is kept by being planned; then to whoever was never looked at, then was longest ago.
     """
     asked: dict[str, Any] = {"cell": cell_id, "now": now, "limit": MAX_JOBS}
     found = [Waiting(*row) for row in prepared.rows(_FIRST, asked)]
-    if len(found) == MAX_JOBS:
+    if short and len(found) == MAX_JOBS:
         behind = MAX_JOBS // 2
         found = found[: MAX_JOBS - behind]
         asked |= {"limit": behind, "but": [job.id for job in found]}

@@ -43,10 +43,11 @@ def energy(listing: Listing, now: datetime) -> dict[str, Any] | None:
     """What a GPU draws at the meter when its host runs at full power, the site's overhead included (W), and the grid's price of now
     (micro-USD/MWh), None where no feed publishes one: what a site pays by its own tariff is nobody else's business.
     """
-    host = listing.offered_hosts().filter(gpu_count__gt=0).order_by(GPU_W.desc(), "id").first()
-    if host is None:
+    dearest = listing.offered_hosts().filter(gpu_count__gt=0).order_by(GPU_W.desc(), "id")
+    watts = dearest.values_list("base_w", "gpu_count", "gpu_max_w").first()
+    if watts is None:
         return None
-    share = economics.gpu_share_w(host.base_w, host.gpu_count, host.gpu_max_w)
+    share = economics.gpu_share_w(*watts)
     price = feeds.published_energy(listing.site, now=now)
     return {
         "gpu_w": -(-share * listing.site.pue_permille // 1000),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 AUDIT_EVERY = 40  # looks
 LIFTED = timedelta(minutes=5)  # after its end a fault may still lift what it lifted: machines boot, and ramp
 OVER_S = 60  # what a fault lifts over a cap, the site's own loop brings down within so many seconds
+BLIND_S = 15  # what a meter told longer ago the site's own loop does not go by
 UNREAD_S = 200  # a machine unread for so long, with turns in between, stands at its nameplate
 
 
@@ -60,11 +61,13 @@ class Watch:
         now, found = self.soak.clock.now, []
         faults = [*self.soak.faults.live, *self.soak.faults.over] if hasattr(self.soak, "faults") else []
         lifted = {name for f in faults if now < f.until + LIFTED for name in f.lifts}
-        instants, self.site.physics.over_instants = self.site.physics.over_instants, []
+        physics = self.site.physics
+        instants, physics.over_instants = physics.over_instants, []
         for row in instants:
             node, at = row["node"], row["at"]
             began, last = self.over.get(node, (at, at))
-            self.over[node] = (began if at - last <= 2 else at, at)
+            blind = at - physics.meter_at[physics.node_names.index(node)] > BLIND_S  # then only its breaker can know
+            self.over[node] = (began if at - last <= 2 and not blind else at, at)
             self.counts["seconds over a cap, by a fault"] += node in lifted
             if node not in lifted:
                 found.append(

@@ -111,14 +111,14 @@ class Faults:
             first = {name for name in ROWS if name not in proved} if self.over else {"prices_stale"}
             self.waiting.sort(key=lambda name: name not in first)
         busy = {fault.name for fault in self.live}  # two of one kind would end each other
-        name = next((name for name in self.waiting if name not in busy), None)
-        if name is None:
-            return
-        self.waiting.remove(name)
-        made: Fault | None = getattr(self, name)()
-        if made is not None:
-            made.name, made.struck = name, made.shows()
-            self.live.append(made)
+        for name in [name for name in self.waiting if name not in busy]:
+            made: Fault | None = getattr(self, name)()
+            if made is not None:
+                self.waiting.remove(name)
+                made.name, made.struck = name, made.shows()
+                self.live.append(made)
+                return
+        self.waiting = []  # none of them can strike now, such as a machine's lie while all sleep: the next round begins
 
     def _fault(self, row: str, what: str, minutes: tuple[float, float], undo: Callable[[], Any], **more: Any) -> Fault:
         now = self.soak.clock.now

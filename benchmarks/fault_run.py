@@ -23,6 +23,7 @@ from marketplace import tasks as market_tasks
 from marketplace.models import Agent, Contract, Curtailment, Host, Job, Maintenance, Placement, Reservation, Site
 from marketplace.services import agents, contracts, drains, jobs, maintenance, sites, spot
 from marketplace.tenancy import SYSTEM
+from sandbox.market.environment import MIGRATED
 from scheduler import defrag, site_loop, snapshot
 from scheduler.tasks import tick_cells, tick_defrag
 from tests import factories
@@ -30,7 +31,6 @@ from tests import factories
 STEPS = 14
 ROUNDS = 200  # machines that were not believed come back one at a time, each after a minute or more: only then are their watts free
 assert market_tasks  # its handlers are registered by its import
-MIGRATED = {"django_content_type", "auth_permission"}
 NEARLY = timedelta(minutes=3)
 PATIENCE = 8  # turns in which nobody stood and somebody waited
 TOPICS = (tasks.CYCLE, tasks.END_JOBS, tasks.LOOP, defrag.TOPIC)

@@ -7,7 +7,8 @@ from typing import Any
 from django.db import connections, transaction
 from django.test import TransactionTestCase
 
-KEPT = {"django_content_type", "auth_permission"}
+from sandbox.market.environment import MIGRATED
+
 _truncate = TransactionTestCase._fixture_teardown
 
 
@@ -23,7 +24,7 @@ def teardown(case: Any) -> None:
         with transaction.atomic(using=name), connection.cursor() as cursor:
             # No trigger and no foreign key has a say: there are rows that nobody may delete.
             cursor.execute("SET LOCAL session_replication_role = replica")
-            cursor.execute("; ".join(f'DELETE FROM "{table}"' for table in tables if table not in KEPT))
+            cursor.execute("; ".join(f'DELETE FROM "{table}"' for table in tables if table not in MIGRATED))
             cursor.execute("SET LOCAL session_replication_role = origin")
             # As a TRUNCATE would say it: all offers are others.
             cursor.execute("SELECT marketplace_offer_changed(0::smallint, 0)")

@@ -126,7 +126,7 @@ def set_gpu_limit(
             after={"gpu_limit": limit, "reason": reason},
         )
     if limit > seen:
-        waiting = Job.objects.filter(organization=organization, state__in=("queued", "requeued"))
+        waiting = Job.objects.filter(organization=organization, state__in=Job.WAITING)
         for cell_id in sorted(set(waiting.order_by().values_list("cell_id", flat=True))):
             jobs.nudge_cell(cell_id)
     return organization

@@ -69,7 +69,8 @@ def alternatives(
         *_elsewhere(actor, organization, listing, asked, now),
     ]
     offers.sort(key=lambda each: (each.distance, each.what, each.listing.pk))
-    energy = {each.listing.pk: quoted.energy(each.listing, now) for each in offers}
+    rows = {each.listing.pk: each.listing for each in offers}  # several are of the listing that was asked
+    energy = {pk: quoted.energy(row, now) for pk, row in rows.items()}
     found["nearest"] = [_shown(each, organization, energy[each.listing.pk], now) for each in offers]
     found["listings"] = [
         {

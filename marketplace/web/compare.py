@@ -64,15 +64,12 @@ def _told(row: Listing, stock: Stock, wanted: search.Filters, now: datetime) -> 
     """What is told of one offer, by name; nothing where it has none. The names are the same for all."""
     site, model = row.site, row.gpu_model
     verified, hosts, _ = verifications.of_listing(row)
+    inside = f" in {LEVEL_WORDS[wanted.level]}" if wanted.level != "site" else ""
     return {
         "Operator": row.organization.name,
         "Site": f"{site.name}, {site.region} ({site.country})",
         "GPU": f"{model.name}, {gib(model.vram_mib)}" if model else "mixed",
-        "Free in the window"
-        if wanted.start
-        else "Free now": f"{stock.gpus} of {stock.total} in {LEVEL_WORDS[wanted.level]}"
-        if wanted.level != "site"
-        else f"{stock.gpus} of {stock.total}",
+        "Free in the window" if wanted.start else "Free now": f"{stock.gpus} of {stock.total}{inside}",
         **_prices(row, wanted.asked(now)),
         "Each host": host_shape.words(host_shape.of_listing(row)) or NO,
         "Interconnect": " ".join(
@@ -110,18 +107,18 @@ def _price(row: Listing, kind: str, found: Option | None) -> str:
 def _terms(row: Listing) -> dict[str, str]:
     holds = any(row.price_of(kind) is not None for kind in HOLDING)
     resold = row.resale if row.is_resale else None
+    terms = f"{hours(row.min_term_hours)} to {row.max_term_days} days" if holds else ""
+    if resold:
+        terms = f"{_at(resold.starts_at)} to {_at(resold.ends_at)}, as a whole"
+    leaves = "firm jobs stay"
+    if row.emergency_notice_s is not None:
+        leaves = f"leave last, {span(row.emergency_notice_s)} notice"
     return {
-        "Terms": f"{_at(resold.starts_at)} to {_at(resold.ends_at)}, as a whole"
-        if resold
-        else f"{hours(row.min_term_hours)} to {row.max_term_days} days"
-        if holds
-        else "",
+        "Terms": terms,
         "On offer from": "" if resold else _at(row.available_from),
         "On offer until": "" if resold else _at(row.available_until),
         "Spot notice": span(row.eviction_notice_s) if row.spot_floor is not None else "",
-        "Grid emergency": "firm jobs stay"
-        if row.emergency_notice_s is None
-        else f"leave last, {span(row.emergency_notice_s)} notice",
+        "Grid emergency": leaves,
         "Maintenance borne": f"{row.maintenance_hours_per_month} h a month" if holds else "",
     }
 

@@ -1,6 +1,9 @@
 """What must stand before a run: Django's environment, and a database without rows."""
 
 import os
+from typing import Final
+
+MIGRATED: Final = frozenset({"django_content_type", "auth_permission"})  # tables that `migrate` itself fills
 
 
 def fixed() -> None:
@@ -20,7 +23,6 @@ def empty() -> None:
     tables = [m._meta.db_table for m in apps.get_models(include_auto_created=True) if m._meta.managed]
     with connection.cursor() as cursor:
         there = set(connection.introspection.table_names(cursor))
-        kept = {"django_content_type", "auth_permission"}
-        names = ", ".join(f'"{t}"' for t in sorted((set(tables) & there) - kept))
+        names = ", ".join(f'"{t}"' for t in sorted((set(tables) & there) - MIGRATED))
         cursor.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
     fleet.forget()

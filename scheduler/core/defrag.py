@@ -273,8 +273,10 @@ def search(
     for _, i, hosts in sorted(found):
         if len(moves) >= max_moves:
             break
-        whole = _gather if wanted[i].replicas > 1 else _first
-        tried = whole(hosts, wanted[i], i, s, t, work, members, start, reach)
+        if wanted[i].replicas > 1:
+            tried = _gather(wanted[i], i, s, t, work, members, start, reach)
+        else:
+            tried = _first(hosts, wanted[i], i, s, t, work, members, start, reach)
         if tried is None:
             continue
         places, made, cost = tried
@@ -307,7 +309,7 @@ def _first(
 
 
 def _gather(
-    _: Sequence[int], one: Wanted, number: int, s: State, t: Tables, work: Work, members: I64, start: I64, limit: int
+    one: Wanted, number: int, s: State, t: Tables, work: Work, members: I64, start: I64, limit: int
 ) -> tuple[list[Room], list[Move], int] | None:
     """Room for every replica of a gang, where it fits already and then where it costs least, done on `s`; None, and `s` as it was,
     when there is none for all of them, or no move is needed.
@@ -325,7 +327,7 @@ def _gather(
         clear_all(one.vector, s, work, members, start, limit - len(made), scratch, keys)
         hosts = [int(h) for h in np.argsort(keys, kind="stable")[:TRIES] if keys[h] < NEVER]
         rest = one._replace(worth=one.worth - cost)
-        found = _first(hosts, rest, number, s, t, work, members, start, limit - len(made)) if hosts else None
+        found = _first(hosts, rest, number, s, t, work, members, start, limit - len(made))
         if found is None:
             break
         rooms += found[0]

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from django.db.models import F
 
@@ -52,8 +53,14 @@ def energy(listing: Listing, now: datetime) -> dict[str, Any] | None:
     return {
         "gpu_w": -(-share * listing.site.pue_permille // 1000),
         "grid_uusd_mwh": None if price is None else price.value,
-        "grid_source": "" if price is None else price.source,
+        "grid_source": "" if price is None else _who(price.source),
     }
+
+
+def _who(source: str) -> str:
+    """Who publishes it, for a buyer: of an address the host alone, for the rest of it may hold a key, or is a path of ours."""
+    found = urlsplit(source)
+    return (found.hostname or "") if found.scheme else source
 
 
 def hold_to(listing: Listing, quote: Quote) -> Listing:

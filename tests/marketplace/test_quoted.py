@@ -74,6 +74,24 @@ def test_energy_is_itemised_at_full_power_and_at_the_published_price_alone(custo
     assert by_use["wh"] == by_use["watts"]  # of an hour
 
 
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("https://prices.example:8443/v1/rt?key=s3cret", "prices.example"),
+        ("file:///srv/ours/prices.csv", ""),
+        ("ercot", "ercot"),
+    ],
+)
+def test_a_buyer_reads_who_publishes_the_price_and_not_where_we_ask_for_it(customer, listing, source, shown):
+    feeds.store(
+        "energy_microusd_per_mwh", 45_000_000, scope=listing.site.region, source=source, observed_at=NOW, now=NOW
+    )
+    made = ask(customer, listing)
+    assert quotes.itemise(made)["energy"]["source"] == shown
+    assert "s3cret" not in str(made.terms)
+    assert "/srv/" not in str(made.terms)
+
+
 # --- tax
 @pytest.mark.parametrize(
     ("seller", "buyer", "rule"),

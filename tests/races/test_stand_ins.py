@@ -12,7 +12,7 @@ from marketplace.services import conditions, contracts, gpu_health, quotes
 from marketplace.services.contracts import healing
 from tests import factories as f
 from tests.factories import NOW
-from tests.marketplace.test_stand_ins import STAFF, never_oversold
+from tests.marketplace.out_of_work import STAFF, never_oversold
 from tests.races.market import Market, blocked, sold
 from tests.races.test_gpu_health import reporter
 from tests.threads import at_once, in_thread

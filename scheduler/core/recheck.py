@@ -170,7 +170,8 @@ class Power(NamedTuple):
     use: I64  # bits of GPUs whose placements' watts are granted
     cpu_only: I64  # whether a granted placement has no GPU
     reserved_w: I64
-    may_raise: I64  # whether its site gives watts now
+    may_grant: I64  # whether its site grants now, be it watts that stand booked for the host already
+    may_raise: I64  # whether it books more for a host now: nobody waits there since before
     free_mw: I64  # [N]
 
 
@@ -184,6 +185,8 @@ def book_kernel(s: State, power: Power, host: I64, mask: I64, granted: I64, delt
         target = watts_kernel(row, use, alone)
         more = max(0, target - power.reserved_w[h])
         delta[p] = more
+        if power.may_grant[h] == 0:
+            continue
         if more > 0 and (power.may_raise[h] == 0 or watts_bind(row[NODE], more, s.parent, s.k, power.free_mw) >= 0):
             continue
         granted[p] = 1

@@ -40,7 +40,7 @@ def warm() -> None:
     state = make_state(fleet)
     recheck.admit(state, recheck.Batch(np.array([0, 1]), classes, of.astype(np.int64), one, one + 1, one + 1000, none))
     idle = np.zeros(4, np.int64)
-    recheck.book(state, recheck.Power(idle, idle, idle.copy(), idle, np.full(1, 10**12)), one, one + 1)
+    recheck.book(state, recheck.Power(idle, idle, idle.copy(), idle, idle, np.full(1, 10**12)), one, one + 1)
     _moves(fleet)
     tree = power.PowerTree.of([power.NodeSpec("site", None, 100_000)])
     miners = dispatch.Fleet.of([0, 0], [0, 0], [[(25, 0), (2000, 100_000), (3500, 200_000)]])

@@ -139,6 +139,21 @@ def test_meter_stale(yard):
     assert yard.state(second) in {"placed", "running"}
 
 
+def test_meter_stale_grants_not_even_what_a_host_has_booked_still(yard):
+    """Who has just left has its host's watts booked until its limits are read back: they are no grant for who comes then."""
+    jobs = [yard.submit(), yard.submit()]
+    yard.until(lambda: all(yard.state(job) == "running" for job in jobs), seconds=240)
+    yard.physics.meter_stale[0] = True
+    yard.turn(32)
+    yard.end(jobs[0])
+    third = yard.submit()
+    yard.turn(6)
+    assert yard.state(third) == "placed"
+    assert not Placement.objects.filter(job=third, state__in=Placement.AT_SITE).exists()
+    yard.physics.meter_stale[0] = False
+    yard.until(lambda: yard.state(third) == "running", seconds=120)
+
+
 # --- meter > 95 % of cap: stop wakes, shed hashing under that node
 def test_meter_over_95_percent(yard):
     yard.physics.fixed[1] += 0.965 * yard.physics.cap[1] - yard.physics.true_w[1]  # somebody plugs in a heater

@@ -44,8 +44,8 @@ SELECT array_agg(host), array_agg(bits), array_agg(alone) FROM (
 
 _GIVES = f"""
 SELECT s.id, s.mode = 'auto' AND NOT {FREEZE_STANDS}
-  AND NOT EXISTS (SELECT 1 FROM marketplace_powergrant g WHERE g.site_id = s.id AND g.state = 'shedding')
-  AND NOT EXISTS (SELECT 1 FROM marketplace_powernode n WHERE n.site_id = s.id AND n.metering = 'meter' AND n.measured_at < %(stale)s)
+  AND NOT EXISTS (SELECT 1 FROM marketplace_powernode n WHERE n.site_id = s.id AND n.metering = 'meter' AND n.measured_at < %(stale)s),
+  NOT EXISTS (SELECT 1 FROM marketplace_powergrant g WHERE g.site_id = s.id AND g.state = 'shedding')
 FROM marketplace_site s WHERE s.id = ANY(%(sites)s)
 """  # noqa: S608
 
@@ -53,21 +53,21 @@ FROM marketplace_site s WHERE s.id = ANY(%(sites)s)
 def books(host_ids: Ints, host_sites: Ints, reserved_w: Ints, nodes: NodeTable, *, now: datetime) -> Power:
     """The books of locked hosts (ids ascending) and of their sites' nodes, for `recheck.book`.
 
-    A site with older pending grants gives nothing past them: first come, first served. One with a meter fallen silent gives
-    nothing at all (`may_grant`, for many sites).
+    A site with older pending grants gives no further watts past them: first come, first served. One with a meter fallen silent
+    grants nothing at all, not even what stands booked for a host still (`may_grant`, for many sites).
     """
     stale = now - timedelta(seconds=FRESH_S)
     sites = np.unique(host_sites)
-    gives = {
-        pk: yes and not settings.POWER_FREEZE for pk, yes in arrays.execute(_GIVES, {"sites": sites, "stale": stale})
-    }
+    rows = arrays.execute(_GIVES, {"sites": sites, "stale": stale})
+    gives = {pk: (grants and not settings.POWER_FREEZE, free) for pk, grants, free in rows}
     use, alone = np.zeros(len(host_ids), np.int64), np.zeros(len(host_ids), np.int64)
     with_use, bits, lone = arrays.columns(_USE, {"hosts": host_ids})
     if with_use is not None:
         at = np.searchsorted(host_ids, with_use)
         use[at], alone[at] = bits, lone
-    may_raise = np.array([gives.get(pk, False) for pk in host_sites.tolist()], np.int64)
-    return Power(use, alone, reserved_w.astype(np.int64), may_raise, nodes.free_mw.copy())
+    may = np.array([gives.get(pk, (False, False)) for pk in host_sites.tolist()], np.int64).reshape(-1, 2)
+    may_grant, may_raise = np.ascontiguousarray(may.T)
+    return Power(use, alone, reserved_w.astype(np.int64), may_grant, may_raise, nodes.free_mw.copy())
 
 
 def book_nodes(nodes: NodeTable, free_mw: Ints) -> None:

@@ -124,9 +124,9 @@ def test_watts_are_booked_in_order_where_every_node_has_them(seed):
     free = fleet.node_free_mw.copy()
     use = [dice.choice((0, 0, 1, 3)) & ((1 << int(fleet.gpu_count[h])) - 1) for h in range(count)]
     reserved = [host_watts(host_row(fleet, h), use[h], 0) - dice.choice((0, 0, 50)) for h in range(count)]
-    raises = [dice.choice((1, 1, 1, 0)) for _ in range(count)]
+    grants, raises = ([dice.choice((1, 1, 1, 0)) for _ in range(count)] for _ in range(2))
     ints = lambda values: np.array(values, np.int64)  # noqa: E731
-    power = recheck.Power(ints(use), ints([0] * count), ints(reserved), ints(raises), free.copy())
+    power = recheck.Power(ints(use), ints([0] * count), ints(reserved), ints(grants), ints(raises), free.copy())
     wanted = []
     for _ in range(20):
         h = dice.randrange(count)
@@ -141,7 +141,7 @@ def test_watts_are_booked_in_order_where_every_node_has_them(seed):
         while node >= 0:
             path.append((node, more * int(fleet.node_k_gpu[node])))
             node = int(fleet.node_parent[node])
-        fits = not more or (raises[h] and all(mw <= left[n] for n, mw in path))
+        fits = grants[h] and (not more or (raises[h] and all(mw <= left[n] for n, mw in path)))
         assert (int(granted[i]), int(delta[i])) == (int(bool(fits)), more)
         if fits:
             use[h], alone[h] = after, int(lone)

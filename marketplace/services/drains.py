@@ -2,8 +2,9 @@
 
 A host that drains takes nothing new. With an hour (`by`) it goes on taking what is sure to end before, those who run on it are
 told when it is announced, and who is still there at the hour is asked to leave: checkpoint signal, grace, queued again, and
-none of it counts against max_restarts. Once it is empty it is in maintenance, until it is put back to work. A gang that may
-replace or do without a replica loses only those that stand there.
+none of it counts against max_restarts. Its hour is now where what runs is asked to leave at once (`evict`). Once its hour has
+come and it is empty it is in maintenance, until it is put back to work; one that drains without an hour stays as it is. A gang
+that may replace or do without a replica loses only those that stand there.
 
 What the operator writes as the reason stands on the host and in the audit trail. Customers read the kind of work and the hours,
 and the reason only where it is marked as public.
@@ -96,9 +97,10 @@ def _drain(hosts: Collection[Host], wanted: Leave, *, actor: Actor, now: datetim
     told = {name: value for name, value in asdict(wanted).items() if name != "by"} | {"until": _text(wanted.until)}
     for host in hosts:
         before = {"state": host.state, "leaves_at": _text(host.leaves_at)}
-        host.state, host.state_reason, host.leaves_at = Host.State.DRAINING, wanted.reason[:200], wanted.by
+        host.state, host.state_reason = Host.State.DRAINING, wanted.reason[:200]
+        host.leaves_at = now if wanted.evict else wanted.by  # `due` has it in maintenance once it is empty
         host.back_at = None
-        after = {"state": host.state, "leaves_at": _text(wanted.by), **told}
+        after = {"state": host.state, "leaves_at": _text(host.leaves_at), **told}
         _audit(host, actor, "host.drained", now, before=before, after=after)
     ids = {host.pk for host in hosts}
     _taken(ids).update(comes_back=False)  # from now on by hand

@@ -231,8 +231,10 @@ def test_from_an_empty_account_to_a_site_that_works(grounds, mailoutbox):
     assert (left["host"], left["exit_code"]) == (first, 143)
     log = grounds.until("its log", lambda: ada.get(f"jobs/{job}/logs", placement=left["id"])["data"])
     assert log == f"virtual run of train 600 5 on {first}\ncheckpoint written\n"
-    idle = boss.get(f"hosts/{drained}")
-    assert (idle["state"], idle["state_reason"], idle["gpu_free"]) == ("draining", "a fan", [1000] * 8)
+    state = lambda: boss.get(f"hosts/{drained}")  # noqa: E731
+    grounds.until("it to be empty and in maintenance", lambda: state()["state"] == "maintenance")
+    idle = state()
+    assert (idle["state_reason"], idle["gpu_free"]) == ("a fan", [1000] * 8)
     assert boss.post(f"hosts/{drained}/undrain")["state"] == "active"
 
     # --- maintenance under a firm contract: a week's notice, and who is touched reads it

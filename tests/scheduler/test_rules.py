@@ -272,6 +272,30 @@ def test_who_runs_is_told_and_asked_to_leave_at_the_hour_and_it_costs_no_restart
     assert host.state == "maintenance"
 
 
+@pytest.mark.parametrize(("evict", "then"), [(True, "maintenance"), (False, "draining")])
+def test_a_host_whose_work_was_asked_to_leave_at_once_is_in_maintenance_when_it_is_empty(evict, then):
+    """One that drains without an hour waits for its work to end, and stays as it is: nobody has said that it leaves."""
+    market = Market(hosts=2)
+    job = market.submit(gpus=8)
+    market.cycle()
+    market.report(job, "running", 5)
+    host = Host.objects.get(name=market.where(job)[0])
+    drains.drain_host(host, reason="fan", actor=market.boss, now=at(10), evict=evict)
+    site_loop.run(market.site.pk, now=at(12))
+    host.refresh_from_db()
+    assert host.state == "draining", "its work saves its state"
+    market.report(job, "exited", 20, exit_code=0, reason="drained")
+    market.cycle(21)
+    assert market.where(job) != [host.name]
+    site_loop.run(market.site.pk, now=at(25))
+    host.refresh_from_db()
+    assert (host.state, host.state_reason) == (then, "fan")
+    drains.undrain_host(host, actor=market.boss, now=at(30))
+    site_loop.run(market.site.pk, now=at(35))
+    host.refresh_from_db()
+    assert (host.state, host.leaves_at) == ("active", None)
+
+
 def test_a_gang_that_replaces_loses_only_the_replica_that_stands_there():
     market = Market(hosts=3)
     job = market.submit(gpus=8, replicas=2, on_replica_loss="replace_replica", max_restarts=0)

@@ -79,6 +79,7 @@ def not_charged(contract: Contract, rows: Iterable[Shortfall], month: Interval) 
 def _commitment(
     contract: Contract, month: Interval, versions: Sequence[PriceVersion], joined: Sequence[Amendment],
     missed: Sequence[Shortfall], sold: Sequence[Fill],
+    withheld: Sequence[rating.Missed],
 ) -> rating.Commitment:  # fmt: skip
     """What the contract holds in a month, as it is priced."""
     rate = next(v for v in versions if v.kind == PriceVersion.Kind.RATE)
@@ -112,6 +113,7 @@ def _commitment(
             for row in joined
         ),
         missed=not_charged(contract, missed, month),
+        withheld=tuple(withheld),
     )
 
 
@@ -126,19 +128,21 @@ def lines(
     *,
     used: int,
     sold: Sequence[Fill] = (),
+    withheld: Sequence[rating.Missed] = (),
 ) -> tuple[tuple[rating.Line, ...], str]:
     """The commitment, overage and credit of `window`, inside one month, and what the commitment leaves out and why, in words;
     `used`: milli-GPU-seconds of that month to the window's end.
 
-    `sold`: what was sold on of it. `billed`: quantities on earlier invoices by (contract, month, kind, price version).
+    `sold`: what was sold on of it; `withheld`: of its GPUs' power. `billed`: quantities on earlier invoices by (contract, month, kind,
+    price version).
     """
     month = rating.month_of(window.start)
-    commitment = _commitment(contract, month, versions, joined, missed, sold)
+    commitment = _commitment(contract, month, versions, joined, missed, sold, withheld)
 
     def earlier(price: rating.Price, kind: LineKind) -> int:
         return billed.get((contract.pk, month.start, kind.value, price.version), 0)
 
-    held = [_priced(v) for v in versions if v.kind in {PriceVersion.Kind.RATE, PriceVersion.Kind.ADDED}]
+    prices = [_priced(v) for v in versions if v.kind in {PriceVersion.Kind.RATE, PriceVersion.Kind.ADDED}]
     found = rating.rate_commitment(
         commitment,
         window,
@@ -146,9 +150,10 @@ def lines(
         used=used,
         billed={
             commitment.overage: earlier(commitment.overage, LineKind.OVERAGE),
-            **{price: earlier(price, LineKind.COMMITMENT) for price in held},
+            **{price: earlier(price, LineKind.COMMITMENT) for price in prices},
         },
-        credited={price: earlier(price, LineKind.CREDIT) for price in held},
+        credited={price: earlier(price, LineKind.CREDIT) for price in prices},
+        held_lower={price: earlier(price, LineKind.HELD_LOWER) for price in prices},
     )
     return found, _gave_way(contract, commitment, window)
 
@@ -164,9 +169,14 @@ def _gave_way(contract: Contract, commitment: rating.Commitment, window: Interva
     )
     if not free:
         return ""
-    names = [call.public_id for call in _calls(contract, window)]
+    return f", less {free / 3_600_000:,.3f} for the grid: {named(call.public_id for call in _calls(contract, window))}"
+
+
+def named(calls: Iterable[str]) -> str:
+    """`cur_..., cur_... and 2 more`: calls of the grid on a line."""
+    names = list(calls)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f", less {free / 3_600_000:,.3f} for the grid: {', '.join(names[:NAMED])}{more}"
+    return ", ".join(names[:NAMED]) + more
 
 
 def _sold_until(contract: Contract, sold: Fill) -> datetime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -17,7 +17,7 @@ from django.db import connection
 from django.db.models import Min, Q
 from django.db.models.functions import Least
 
-from billing import commitments, resales, usage
+from billing import commitments, held_lower, resales, usage
 from billing.commitments import HELD_KINDS
 from billing.core import metering, rating, share
 from billing.core.metering import Interval
@@ -107,6 +107,7 @@ def rate(
     bought = resales.bought(contracts.values())
     credited = resales.due(drafts)
     missed = commitments.shortfalls(contracts.values())
+    lowered = held_lower.spells(months, edge, pending=pending)
     held: dict[int, list[Contract]] = defaultdict(list)
     for contract in contracts.values():
         held[contract.organization_id].append(contract)
@@ -127,6 +128,7 @@ def rate(
                 missed,
                 sold,
                 bought,
+                lowered,
             )
             _draw_down(draft, mine, prepaid, versions)
             draft.lines += [_credit(draft, each) for each in credited.get(organization_id, ())]
@@ -272,6 +274,7 @@ def _rate_account(
     missed: dict[int, list[Shortfall]],
     sold: dict[int, list[Fill]],
     bought: dict[int, Fill],
+    lowered: dict[int, list[held_lower.Spell]],
 ) -> None:
     currency = draft.account.currency
     start, edge = metering.floor_second(draft.start), metering.floor_second(draft.end)
@@ -286,14 +289,15 @@ def _rate_account(
             span = Interval(max(month.start, start), min(month.end, edge))
             late = span.end <= span.start
             window = Interval(month.start, min(month.end, edge)) if late else span
-            here = used[contract.pk, month.start]
+            here, spells = used[contract.pk, month.start], lowered.get(contract.pk, [])
+            calls = f": {commitments.named(held_lower.calls(spells, window))}"
             if contract.kind in HELD_KINDS:
                 if contract.state in NOT_IN_FORCE or metering.floor_second(contract.starts_at) >= edge:
                     continue
                 used_here = sum(group.before + group.inside for group in here)
                 lines, note = commitments.lines(
                     contract, window, billed, versions[contract.pk], added[contract.pk], missed[contract.pk], currency,
-                    used=used_here, sold=sold.get(contract.pk, ()),
+                    used=used_here, sold=sold.get(contract.pk, ()), withheld=held_lower.missed(spells),
                 )  # fmt: skip
                 _add(
                     draft,
@@ -302,7 +306,7 @@ def _rate_account(
                     lines,
                     adjustment=late,
                     bought=bought.get(contract.pk),
-                    note="" if late else note,
+                    notes={LineKind.COMMITMENT: "" if late else note, LineKind.HELD_LOWER: calls},
                 )
                 continue
             fresh, changed = [], []
@@ -314,6 +318,12 @@ def _rate_account(
                 fresh.append(rating.UsageGroup(contract.pk, "gpu", price, window, group.inside))
             _add(draft, contract, month, rating.rate_usage(fresh, currency), adjustment=False)
             _add(draft, contract, month, rating.rate_usage(changed, currency), adjustment=True)
+            eased = []
+            for version, quantity in held_lower.by_version(spells, Interval(month.start, window.end)).items():
+                delta = -quantity - billed.get((contract.pk, month.start, LineKind.HELD_LOWER.value, version), 0)
+                eased.append(rating.UsageGroup(contract.pk, "gpu", prices[version], window, delta))
+            rows = rating.rate_usage(eased, currency, kind=LineKind.HELD_LOWER)
+            _add(draft, contract, month, rows, adjustment=late, notes={LineKind.HELD_LOWER: calls})
 
 
 def _merged(groups: Iterable[_Group]) -> list[_Group]:
@@ -335,7 +345,9 @@ def _draw_down(
         if not left:
             continue
         lines = [row.line for row in draft.lines if row.contract.pk == contract.pk]
-        due = sum(line.amount for line in lines if line.kind in {LineKind.COMMITMENT, LineKind.CREDIT})
+        due = sum(
+            line.amount for line in lines if line.kind in {LineKind.COMMITMENT, LineKind.CREDIT, LineKind.HELD_LOWER}
+        )
         over = contract.state == Contract.State.CANCELLED or edge >= commitments.term_end(contract, edge + 1)
         amount = rating.drawn(left, due, over=over)
         if not amount:
@@ -365,17 +377,16 @@ def _add(
     *,
     adjustment: bool,
     bought: Fill | None = None,
-    note: str = "",
+    notes: Mapping[LineKind, str] | None = None,
 ) -> None:
-    """`note`: of the first commitment line."""
+    """`notes`: of the first line of a kind."""
+    unsaid = dict(notes or {})
     for line in filter(lambda line: line.quantity, lines):
-        seller, resale, said = 0, None, ""
+        seller, resale, said = 0, None, unsaid.pop(line.kind, "")
         parts = share.split(line.amount, contract.fee_permille)
         operator, platform = parts.operator, parts.platform
-        if line.kind == LineKind.COMMITMENT:
-            said, note = note, ""
-            if bought is not None:
-                of = resales.split(line, bought, contract)
-                operator, platform, seller, resale = of.operator, of.platform, of.seller, bought.resale
+        if line.kind == LineKind.COMMITMENT and bought is not None:
+            of = resales.split(line, bought, contract)
+            operator, platform, seller, resale = of.operator, of.platform, of.seller, bought.resale
         row = DraftLine(line, contract, month.start, adjustment, operator, platform, seller, resale, said)
         draft.lines.append(row)

@@ -14,7 +14,18 @@ from django.db import transaction
 
 from marketplace.locks import Lock, acquire
 from marketplace.models import Curtailment, Miner, Placement, PowerGrant, Site
-from marketplace.services import curtailments, drains, feeds, grid, leases, placements, power, sheds, site_minutes
+from marketplace.services import (
+    curtailment_notices,
+    curtailments,
+    drains,
+    feeds,
+    grid,
+    leases,
+    placements,
+    power,
+    sheds,
+    site_minutes,
+)
 from marketplace.services.availability import WATTS_S
 from marketplace.services.budgets import node_budgets
 from scheduler.core import dispatch
@@ -56,14 +67,17 @@ def run(site_id: int, *, now: datetime) -> dict[str, int]:
         calls = curtailments.apply(site, now=now)
         ledger = power.Ledger.of(site_id)
         done |= power.settle_miners(ledger, now=now)
+        power.settle_held(ledger, now=now)
         done["lowered_w"] = power.lower_hosts(ledger)
         gives = power.may_grant(ledger, now=now)
         if gives:  # before anybody else may have the watts
-            power.uncap_gpus(ledger, held=curtailments.limits_of(calls.active))
+            power.uncap_gpus(ledger, under=curtailments.limits_of(calls.active))
         # Giving up first: what would be granted later than that would also end later than was promised.
         granted = power.grant_pending(ledger, now=now) if give_up(ledger, now=now) and gives else []
         placements.grant(granted, now=now)
         done["drained"] = len(sheds.relieve(ledger, calls.active, now=now))
+        if calls.active:
+            curtailment_notices.held(power.tell_held(site_id, now=now), now=now)
         done["granted"] = len(granted)
         if granted or calls.changed or done.get("again"):
             placements.touch_sites([site_id])

@@ -8,13 +8,15 @@ Kinds: `on_demand` and `spot` bill running seconds (spot with one price version 
 its commitment whether used or not, prorated by seconds, and what goes beyond the month's commitment as overage at the
 on-demand price; `flexible` is `reserved` less the curtailed time, and so
 is what leaves in a grid emergency. What of a commitment could not be had is `credit`.
+Where a call of the grid holds GPUs lower, the share of their power that is withheld comes back (`held_lower`, ADR 23): of running
+seconds at the price of each, of a commitment at most what it comes to there, and nothing besides what is curtailed or missed.
 What was paid at signing (`upfront`) is drawn down by the commitment, first things first, and what is left of it at the
 end is given back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -31,6 +33,7 @@ class LineKind(StrEnum):
     DRAWDOWN = "drawdown"
     RESALE = "resale"
     CREDIT = "credit"
+    HELD_LOWER = "held_lower"
 
 
 WORDS = {
@@ -38,6 +41,7 @@ WORDS = {
     LineKind.COMMITMENT: "reserved",
     LineKind.OVERAGE: "beyond the reservation",
     LineKind.CREDIT: "reserved but missing",
+    LineKind.HELD_LOWER: "credited for GPUs held lower",
 }
 
 
@@ -92,8 +96,8 @@ class Missed:
 
 @dataclass(frozen=True, slots=True)
 class Commitment:
-    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, what was `added`, and what it
-    `missed` and does not owe.
+    """What a reserved or flexible contract holds: `milli_gpus` over `term`, free during `curtailed`, what was `added`, what it
+    `missed` and does not owe, and what of its running GPUs' power was `withheld`, as GPUs.
 
     `sold` is somebody else's to use: it stays due, to the end of its own window, and is no part of what may be drawn down.
     `curtailed` is empty for a reserved contract that names no emergency. `overage` prices what goes beyond the month's commitment.
@@ -109,6 +113,7 @@ class Commitment:
     added: tuple[Added, ...] = ()
     sold: tuple[Added, ...] = ()
     missed: tuple[Missed, ...] = ()
+    withheld: tuple[Missed, ...] = ()
 
     def parts(self) -> tuple[Added, ...]:
         """All that it owes, what was there from the beginning first, and what was sold on beyond an early end."""
@@ -164,20 +169,41 @@ def missed_by_price(commitment: Commitment, window: Interval) -> dict[Price, int
     """Milli-GPU-seconds of the commitment inside `window` that were missed, by price: the dearest GPUs are missed first, and what
     is curtailed is not missed besides.
     """
+    return _taken(commitment, window, commitment.missed)
+
+
+def withheld_by_price(commitment: Commitment, window: Interval) -> dict[Price, int]:
+    """Milli-GPU-seconds of the commitment inside `window` whose power was withheld, by price: of what is neither curtailed nor missed,
+    the dearest GPUs first.
+    """
+    if not commitment.withheld:
+        return {}
+    both = _taken(commitment, window, (*commitment.missed, *commitment.withheld))
+    missed = missed_by_price(commitment, window)
+    return {price: left for price, n in both.items() if (left := n - missed.get(price, 0))}
+
+
+def _taken(commitment: Commitment, window: Interval, takes: Sequence[Missed]) -> dict[Price, int]:
     parts = sorted(commitment.parts(), key=lambda part: (-part.price.millionths, part.price.version))
-    marks = {
-        at for span in (*(m.span for m in commitment.missed), *(p.term for p in parts)) for at in (span.start, span.end)
-    }
+    marks = {at for span in (*(m.span for m in takes), *(p.term for p in parts)) for at in (span.start, span.end)}
     found: dict[Price, int] = {}
     free = subtract((window,), commitment.curtailed)
     for piece in cut(free, sorted(marks)):
-        left = sum(m.milli_gpus for m in commitment.missed if m.span.start <= piece.start < m.span.end)
+        left = sum(m.milli_gpus for m in takes if m.span.start <= piece.start < m.span.end)
         for part in parts:
             if left and part.term.start <= piece.start < part.term.end:
                 taken = min(left, part.milli_gpus)
                 found[part.price] = found.get(part.price, 0) + taken * piece.seconds
                 left -= taken
     return found
+
+
+def withheld(milli_gpus: int, gpu_w: int, full_w: int) -> int:
+    """Milli-GPUs that are credited each second of `milli_gpus` held to `gpu_w` of their `full_w` each: the share of their power that
+    they do not have, to the thousandth of it, rounded up.
+    """
+    permille = -(-1000 * (full_w - gpu_w) // full_w)
+    return -(-milli_gpus * permille // 1000)
 
 
 def beyond(spans: Iterable[Interval], allowed_s: int) -> tuple[Interval, ...]:
@@ -204,6 +230,7 @@ def rate_commitment(
     used: int,
     billed: Mapping[Price, int] | None = None,
     credited: Mapping[Price, int] | None = None,
+    held_lower: Mapping[Price, int] | None = None,
 ) -> tuple[Line, ...]:
     """The commitment, overage and credit lines of `window`, which lies inside one UTC month.
 
@@ -212,21 +239,22 @@ def rate_commitment(
     invoiced in several windows comes to the same quantities as in one, and a correction of the past appears as a smaller
     or negative line. Drawdown first: only what exceeds the GPUs that it holds over the whole month is overage; what still ran
     while a curtailment had begun is not. What was missed comes back as credit, a negative line of its own, and `credited` are
-    such quantities of earlier invoices.
+    such quantities of earlier invoices; so does the power withheld, and `held_lower`.
     """
     month = month_of(window.start)
     if window.end > month.end:
         raise ValueError("a commitment is rated inside one UTC month; cut the window with month_windows")
-    earlier, given = billed or {}, credited or {}
+    earlier, given, eased = billed or {}, credited or {}, held_lower or {}
     until = Interval(month.start, window.end)
     held = replace(commitment, curtailed=())
     theirs = sold_quantity(held, month) + sum(missed_by_price(commitment, month).values())
     over = max(0, used - committed_quantity(held, month) + theirs)
-    free = missed_by_price(commitment, until)
+    free, less = missed_by_price(commitment, until), withheld_by_price(commitment, until)
     due = [
         *((LineKind.COMMITMENT, p, n - earlier.get(p, 0)) for p, n in committed_by_price(commitment, until).items()),
         (LineKind.OVERAGE, commitment.overage, over - earlier.get(commitment.overage, 0)),
         *((LineKind.CREDIT, p, -free.get(p, 0) - given.get(p, 0)) for p in sorted({*free, *given})),
+        *((LineKind.HELD_LOWER, p, -less.get(p, 0) - eased.get(p, 0)) for p in sorted({*less, *eased})),
     ]
     return tuple(
         rated(kind, UsageGroup(commitment.contract, commitment.meter, price, window, left), currency)

@@ -127,6 +127,7 @@ class InvoiceLine(TenantModel):
         DRAWDOWN = "drawdown"
         RESALE = "resale"
         CREDIT = "credit"
+        HELD_LOWER = "held_lower"
 
     HELD = ("upfront", "drawdown")
 

@@ -120,6 +120,7 @@ class ListingAdmin(look.Shown, TenantAdmin):
         "site",
         "gpu_model",
         "shown_gpus",
+        "shown_cap",
         "shown_state",
         "shown_on_demand",
         "shown_reserved",
@@ -160,6 +161,12 @@ class ListingAdmin(look.Shown, TenantAdmin):
     @display(description="GPUs")
     def shown_gpus(self, row: Any) -> int:
         return sum(host.gpu_count for host in row.hosts.all())
+
+    @display(description="Power cap")
+    def shown_cap(self, row: Any) -> str:
+        """Whether the power of its hosts can be limited; one that cannot counts at nameplate at all times."""
+        without = sum(not host.cap_control for host in row.hosts.all())
+        return f"{without} at nameplate" if without else "yes"
 
     @display(description="On demand", ordering="on_demand_price")
     def shown_on_demand(self, row: Listing) -> str:

@@ -1,5 +1,6 @@
 """Power nodes and curtailments of an operator's sites."""
 
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -128,6 +129,18 @@ def _csv(call: Call) -> HttpResponse:
     return answer
 
 
+def _what(job: Mapping[str, Any]) -> str:
+    said = str(job["what"]).replace("_", " ")
+    return f"{said} for {job['held_s']} s" if job.get("held_s") else said
+
+
+def _credited(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for row in rows:
+        found[row["currency"]] = found.get(row["currency"], 0) + row["amount_minor"]
+    return found
+
+
 class CurtailmentRows(look.Shown):
     """Curtailments in a list, the operator's and the staff's."""
 
@@ -190,6 +203,10 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
                 ("Under its cap", under, "by the node's meter"),
                 ("Hashing forgone", look.minor(found.hashing_lost_microusd // 10_000, "USD"), back),
                 ("Energy not bought", look.minor(found.energy_saved_microusd // 10_000, "USD"), "at its price now"),
+                *(
+                    ("Credited", look.minor(amount, currency), "to customers, by the clock")
+                    for currency, amount in sorted(_credited(found.credits).items())
+                ),
                 ("Its programme pays", look.minor(found.paid_microusd // 10_000, "USD"), ""),
             ],
             "chart": charts.against_baseline(
@@ -200,8 +217,15 @@ class CurtailmentAdmin(CurtailmentRows, TenantAdmin):
             "misses": [
                 {**m, "reason": m["reason"].replace("_", " "), "watts": look.watts(m["watts"])} for m in found.misses
             ],
-            "jobs": [
-                {**j, "what": j["what"].replace("_", " "), "at": j["at"][:19].replace("T", " ")} for j in found.jobs
+            "jobs": [{**j, "what": _what(j), "at": j["at"][:19].replace("T", " ")} for j in found.jobs],
+            "credits": [
+                {
+                    **c,
+                    "why": c["why"].replace("_", " "),
+                    "hours": f"{c['milli_gpu_seconds'] / 3_600_000:,.3f}",
+                    "amount": look.minor(c["amount_minor"], c["currency"]),
+                }
+                for c in found.credits
             ],
         }
 

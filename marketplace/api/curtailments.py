@@ -145,6 +145,7 @@ class CurtailmentReports(CurtailmentResource):
                 "paid_microusd": found.paid_microusd,
                 "misses": found.misses,
                 "jobs": found.jobs,
+                "credits": found.credits,
                 "seconds": curtailment_reports.series(report, row, now=now, step_s=int(text)),
             }
         )

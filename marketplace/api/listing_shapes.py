@@ -165,6 +165,9 @@ class EachHostShape(serializers.Serializer):
     vcpu_milli = serializers.IntegerField()
     ram_mib = serializers.IntegerField()
     nvme_gib = serializers.IntegerField()
+    cap_control = serializers.BooleanField(
+        help_text="false: of some of them the power cannot be limited, and they count at nameplate at all times"
+    )
     nvlink_gpus = serializers.IntegerField(help_text="of the largest NVLink domain in it; 0: none")
 
 

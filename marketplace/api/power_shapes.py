@@ -123,6 +123,21 @@ class TouchedJobShape(serializers.Serializer):
         help_text="left_in_emergency: firm, and its contract names emergencies",
     )
     at = serializers.DateTimeField()
+    held_s = serializers.IntegerField(help_text="held_lower: seconds, of its replica that was held the longest")
+
+
+class CallCreditShape(serializers.Serializer):
+    contract = serializers.CharField()
+    kind = serializers.CharField()
+    why = serializers.ChoiceField(
+        ["off_the_bill", "held_lower"],
+        help_text="off_the_bill: the contract's jobs left and it is free for the whole call; held_lower: by the power withheld",
+    )
+    milli_gpu_seconds = serializers.IntegerField()
+    amount_minor = serializers.IntegerField(
+        help_text="by the clock, minor units of the currency; invoices say it exactly"
+    )
+    currency = serializers.CharField()
 
 
 class SecondShape(serializers.Serializer):
@@ -147,6 +162,7 @@ class CurtailmentReportShape(serializers.Serializer):
     paid_microusd = serializers.IntegerField(help_text="by its programme, for what was delivered")
     misses = MissShape(many=True)
     jobs = TouchedJobShape(many=True)
+    credits = CallCreditShape(many=True, help_text="what customers do not pay because of it")
     seconds = SecondShape(many=True)
 
 

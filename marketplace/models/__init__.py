@@ -14,7 +14,7 @@ from marketplace.models.contracts import Contract, ContractEvent, Reservation, R
 from marketplace.models.conversions import ConversionPlan
 from marketplace.models.energy import DeviceHour, PoolFeed, ProfitHour, Receipt
 from marketplace.models.forward import Fill, Resale, StandingBid
-from marketplace.models.grid import CurtailmentNotice, CurtailmentReport, GridSource
+from marketplace.models.grid import CurtailmentNotice, CurtailmentReport, GridSource, HeldLower
 from marketplace.models.jobs import Job, JobEvent
 from marketplace.models.limits import Budget, OrganizationSlice
 from marketplace.models.listings import Kind, Listing, OfferChange, OfferFloor, Quote
@@ -85,6 +85,7 @@ __all__ = [
     "GpuError",
     "GpuModel",
     "GridSource",
+    "HeldLower",
     "Host",
     "HostCondition",
     "HostDay",

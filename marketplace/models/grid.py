@@ -1,16 +1,16 @@
 """The grid's side of a site: who may call it down, what became of each call, and who was told.
 
-Written by services.grid (sources) and services.curtailments (reports, notices) alone.
+Written by services.grid (sources), services.curtailments (reports, notices) and services.power.held (GPUs held lower) alone.
 """
 
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 
 from marketplace.models.accounts import Organization
 from marketplace.models.contracts import Contract
 from marketplace.models.power import Curtailment
-from marketplace.models.sites import PowerNode, Site, SiteOwnedQuerySet
+from marketplace.models.sites import Host, PowerNode, Site, SiteOwnedQuerySet
 from marketplace.tenancy import TenantModel, TenantQuerySet
 
 
@@ -102,12 +102,42 @@ class CurtailmentReport(models.Model):
     energy_saved_microusd = models.BigIntegerField(default=0)
     paid_microusd = models.BigIntegerField(default=0, help_text="What its programme pays for what was delivered")
     misses = models.JSONField(default=list, help_text="Machines that gave nothing: miner, reason, W")
-    jobs = models.JSONField(default=list, help_text="Jobs touched: job, contract, kind, what, at")
+    jobs = models.JSONField(default=list, help_text="Jobs touched: job, contract, kind, what, at, held_s")
+    credits = models.JSONField(default=list, help_text="By contract: why, milli_gpu_seconds, amount_minor, currency")
 
     objects = OfCallQuerySet.as_manager()
 
     def __str__(self) -> str:
         return f"{self.curtailment} {self.delivered_wh} Wh"
+
+
+class HeldLower(models.Model):
+    """GPUs of a host held lower for a call: from the command until the host has read its full limits back. What runs on them
+    meanwhile is credited by the power withheld (billing.held_lower).
+    """
+
+    curtailment = models.ForeignKey(Curtailment, on_delete=models.PROTECT, related_name="held_lower")
+    host = models.ForeignKey(Host, on_delete=models.PROTECT, related_name="held_lower")
+    gpu_w = models.PositiveIntegerField(help_text="The most that each of its GPUs may draw meanwhile")
+    full_w = models.PositiveIntegerField(help_text="The most that each of them may draw otherwise")
+    starts_at = models.DateTimeField()
+    ends_at = models.DateTimeField(null=True, blank=True)
+    lifted_generation = models.BigIntegerField(
+        null=True, blank=True, help_text="Of the host's limits that give the watts back; over once they are read back"
+    )
+
+    objects = OfCallQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["host"], condition=Q(ends_at=None), name="held_lower_once"),
+            models.UniqueConstraint(fields=["host", "starts_at"], name="held_lower_one_at_a_time"),
+            models.CheckConstraint(condition=Q(gpu_w__lt=F("full_w")), name="held_lower_is_lower"),
+            models.CheckConstraint(condition=Q(ends_at=None) | Q(ends_at__gt=F("starts_at")), name="held_lower_window"),
+        ]
+
+    def __str__(self) -> str:
+        return f"GPUs of {self.host} held to {self.gpu_w} W each"
 
 
 class CurtailmentNotice(models.Model):
@@ -116,6 +146,7 @@ class CurtailmentNotice(models.Model):
     class What(models.TextChoices):
         ANNOUNCED = "announced"
         CHANGED = "changed"
+        HELD = "held"
         OVER = "over"
 
     curtailment = models.ForeignKey(Curtailment, on_delete=models.CASCADE, related_name="notices")
@@ -123,6 +154,9 @@ class CurtailmentNotice(models.Model):
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="curtailment_notices")
     what = models.CharField(max_length=10, choices=What)
     curtailed_s = models.PositiveIntegerField(default=0, help_text="Seconds that are not billed")
+    credit_minor = models.BigIntegerField(
+        default=0, help_text="For GPUs held lower, by the clock, in the contract's currency"
+    )
     at = models.DateTimeField()
 
     objects = TenantQuerySet.as_manager()

@@ -5,15 +5,16 @@ any cut of that time are exact.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from django.db.models import Q, QuerySet
 
-from marketplace.models import Amendment, Contract, Placement, SpotInterval, SpotResult
+from marketplace.models import Amendment, Contract, HeldLower, Placement, SpotInterval, SpotResult
 from marketplace.models.spot import INTERVAL
+from marketplace.services import held_lower
 
 _UNIT = 3600 * 1000 * 1000  # milli-GPU-seconds x millionths an hour x per mille kept
 
@@ -42,7 +43,7 @@ _MICROSECOND = datetime.resolution
 
 def flows(placements: QuerySet[Placement], contracts: QuerySet[Contract], start: datetime, end: datetime) -> list[Flow]:
     """Of these placements and contracts, what flows at some time in `[start, end)`. Whoever asks narrows them to what it may see."""
-    return [*_running(placements, start, end), *_committed(contracts, start, end)]
+    return [*_running(placements, start, end), *_committed(contracts, start, end), *_withheld(placements, start, end)]
 
 
 def _running(placements: QuerySet[Placement], start: datetime, end: datetime) -> list[Flow]:
@@ -84,6 +85,33 @@ def _committed(contracts: QuerySet[Contract], start: datetime, end: datetime) ->
         found.append(Flow(row.effective_at, over, each * row.price, of.currency))
         found.append(Flow(of.starts_at, over, -each * of.price, of.currency))
     return found
+
+
+def _withheld(placements: QuerySet[Placement], start: datetime, end: datetime) -> list[Flow]:
+    """What is credited of GPUs that calls held lower: flows below zero."""
+    rows = HeldLower.objects.filter(host__in=placements.values("host"), starts_at__lt=end)
+    spells = held_lower.spells(list(rows.filter(Q(ends_at=None) | Q(ends_at__gt=start))), placements, until=end)
+    found = []
+    for spell, begins, ends, price in priced(spells):
+        of = spell.placement.contract
+        if max(begins, start) < ends:
+            kept = spell.milli * (1000 - of.fee_permille)
+            found.append(Flow(max(begins, start), ends, -kept * price, of.currency))
+    return found
+
+
+def priced(spells: Sequence[held_lower.Spell]) -> Iterator[tuple[held_lower.Spell, datetime, datetime, int]]:
+    """(spell, from, to, price per GPU-hour then): by the intervals of a spot contract, else at the contract's price."""
+    spot = [s.placement.contract for s in spells if s.placement.contract.kind == "spot"]
+    if spot:
+        span = min(s.begins for s in spells), max(s.ends for s in spells)
+        prices = _spot_prices({c.listing_id for c in spot}, {c.pk for c in spot}, *span)
+    for spell in spells:
+        of = spell.placement.contract
+        if of.kind == "spot":
+            yield from ((spell, *piece) for piece in prices.cut(of, spell.begins, spell.ends))
+        else:
+            yield spell, spell.begins, spell.ends, of.price
 
 
 class _SpotPrices(NamedTuple):

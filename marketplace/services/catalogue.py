@@ -135,6 +135,7 @@ _HOST: Final = {
     "vcpu_milli": "h.vcpu_milli",
     "ram_mib": "h.ram_mib",
     "nvme_gib": "h.nvme_gib",
+    "cap_control": "h.cap_control::int",
     "part": "0",
     "verified": "coalesce((v.state = 'verified')::int, 0)",
     "benchmark_score": "CASE WHEN v.state = 'verified' THEN v.score ELSE -1 END",

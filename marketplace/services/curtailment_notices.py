@@ -3,13 +3,15 @@
 Once of each thing: a row, a line in the contract's story, and one mail to the organization by the outbox.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from django.db.models import Q
 
-from marketplace import outbox
+from billing.core.money import format_minor
+from marketplace import ids, outbox
 from marketplace.models import Contract, ContractEvent, Curtailment, CurtailmentNotice, Host
 from marketplace.services import curtailment_reports, mails, sheds
 
@@ -32,11 +34,30 @@ def changed(row: Curtailment, *, now: datetime) -> None:
 
 
 def over(row: Curtailment, *, now: datetime) -> None:
-    """Those whose jobs left for it: for how long their contracts are not billed. Those who were only told: that it took nothing."""
+    """Those whose jobs left for it: for how long their contracts are not billed. Those whose GPUs it held lower: what is credited.
+    Those who were only told: that it took nothing.
+    """
     took = sheds.contracts_of(row)
     seconds = max(0, int((row.over_at - row.starts_at).total_seconds())) if took else 0
     told = CurtailmentNotice.objects.filter(curtailment=row).values_list("contract_id", flat=True)
-    _write(row, {pk: seconds if pk in took else 0 for pk in {*told, *took}}, What.OVER, now)
+    credit = {
+        ids.decode("ctr", found["contract"]): found["amount_minor"]
+        for found in curtailment_reports.credited(row, now=now)
+        if found["why"] == "held_lower"
+    }
+    _write(row, {pk: seconds if pk in took else 0 for pk in {*told, *took}}, What.OVER, now, credit=credit)
+
+
+def held(rows: Iterable[tuple[int, int]], *, now: datetime) -> None:
+    """Contracts (with the call, by id) whose GPUs are held lower: told the first time."""
+    wanted: dict[int, dict[int, int]] = defaultdict(dict)
+    for call, contract in rows:
+        wanted[call][contract] = 0
+    known = CurtailmentNotice.objects.filter(curtailment__in=wanted, what=What.HELD)
+    for call, contract in known.values_list("curtailment_id", "contract_id"):
+        wanted[call].pop(contract, None)
+    for row in Curtailment.objects.filter(pk__in=[pk for pk, fresh in wanted.items() if fresh]).order_by("pk"):
+        _write(row, wanted[row.pk], What.HELD, now)
 
 
 def _concerned(row: Curtailment) -> list[int]:
@@ -48,13 +69,24 @@ def _concerned(row: Curtailment) -> list[int]:
     return list(rows.order_by("pk").values_list("pk", flat=True))
 
 
-def _write(row: Curtailment, seconds: dict[int, int], what: str, now: datetime) -> None:
+def _write(
+    row: Curtailment,
+    seconds: Mapping[int, int],
+    what: str,
+    now: datetime,
+    *,
+    credit: Mapping[int | None, int] | None = None,
+) -> None:
+    """To contracts, by id, with the seconds that are not billed and what is credited."""
     contracts = {c.pk: c for c in Contract.objects.filter(pk__in=seconds)}
     fresh: list[Contract] = []
     for pk in sorted(contracts):
         _, made = CurtailmentNotice.objects.get_or_create(
             curtailment=row, contract_id=pk, what=what,
-            defaults={"organization_id": contracts[pk].organization_id, "curtailed_s": seconds[pk], "at": now},
+            defaults={
+                "organization_id": contracts[pk].organization_id, "curtailed_s": seconds[pk], "at": now,
+                "credit_minor": (credit or {}).get(pk, 0),
+            },
         )  # fmt: skip
         fresh += [contracts[pk]] if made else []
     words = f"notice: {row.public_id} {what}: {window(row)}"
@@ -85,6 +117,7 @@ def letter(rows: Sequence[CurtailmentNotice]) -> mails.Letter:
     said = {
         What.ANNOUNCED: f"Grid call at {row.site.name}: {window(row)}",
         What.CHANGED: f"Changed: grid call at {row.site.name}, now {window(row)}",
+        What.HELD: f"GPUs held lower: grid call at {row.site.name}, {window(row)}",
         What.OVER: f"Over: grid call at {row.site.name}, {window(row)}",
     }
     return mails.Letter(
@@ -93,17 +126,26 @@ def letter(rows: Sequence[CurtailmentNotice]) -> mails.Letter:
         facts=(("Site", row.site.name), ("Window", window(row)), ("Call", row.public_id)),
         path=f"/contracts/{rows[0].contract.public_id}",
         label="Your contract",
-        why="You get this because a contract of your organization gives way to the grid.",
+        why="You get this because your organization has a contract at a site that the grid has called on.",
     )
 
 
 def sentence(notice: CurtailmentNotice) -> str:
     """What it means for one contract."""
     name, minutes = notice.contract.public_id, notice.curtailed_s // 60
+    if notice.what == What.HELD:
+        return (
+            f"{name}: GPUs that its jobs run on are held to less power for the call. They run on, slower. Meanwhile you pay for the "
+            "share of their power that they have: your invoice has the rest as a credit."
+        )
     if notice.what == What.OVER:
-        if not notice.curtailed_s:
-            return f"{name}: nothing of it was touched."
-        return f"{name}: its jobs left for the call and queue again; {minutes} minutes are not billed."
+        said = []
+        if notice.curtailed_s:
+            said.append(f"its jobs left for the call and queue again; {minutes} minutes are not billed")
+        if notice.credit_minor:
+            amount = format_minor(notice.credit_minor, notice.contract.currency)
+            said.append(f"its GPUs were held lower while its jobs ran on; {amount} is credited with the next invoice")
+        return f"{name}: {'; '.join(said) or 'nothing of it was touched'}."
     flexible, emergency_s = notice.contract.kind == "flexible", notice.contract.emergency_notice_s
     named = notice.curtailment.emergency and emergency_s is not None
     notices = [notice.contract.flexible_notice_s] if flexible else []

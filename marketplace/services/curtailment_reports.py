@@ -6,27 +6,31 @@ The node's own meter speaks; without one, the books do.
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 from django.db.models import Q, Sum
 
+from billing.core import money
 from marketplace import ids
 from marketplace.models import (
     Contract,
     Curtailment,
     CurtailmentReport,
-    JobEvent,
     MeterReading,
     Miner,
+    Placement,
     PlacementEvent,
     PowerNode,
     ShedClaim,
     SiteMinute,
 )
-from marketplace.services import feeds
+from marketplace.services import ai_revenue, feeds, held_lower, sheds, terms
+from marketplace.services.availability import HOLDING
 from scheduler.core import curtail
 
 GRID_REPORT = "marketplace.grid_report"  # to whoever called, when it is over
@@ -47,6 +51,7 @@ class Found:
     paid_microusd: int
     misses: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
+    credits: list[dict[str, Any]]
 
 
 def begin(row: Curtailment) -> CurtailmentReport:
@@ -109,7 +114,8 @@ def found(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> Foun
         wh * price // WH_UUSD,
         max(0, wh) * pays // WH_UUSD,
         _misses(row, end),
-        touched(row),
+        touched(row, now=now),
+        credited(row, now=now),
     )
 
 
@@ -154,23 +160,68 @@ def below(node: PowerNode) -> list[int]:
     return sorted(found_ids)
 
 
-def touched(row: Curtailment) -> list[dict[str, Any]]:
-    """Jobs that were asked to leave for it, or whose GPUs were held lower; by job, in the order of time."""
-    words = f"curtailment {row.public_id}"
-    left = PlacementEvent.objects.filter(to_state="draining", reason=words).select_related("placement__contract")
-    held = JobEvent.objects.filter(reason__startswith=f"{words}: ").select_related("job__contract")
-    told = [(e.at, e.placement.job_id, e.placement.contract, _left(e.placement.contract)) for e in left]
-    told += [(e.at, e.job_id, e.job.contract, "held_lower") for e in held]
+def touched(row: Curtailment, *, now: datetime) -> list[dict[str, Any]]:
+    """Jobs that were asked to leave for it, or whose GPUs were held lower and for how long (`held_s`, of the placement that was held
+    the longest); by job, in the order of time.
+    """
+    left = PlacementEvent.objects.filter(to_state="draining", reason=f"curtailment {row.public_id}")
+    told = [
+        (e.at, e.placement.job_id, e.placement.contract, _left(e.placement.contract))
+        for e in left.select_related("placement__contract")
+    ]
+    held: dict[int, dict[int, timedelta]] = defaultdict(lambda: defaultdict(timedelta))  # by job and placement
+    for spell in _spells(row, now):
+        of = spell.placement
+        told.append((spell.begins, of.job_id, of.contract, "held_lower"))
+        held[of.job_id][of.pk] += spell.ends - spell.begins
     seen: dict[tuple[int, str], dict[str, Any]] = {}
     for at, job, contract, what in sorted(told, key=lambda t: (t[0], t[1])):
+        longest = max(held[job].values(), default=timedelta())
         seen.setdefault(
             (job, what),
             {
                 "job": ids.encode("job", job), "contract": contract.public_id, "kind": contract.kind, "what": what,
-                "at": at.isoformat(),
+                "at": at.isoformat(), "held_s": round(longest.total_seconds()) if what == "held_lower" else 0,
             },
         )  # fmt: skip
     return list(seen.values())
+
+
+def credited(row: Curtailment, *, now: datetime) -> list[dict[str, Any]]:
+    """What customers do not pay because of it, by contract and the clock; their invoices say it to the second. `off_the_bill`: the
+    contract is free for the whole call (ADR 21); `held_lower`: by the power withheld (ADR 23), where it is not free anyway.
+    """
+    found: dict[int, tuple[Contract, str, int, Fraction]] = {}
+    end = min(row.over_at, now)
+    for contract in Contract.objects.filter(pk__in=sheds.contracts_of(row), kind__in=HOLDING).order_by("pk"):
+        begins = max(row.starts_at, contract.starts_at)
+        ends = min(at for at in (end, contract.ends_at, contract.ended_at) if at is not None)
+        if begins < ends:
+            milli = contract.gpu_count * 1000 * int((ends - begins).total_seconds())
+            found[contract.pk] = (
+                contract,
+                "off_the_bill",
+                milli,
+                Fraction(terms.commitment_minor(contract, begins, ends)),
+            )
+    whole = set(found)
+    for spell, begins, ends, price in ai_revenue.priced(_spells(row, now)):
+        of = spell.placement.contract
+        if of.pk not in whole:
+            milli = spell.milli * int((ends - begins).total_seconds())
+            _, _, before, minor = found.get(of.pk, (of, "", 0, Fraction()))
+            found[of.pk] = of, "held_lower", before + milli, minor + money.exact_amount(milli, price, of.currency)
+    return [
+        {
+            "contract": of.public_id, "kind": of.kind, "why": why, "milli_gpu_seconds": milli,
+            "amount_minor": money.round_half_away(minor), "currency": of.currency,
+        }
+        for of, why, milli, minor in found.values()
+    ]  # fmt: skip
+
+
+def _spells(row: Curtailment, now: datetime) -> list[held_lower.Spell]:
+    return held_lower.spells(list(row.held_lower.all()), Placement.objects.filter(site=row.site_id), until=now)
 
 
 def _left(contract: Contract) -> str:

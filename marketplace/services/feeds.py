@@ -33,6 +33,8 @@ MAX_AGE = {
     Kind.CARBON: timedelta(hours=2),
 }
 AHEAD = timedelta(minutes=5)
+INDEXED = timedelta(days=2)  # the newest day of mempool.space's index began so long ago at the most
+MOST = 10**17  # of any number of a feed: a thousand times today's difficulty
 HISTORY = timedelta(days=2)  # of a file of a year, what a fetch still looks at
 HASHING = (Kind.DIFFICULTY, Kind.BTC_USD, Kind.BLOCK_HEIGHT, Kind.FEES_SAT)
 LOCAL = (Kind.ENERGY, Kind.CARBON)  # by zone
@@ -91,22 +93,83 @@ def _tried(name: str, take: Callable[[], bool]) -> bool:
 def _json(client: httpx.Client, url: str) -> Any:
     answer = client.get(url)
     answer.raise_for_status()
-    return answer.json()
+    try:
+        return answer.json()
+    except ValueError:
+        kind = answer.headers.get("content-type", "no type")
+        raise FeedError(f"no JSON but {kind}: {answer.text[:60]!r}") from None
+
+
+class FeedError(ValueError):
+    """A feed's answer that decides nothing; says which field and why."""
+
+
+def _number(body: Any, name: str) -> Decimal:
+    """What is given as a JSON number above zero; mempool.space gives zero while its node is down."""
+    value = _field(body, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FeedError(f"{name} is {value!r}: a number is expected")
+    if not 0 < value < MOST:
+        raise FeedError(f"{name} is {value!r}: nothing to decide on")
+    return Decimal(str(value))
+
+
+def _sat(body: Any, name: str) -> int:
+    """Satoshi, which mempool.space gives as text."""
+    value = _field(body, name)
+    if not isinstance(value, str) or not (value.isascii() and value.isdigit()):
+        raise FeedError(f"{name} is {value!r}: digits in a string are expected")
+    if not 0 < int(value) < MOST:
+        raise FeedError(f"{name} is {value!r}: nothing to decide on")
+    return int(value)
+
+
+def _field(body: Any, name: str) -> Any:
+    if not isinstance(body, dict):
+        raise FeedError(f"an object with {name} is expected, not {type(body).__name__}")
+    if body.get(name) is None:
+        raise FeedError(f"{name} is missing")
+    return body[name]
+
+
+def _fresh(at: datetime, name: str, most: timedelta, now: datetime) -> datetime:
+    if now - at > most:
+        raise FeedError(f"{name} says {at:%F %R} UTC: older than {most // timedelta(hours=1)} hours")
+    return at
 
 
 def _difficulty(body: Any, url: str, now: datetime) -> bool:
-    return store(Kind.DIFFICULTY, int(float(body["currentDifficulty"])), source=url, observed_at=_minute(now), now=now)
+    """It has no time of its own; that of the days beside it says whether their index still runs."""
+    value = int(_number(body, "currentDifficulty"))
+    days = _field(body, "hashrates")
+    if not isinstance(days, list) or not days:
+        raise FeedError("hashrates is empty")
+    newest = max(int(_number(day, "timestamp")) for day in days)
+    _fresh(datetime.fromtimestamp(newest, UTC), "hashrates/timestamp", INDEXED, now)
+    return store(Kind.DIFFICULTY, value, source=url, observed_at=_minute(now), now=now)
 
 
 def _rewards(body: Any, url: str, now: datetime) -> bool:
-    blocks = int(body["endBlock"]) - int(body["startBlock"]) + 1
-    store(Kind.BLOCK_HEIGHT, int(body["endBlock"]), source=url, observed_at=_minute(now), now=now)
-    return store(Kind.FEES_SAT, int(body["totalFee"]) // blocks, source=url, observed_at=_minute(now), now=now)
+    """A height that does not move is no news: its values keep the time at which they were first seen, and grow stale."""
+    first, last = int(_number(body, "startBlock")), int(_number(body, "endBlock"))
+    fee, reward = _sat(body, "totalFee"), _sat(body, "totalReward")
+    blocks = last - first + 1
+    if blocks < 1 or reward <= fee:
+        raise FeedError(f"{blocks} blocks with {reward} sat, of them {fee} fees")
+    known = FeedValue.objects.filter(kind=Kind.BLOCK_HEIGHT, scope="").order_by("-observed_at").first()
+    if known is not None and known.value == last:
+        if now - known.observed_at > MAX_AGE[Kind.BLOCK_HEIGHT]:
+            raise FeedError(f"endBlock stands at {last} since {known.observed_at:%F %R} UTC")
+        return False
+    store(Kind.BLOCK_HEIGHT, last, source=url, observed_at=_minute(now), now=now)
+    return store(Kind.FEES_SAT, fee // blocks, source=url, observed_at=_minute(now), now=now)
 
 
 def _prices(body: Any, url: str, now: datetime) -> bool:
-    at = datetime.fromtimestamp(int(body["time"]), UTC)
-    return store(Kind.BTC_USD, int(Decimal(str(body["USD"])) * 100), source=url, observed_at=at, now=now)
+    cents = int(100 * _number(body, "USD"))
+    at = datetime.fromtimestamp(int(_number(body, "time")), UTC)
+    _fresh(at, "time", MAX_AGE[Kind.BTC_USD], now)
+    return store(Kind.BTC_USD, cents, source=url, observed_at=at, now=now)
 
 
 def _energy(body: Any, url: str, now: datetime) -> bool:

@@ -4,19 +4,29 @@ A promise holds for every host, so it is that of the poorest in each respect, as
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from marketplace.models import Listing
 
-FIELDS = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "nvlink_gpus")
+NAMEPLATE = "always at nameplate power (no cap control)"
+FIELDS = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "cap_control", "nvlink_gpus")
 
 
 def of_listing(listing: Listing) -> dict[str, int] | None:
-    """`gpu_count`, `vcpu_milli`, `ram_mib`, `nvme_gib`, and `nvlink_gpus` (of the largest NVLink domain); None without hosts."""
-    columns = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "nvlink_domains")
+    """`gpu_count`, `vcpu_milli`, `ram_mib`, `nvme_gib`, `cap_control` (whether the power of its GPUs can be limited: without that it
+    counts at its nameplate at all times) and `nvlink_gpus` (of the largest NVLink domain); None without hosts.
+    """
+    columns = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "cap_control", "nvlink_domains")
     rows = listing.offered_hosts().order_by().values_list(*columns).distinct()
     found = [(*plain, min(_largest(domains), plain[0])) for *plain, domains in rows]
-    return dict(zip(FIELDS, map(min, zip(*found, strict=True)), strict=True)) if found else None
+    return of_values(list(map(min, zip(*found, strict=True)))) if found else None
+
+
+def of_values(values: Sequence[int]) -> dict[str, int]:
+    """Of the least of each field, in their order."""
+    made = dict(zip(FIELDS, values, strict=True))
+    return made | {"cap_control": bool(made["cap_control"])}
 
 
 def _largest(domains: list[int]) -> int:
@@ -32,5 +42,6 @@ def words(shape: dict[str, Any] | None) -> str:
         f"{shape['gpu_count']} GPUs", f"{shape['vcpu_milli'] // 1000} vCPU", f"{round(shape['ram_mib'] / 1024):,} GiB RAM",
         f"{shape['nvme_gib']:,} GiB NVMe" if shape["nvme_gib"] else "",
         f"NVLink among {shape['nvlink_gpus']}" if shape["nvlink_gpus"] > 1 else "",
+        "" if shape.get("cap_control", True) else NAMEPLATE,
     ]  # fmt: skip
     return ", ".join(filter(None, said))

@@ -27,7 +27,16 @@ from scheduler.core.stock import Shelf, Timeline
 Mask = npt.NDArray[np.bool_]
 NONE: Final = -1
 # What is asked of each host of a listing, and holds where its poorest host has it.
-OF_HOSTS: Final = ("gpu_count", "nvlink_gpus", "vcpu_milli", "ram_mib", "nvme_gib", "verified", "benchmark_score")
+OF_HOSTS: Final = (
+    "gpu_count",
+    "nvlink_gpus",
+    "vcpu_milli",
+    "ram_mib",
+    "nvme_gib",
+    "cap_control",
+    "verified",
+    "benchmark_score",
+)
 _STATEFUL: Final = ("id", "listing_id", "spine", "leaf", "part")  # columns of hosts that decide the shelf
 
 

@@ -208,7 +208,7 @@ def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, asked: Asked, no
             Stock(gpus, total, now, heard.get(pk)),
             Checked(*checked),
             price_tiers.all_chosen(rows[pk], asked),
-            dict(zip(host_shape.FIELDS, shape, strict=True)) if shape[0] != NONE else None,
+            host_shape.of_values(shape) if shape[0] != NONE else None,
         )
         for pk, gpus, total, shape, *checked in zip(ids, stock, totals, least, verified, hosts, scores, strict=True)
         if pk in rows

@@ -15,8 +15,8 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from marketplace import ids
-from marketplace.models import Contract, Curtailment, Host, Job, Placement, PlacementEvent
-from marketplace.services import jobs, replicas
+from marketplace.models import Contract, Curtailment, Host, Placement, PlacementEvent
+from marketplace.services import jobs
 from marketplace.services.budgets import node_budgets
 from marketplace.services.power import Ledger, cap_gpus
 from scheduler.core import curtail
@@ -55,27 +55,16 @@ def relieve(ledger: Ledger, active: Iterable[Curtailment], *, now: datetime) -> 
     moved: list[int] = []
     for call_pk, leaving in asked.items():
         moved += jobs.preempt(sorted(set(leaving)), now=now, actor="power", reason=REASON + by_pk[call_pk].public_id)
-    _hold(site_id, ledger, found, hosts, at, now)
+    caps: dict[int, int] = dict(found.caps)  # type: ignore[arg-type]
+    cap_gpus(site_id, caps, calls={pk: _call_above(ledger, hosts[pk], at).pk for pk in caps}, now=now)
     ledger.forget_hosts()
     return moved
 
 
-def _hold(
-    site_id: int,
-    ledger: Ledger,
-    found: curtail.Relief,
-    hosts: dict[int, Host],
-    at: dict[int, Curtailment],
-    now: datetime,
-) -> None:
-    """GPUs held lower, and a line in the story of each job on them."""
-    capped = cap_gpus(site_id, dict(found.caps))  # type: ignore[arg-type]
-    for pk in capped:
-        path = ledger.tree.paths[ledger.tree.index[hosts[pk].power_node_id]]
-        call = next(at[n] for n in path if n in at)
-        words = f"{REASON}{call.public_id}: GPUs of {hosts[pk].name} held to {found.caps[pk]} W each"
-        there = Placement.objects.filter(host=pk, state__in=Placement.AT_SITE, release_requested_at=None)
-        replicas.note(Job.objects.filter(pk__in=there.values("job")).order_by("pk"), words, now=now, actor="power")
+def _call_above(ledger: Ledger, host: Host, at: dict[int, Curtailment]) -> Curtailment:
+    """Of the calls that stand over a host, the one at the deepest node."""
+    path = ledger.tree.paths[ledger.tree.index[host.power_node_id]]
+    return next(at[n] for n in path if n in at)
 
 
 def _shape(ledger: Ledger, host: Host) -> curtail.HostShape:

@@ -9,7 +9,7 @@ Early termination, as the terms of every contract say:
 
 In a grid emergency a contract whose listing said so (`emergency_notice_s`) gives way, last of all: after hashing, spot and flexible
 work, and after GPUs were held lower; not before its notice, with checkpoint grace. Reserved time that such a call takes is not charged.
-All others stay.
+All others stay. Whose GPUs a call holds lower is credited the share of their power that is withheld (docs/adr/0023).
 
 Maintenance of GPUs that a reserved or flexible contract holds: where no others stand in, announced work may take them for
 `maintenance_hours_per_month` hours of a UTC month; what it takes beyond that, and all that emergencies and late extensions take, is
@@ -80,6 +80,7 @@ def order_form(quote: Quote, starts_at: datetime) -> dict[str, Any]:
         else {"rule": "stays"}
         if quote.kind != Kind.SPOT
         else None,
+        "held_lower": {"rule": "credited_by_power_withheld"},
         "early_termination": {"rule": "at_once"}
         if quote.kind not in HOLDING
         else {"rule": BOUGHT}

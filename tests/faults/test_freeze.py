@@ -10,7 +10,7 @@ from django.urls import reverse
 from marketplace import tasks
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
-from marketplace.models import AuditEvent, Host, Miner, Placement, PowerFreeze, Site
+from marketplace.models import AuditEvent, Host, Miner, Placement, PowerFreeze, PowerNode, Site
 from marketplace.services import agents, curtailments, power, sites, verifications
 from marketplace.services.power import freeze
 from marketplace.tenancy import SYSTEM, Actor
@@ -83,10 +83,15 @@ def test_gpus_held_lower_for_a_call_get_nothing_back(yard):
     job = yard.submit()
     yard.until(lambda: yard.state(job) == "running", seconds=120)
     host = Placement.objects.get(job=job).host
+    call = curtailments.announce(
+        f.actor(yard.site.organization), PowerNode.objects.get(kind="site"), cap_w=30_000, starts_at=yard.now, reference="c1",
+        ends_at=yard.now + timedelta(minutes=20), mandatory=False, now=yard.now,
+    )  # fmt: skip
     freeze_now(yard)
     with transaction.atomic():
         acquire((Lock.SITE, yard.site.pk))
-        assert power.cap_gpus(yard.site.pk, {host.pk: 400}) == [host.pk], "lowering goes on"
+        capped = power.cap_gpus(yard.site.pk, {host.pk: 400}, calls={host.pk: call.pk}, now=yard.now)
+        assert capped == [host.pk], "lowering goes on"
     yard.turn(6)
     host.refresh_from_db()
     assert (host.call_gpu_w, host.reserved_w) == (400, host.base_w + 8 * 400)

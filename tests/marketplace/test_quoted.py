@@ -12,7 +12,14 @@ from tests.factories import NOW
 from tests.marketplace.trade import DAY, END, START, accept, ask, rate, refused
 
 pytestmark = pytest.mark.django_db
-SMALL = {"gpu_count": 4, "vcpu_milli": 96_000, "ram_mib": 1_048_576, "nvme_gib": 28_000, "nvlink_gpus": 2}
+SMALL = {
+    "gpu_count": 4,
+    "vcpu_milli": 96_000,
+    "ram_mib": 1_048_576,
+    "nvme_gib": 28_000,
+    "cap_control": True,
+    "nvlink_gpus": 2,
+}
 
 
 @pytest.fixture
@@ -39,6 +46,27 @@ def test_what_each_host_has_is_of_the_poorest_and_the_same_in_search(customer, l
     assert host_shape.words(SMALL) == "4 GPUs, 96 vCPU, 1,024 GiB RAM, 28,000 GiB NVMe, NVLink among 2"
     Host.objects.update(listing=None)
     assert host_shape.of_listing(listing) is None
+
+
+def test_one_host_without_cap_control_and_the_listing_says_so(customer, listing, client):
+    Host.objects.filter(gpu_count=4).update(cap_control=False)
+    catalogue.forget()
+    shape = SMALL | {"cap_control": False}
+    assert host_shape.of_listing(listing) == shape
+    api = factories.client(factories.organization())
+    assert api.get(f"/api/v1/listings/{listing.public_id}").json()["host"]["cap_control"] is False
+    assert api.get("/api/v1/listings").json()["data"][0]["host"]["cap_control"] is False
+    assert (
+        "without cap control a host counts at its nameplate"
+        in client.get(f"/listings/{listing.public_id}").content.decode()
+    )
+    made = ask(customer, listing)
+    assert made.terms["host"] == shape
+    (paper,) = accept(customer, made).documents.filter(kind="order_form")
+    assert "always at nameplate power (no cap control)" in paper.html
+    assert host_shape.words({k: v for k, v in SMALL.items() if k != "cap_control"}) == host_shape.words(SMALL), (
+        "as signed before"
+    )
 
 
 def test_what_was_sold_stays_as_it_was_whatever_becomes_of_the_hosts(customer, listing):

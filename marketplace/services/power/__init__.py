@@ -16,6 +16,8 @@ from marketplace.services.power.grants import (
     release,
     uncap_gpus,
 )
+from marketplace.services.power.held import settle as settle_held
+from marketplace.services.power.held import tell as tell_held
 from marketplace.services.power.ledger import FRESH, Ledger, active_watts, may_grant, may_wake
 from marketplace.services.power.miners import Command, command_miners, forget, settle_miners
 from marketplace.services.power.recovery import tests_due
@@ -38,7 +40,9 @@ __all__ = [
     "may_grant",
     "may_wake",
     "release",
+    "settle_held",
     "settle_miners",
+    "tell_held",
     "tests_due",
     "uncap_gpus",
 ]

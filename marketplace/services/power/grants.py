@@ -1,7 +1,7 @@
 """Watts for hosts: reserved, granted, given back."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -12,6 +12,7 @@ from marketplace import arrays
 from marketplace.arrays import Ints
 from marketplace.models import Host, Placement, PowerGrant
 from marketplace.services.budgets import NodeTable
+from marketplace.services.power import held
 from marketplace.services.power.freeze import FREEZE_STANDS
 from marketplace.services.power.ledger import FRESH_S, Ledger, active_watts
 from scheduler.core import power as core
@@ -210,9 +211,10 @@ def lower_hosts(ledger: Ledger) -> int:
     return freed
 
 
-def cap_gpus(site_id: int, wanted: dict[int, int]) -> list[int]:
-    """Hold the GPUs of hosts (id -> W each) lower for a call of the grid. The watts stay booked until the host has read the limits
-    back (`lower_hosts`). Returns the hosts that changed.
+def cap_gpus(site_id: int, wanted: Mapping[int, int], *, calls: Mapping[int, int], now: datetime) -> list[int]:
+    """Hold the GPUs of hosts (id -> W each) lower, each for a call of the grid (host id -> call id). The watts stay booked until the
+    host has read the limits back (`lower_hosts`); from now on the time is credited (`held`). Returns the hosts that changed: none
+    where they stand so low already.
     """
     hosts = list(Host.objects.filter(pk__in=wanted, site_id=site_id).order_by("pk").select_for_update(no_key=True))
     use = _granted_use(h.pk for h in hosts)
@@ -224,19 +226,20 @@ def cap_gpus(site_id: int, wanted: dict[int, int]) -> list[int]:
             _command_limits(host, {i for gpus in use[host.pk] for i in gpus}, running=True)
             changed.append(host)
     _save_hosts(changed)
+    held.begin(changed, calls, now=now)
     return [host.pk for host in changed]
 
 
-def uncap_gpus(ledger: Ledger, *, held: Iterable[int]) -> list[int]:
-    """Give GPUs their watts back as far as they fit, but not under the nodes `held` (ids), where a call still stands."""
+def uncap_gpus(ledger: Ledger, *, under: Iterable[int]) -> list[int]:
+    """Give GPUs their watts back as far as they fit, but not below the nodes `under` (ids), where a call still stands."""
     capped = [h for h in ledger.hosts.values() if h.call_gpu_w is not None]
     if not capped:
         return []
-    use, under = _granted_use(h.pk for h in capped), set(held)
+    use, still = _granted_use(h.pk for h in capped), set(under)
     changed = []
     for host in capped:
         path = {ledger.tree.keys[n] for n in ledger.tree.paths[ledger.tree.index[host.power_node_id]]}
-        if under & path and use[host.pk]:
+        if still & path and use[host.pk]:
             continue
         before, host.call_gpu_w = host.call_gpu_w, None
         target = _needed(host, use[host.pk])
@@ -248,4 +251,5 @@ def uncap_gpus(ledger: Ledger, *, held: Iterable[int]) -> list[int]:
         changed.append(host)
     ledger.save()
     _save_hosts(changed)
+    held.lift(changed)
     return [host.pk for host in changed]

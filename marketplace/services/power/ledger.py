@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from django.conf import settings
 from django.db import connection
-from django.db.models import Exists, F
+from django.db.models import Exists, F, OuterRef
 
-from marketplace.models import Host, Miner, PowerFreeze, PowerNode, ShedClaim, Site
+from marketplace.models import HeldLower, Host, Miner, PowerFreeze, PowerNode, ShedClaim, Site
 from scheduler.core import power as core
 
 FRESH_S = 150  # a full report comes each minute; two missed ones are silence
@@ -62,7 +62,13 @@ class Ledger:
     @cached_property
     def hosts(self) -> dict[int, Host]:
         """By id, in its order."""
-        return {h.pk: h for h in Host.objects.filter(site_id=self.site_id).order_by("pk")}
+        is_held = Exists(HeldLower.objects.filter(host=OuterRef("pk"), ends_at=None))
+        return {h.pk: h for h in Host.objects.filter(site_id=self.site_id).annotate(is_held=is_held).order_by("pk")}
+
+    @staticmethod
+    def is_held(host: Any) -> bool:
+        """Whether a call held the GPUs of a host of `hosts` lower, and it has not read its full limits back yet."""
+        return bool(host.is_held)
 
     @cached_property
     def miners(self) -> dict[int, Miner]:

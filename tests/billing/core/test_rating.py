@@ -23,6 +23,8 @@ from billing.core.rating import (
     rate_commitment,
     rate_usage,
     total,
+    withheld,
+    withheld_by_price,
 )
 
 pytestmark = pytest.mark.serverless
@@ -257,3 +259,68 @@ def test_a_credit_in_two_windows_is_the_same_as_in_one(some, offset):
         sums[row.kind, row.price] = sums.get((row.kind, row.price), 0) + row.quantity
     assert sums == whole
     assert -sums.get((LineKind.CREDIT, H100), 0) <= sums[LineKind.COMMITMENT, H100]
+
+
+# --- GPUs held lower for a call of the grid
+def lower(gpus, start_h, end_h, gpu_w=400, full_w=700):
+    return Missed(
+        withheld(gpus * 1000, gpu_w, full_w), Interval(MARCH.start + start_h * HOUR, MARCH.start + end_h * HOUR)
+    )
+
+
+def test_the_share_of_power_withheld_is_rounded_to_the_customers_side():
+    assert withheld(8000, 700, 700) == 0
+    assert withheld(8000, 350, 700) == 4000
+    assert withheld(8000, 699, 700) == 8 * 2  # 1.43 per mille
+    assert withheld(250, 600, 700) == 36  # 35.75: a slice of a GPU
+    assert withheld(1000, 0, 700) == 1000
+
+
+def test_power_withheld_of_a_commitment_comes_back_and_what_it_runs_beyond_is_no_overage_for_it():
+    held = commitment(withheld=(lower(8, 10, 12),))
+    whole = committed_quantity(commitment(), MARCH)
+    rows = rate_commitment(held, MARCH, "USD", used=whole)
+    assert [(row.kind, row.quantity) for row in rows] == [
+        (LineKind.COMMITMENT, whole),
+        (LineKind.HELD_LOWER, -withheld(8000, 400, 700) * 2 * HOUR),
+    ]
+
+
+def test_power_withheld_is_not_credited_where_the_time_is_free_or_missed_already():
+    both = commitment(withheld=(lower(8, 10, 12),), missed=(lost(8, 10, 11),))
+    assert withheld_by_price(both, MARCH) == {H100: withheld(8000, 400, 700) * HOUR}
+    hour = Interval(MARCH.start + 11 * HOUR, MARCH.start + 12 * HOUR)
+    assert withheld_by_price(replace(both, curtailed=(hour,)), MARCH) == {}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 699), spans), max_size=5),
+    st.lists(st.tuples(st.integers(1, 8), spans), max_size=3),
+    st.lists(spans, max_size=2),
+    st.integers(1, 743),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=60)
+def test_what_is_credited_is_bounded_and_the_same_in_any_order_and_windows(held, gone, free, offset, random):
+    """Never more than the commitment comes to; in two windows, or told in another order, what it is in one."""
+    takes = [Missed(withheld(n * 1000, w, 700), span) for n, w, span in held]
+    made = commitment(
+        withheld=tuple(takes), missed=tuple(Missed(n * 1000, span) for n, span in gone), curtailed=tuple(union(free))
+    )
+    whole = {(r.kind, r.price): r.quantity for r in rate_commitment(made, MARCH, "USD", used=0)}
+    shuffled = replace(made, withheld=tuple(random.sample(takes, len(takes))))
+    assert {(r.kind, r.price): r.quantity for r in rate_commitment(shuffled, MARCH, "USD", used=0)} == whole
+    middle = MARCH.start + offset * HOUR
+    first = rate_commitment(made, Interval(MARCH.start, middle), "USD", used=0)
+    of = {kind: {r.price: r.quantity for r in first if r.kind == kind} for kind in LineKind}
+    rest = rate_commitment(
+        made, Interval(middle, MARCH.end), "USD", used=0, billed=of[LineKind.COMMITMENT], credited=of[LineKind.CREDIT],
+        held_lower=of[LineKind.HELD_LOWER],
+    )  # fmt: skip
+    sums: dict = {}
+    for row in (*first, *rest):
+        sums[row.kind, row.price] = sums.get((row.kind, row.price), 0) + row.quantity
+    assert sums == whole
+    assert sum(sums.values()) >= 0
+    most = sum(take.milli_gpus * take.span.seconds for take in takes)
+    assert 0 <= -sums.get((LineKind.HELD_LOWER, H100), 0) <= most

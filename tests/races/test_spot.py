@@ -151,19 +151,25 @@ def settle(world):
     return SpotInterval.objects.get(listing=world.listing, start=FIRST + timedelta(minutes=5))
 
 
-def test_an_auction_that_clears_while_contracts_change_and_a_host_dies_in_its_midst(monkeypatch):
+def clears_while_they_come(monkeypatch):
     """All of them come between the look at the supply and the row: whoever holds or frees capacity waits for the cell, and what
     dies meanwhile is missing from the next auction on.
     """
     here = Changing()
-    begun = []
+    begun, ended = [], []
     look = spot.spare_milli
+
+    def to_its_end(act):
+        try:
+            return act()
+        finally:
+            ended.append(act)
 
     def meanwhile(*args, **kwargs):
         found = look(*args, **kwargs)
         if not begun:
-            begun.extend(in_thread(act) for act in here.rivals())
-            while blocked() < 5:
+            begun.extend(in_thread(lambda act=act: to_its_end(act)) for act in here.rivals())
+            while len(ended) + blocked() < len(begun):  # in this order nobody counts twice
                 time.sleep(0.02)
         return found
 
@@ -173,6 +179,11 @@ def test_an_auction_that_clears_while_contracts_change_and_a_host_dies_in_its_mi
     answers = [join() for join in begun]
     assert not [a for a in answers if isinstance(a, Exception)], answers
     assert (row.supply_milli, row.sold_milli, row.price) == (20_000, 20_000, 2 * FLOOR)  # as of before all of them
+    return here
+
+
+def test_an_auction_that_clears_while_contracts_change_and_a_host_dies_in_its_midst(monkeypatch):
+    here = clears_while_they_come(monkeypatch)
     here.sound()
     after = settle(here)
     # What is reserved by now, the buyer's and the two more GPUs with it, and the dead host are not for sale.
@@ -184,6 +195,13 @@ def test_an_auction_that_clears_while_contracts_change_and_a_host_dies_in_its_mi
     assert here.bids[5].pk not in won, "it was ended"
     assert won[here.bids[0].pk] == 4000, "its limit is the highest by now"
     assert sum(won.values()) == after.sold_milli <= after.supply_milli
+
+
+def test_without_its_lock_an_auction_is_seen_to_clear_what_is_not_there_any_more(monkeypatch):
+    """What the test above would not be worth without: nobody waits, and the row is of no moment that ever was."""
+    monkeypatch.setattr(spot, "acquire", lambda *_: None)
+    with pytest.raises(AssertionError, match=str(2 * FLOOR)):
+        clears_while_they_come(monkeypatch)
 
 
 def test_an_auction_and_all_that_may_happen_beside_it_in_any_order():

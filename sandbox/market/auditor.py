@@ -13,6 +13,7 @@ from sandbox.market.customers import Customer
 from sandbox.market.faults import Faults
 from sandbox.market.house import House
 from sandbox.market.maintained import Maintained
+from sandbox.market.priced import Priced
 from sandbox.market.promises import Promises
 from sandbox.market.screened import Screened
 from sandbox.market.states import States
@@ -30,6 +31,7 @@ class Auditor:
         self.safety, self.states = Safety(), States()
         self.promises = Promises(faults)
         self.maintained, self.screened = Maintained(self.promises), Screened(self.promises)
+        self.priced = Priced(self.promises)
         self.books = Books(house.stripe, self.promises)
         self.samples: list[tuple[int, int, int]] = []  # GPUs that run, are held, are there
 
@@ -42,10 +44,11 @@ class Auditor:
             *self.maintained.look(now),
             *self.screened.look(now),
             *self.books.resold.look(now),
+            *self.priced.look(),
         ]
         self._sample()
         if whole:
-            found += [*self._safe(), *self.states.look(), *self.books.look()]
+            found += [*self._safe(), *self.states.look(), *self.books.look(), *self.priced.books()]
         return found
 
     def _safe(self) -> list[str]:
@@ -60,6 +63,7 @@ class Auditor:
         cases = rows("SELECT kind, subject, detail FROM billing_billingcase WHERE closed_at IS NULL")
         return [
             *self.books.look(last=True),
+            *self.priced.books(),
             *(f"message {m['topic']} was given up: {m['last_error'][:300]}" for m in parked),
             *(f"billing waits for a person: {c['kind']} {c['subject']}: {c['detail'][:300]}" for c in cases),
         ]

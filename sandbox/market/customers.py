@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from sandbox.client import RefusedError
+from sandbox.market import ladders
 from sandbox.market.clock import Clock, Diary
 from sandbox.market.doors import Desk
 from sandbox.market.screener import profile
@@ -83,6 +84,7 @@ class Customer(Trader):
     dice: Random
     counts: Counter[str]
     wrong: list[str]
+    prices: Random  # what it would pay at signing and bear
     busy: list[str] = field(default_factory=list)  # jobs of its own, newest last
 
     @property
@@ -156,7 +158,7 @@ class Customer(Trader):
         if listing["resale"]:
             self.counts["quotes: of a resale"] += 1
         elif kind in {"reserved", "flexible"}:
-            body |= self.window()
+            body |= self.window() | ladders.would(self.prices, kind)
         if kind == "spot":
             body["limit_price"] = listing["prices"]["spot"]["per_gpu_hour"] * self.dice.choice((105, 130, 200)) // 100
         quote = self.desk.post("quotes", body)

@@ -35,13 +35,13 @@ class Held:
             " ON a.organization_id = c.organization_id WHERE c.kind IN ('reserved', 'flexible')"
             " AND c.state NOT IN ('pending_payment', 'cancelled') AND a.billed_through > c.starts_at AND a.state = 'open'"
         )
-        billed: dict[tuple[int, str], int] = {
-            (row["contract_id"], row["kind"]): int(row["quantity"])
-            for row in rows(
-                "SELECT l.contract_id, l.kind, sum(l.quantity) AS quantity FROM billing_invoiceline l JOIN billing_invoice i"
-                " ON i.id = l.invoice_id WHERE i.state <> 'void' AND l.kind IN ('commitment', 'overage', 'credit') GROUP BY 1, 2"
-            )
-        }
+        billed: dict[tuple[int, str], dict[int, int]] = defaultdict(dict)  # by price
+        for row in rows(
+            "SELECT l.contract_id, l.kind, l.price_millionths AS price, sum(l.quantity) AS quantity FROM billing_invoiceline l"
+            " JOIN billing_invoice i ON i.id = l.invoice_id WHERE i.state <> 'void' AND l.kind IN ('commitment', 'overage', 'credit')"
+            " GROUP BY 1, 2, 3 HAVING sum(l.quantity) <> 0"
+        ):
+            billed[row["contract_id"], row["kind"]][row["price"]] = int(row["quantity"])
         added = _by("SELECT * FROM marketplace_amendment WHERE kind = 'resize' AND state = 'accepted'")
         sold = _by(
             "SELECT f.*, r.contract_id AS contract FROM marketplace_fill f JOIN marketplace_resale r ON r.id = f.resale_id"
@@ -55,16 +55,26 @@ class Held:
             pk, name = c["id"], ids.encode("ctr", c["id"])
             owes = Owes(c, added[pk], sold[pk], missed[pk])
             for kind, due, why in (
-                ("commitment", owes.committed(), "committed"),
+                ("commitment", sum(owes.committed().values()), "committed"),
                 ("credit", -owes.missed(), "for what could not be had"),
                 ("overage", owes.beyond(), "beyond the GPUs that it holds"),
             ):
-                if billed.get((pk, kind), 0) != due:
+                sum_billed = sum(billed[pk, kind].values())
+                if sum_billed != due:
                     found.append(
-                        f"contract {name} ({c['kind']}, {c['state']}) is billed {billed.get((pk, kind), 0) / 3_600_000:g} GPU-hours"
+                        f"contract {name} ({c['kind']}, {c['state']}) is billed {sum_billed / 3_600_000:g} GPU-hours"
                         f" {why} to {owes.edge}, by its terms {due / 3_600_000:g} (curtailed: {owes.calls}; sold on: {owes.sold};"
                         f" missing: {[(m['gpus'], str(m['starts_at']), str(m['ends_at'])) for m in missed[pk]]})"
                     )
+            if billed[pk, "commitment"] != owes.committed():
+                found.append(
+                    f"contract {name} is billed its commitment at {billed[pk, 'commitment']}, by what was agreed {owes.committed()}"
+                    " (milli-GPU-seconds by price)"
+                )
+            if billed[pk, "overage"].keys() - {c["overage_price"]}:
+                found.append(
+                    f"contract {name} is billed {billed[pk, 'overage']} beyond what it holds, agreed at {c['overage_price']}"
+                )
             if owes.calls:
                 free = sum(gpus * (b - a) - gpus * _length(_without((a, b), owes.calls)) for gpus, a, b in owes.due())
                 self.promises.tally["flexible: GPU-hours of curtailment credited"][name] = free // 3_600
@@ -92,14 +102,20 @@ class Owes:
             *((a["added_gpus"], _second(a["effective_at"]), term) for a in added),
             *((gpus, max(a, term), b) for gpus, a, b in self.sold if b > max(a, term)),  # stays due after an early end
         ]
+        self.prices = [c["price"], *(a["price"] for a in added)]
+        self.prices += [c["price"]] * (len(self.parts) - len(self.prices))
         self.calls = _curtailed(c) if c["kind"] == "flexible" or c["emergency_notice_s"] is not None else []
 
     def due(self) -> list[Part]:
         """What is due by now, curtailed seconds not yet taken out."""
         return [(gpus, a, min(b, self.through)) for gpus, a, b in self.parts if a < min(b, self.through)]
 
-    def committed(self) -> int:
-        return sum(1000 * gpus * _length(_without((a, b), self.calls)) for gpus, a, b in self.due())
+    def committed(self) -> dict[int, int]:
+        """By price."""
+        found: dict[int, int] = defaultdict(int)
+        for (gpus, a, b), price in zip(self.parts, self.prices, strict=True):
+            found[price] += 1000 * gpus * _length(_without((a, max(a, min(b, self.through))), self.calls))
+        return {price: quantity for price, quantity in found.items() if quantity}
 
     def missed(self, month: Span = (0, FAR), *, whole: bool = False) -> int:
         """What could not be had and is not charged, of `month`; `whole`: also what is not billed yet."""

@@ -99,7 +99,8 @@ class Market:
                 owner, self.clock, self._dice(), plant.spec(name.lower(), model, hosts, miners), region=region
             )
             self.house.sites.append(site)
-            Desk(owner, self.clock, self.diary, self._dice(), counts, self.wrong).begin(self.start)
+            desk = Desk(owner, self.clock, self.diary, self._dice(), counts, self.wrong, self._prices(name))
+            desk.begin(self.start)
         self.customers = [
             self._customer(habits, f"{habits.name} {n + 1}" if n else habits.name)
             for n in range(scale)
@@ -137,8 +138,8 @@ class Market:
     def _customer(self, habits: customers.Habits, name: str, *, tells: bool = True) -> Customer:
         organization, desk = sign_up(self.web, name)
         made = Customer(
-            habits, organization, desk, self.clock, self.diary, self._dice(), self.outcome.counts, self.wrong
-        )
+            habits, organization, desk, self.clock, self.diary, self._dice(), self.outcome.counts, self.wrong, self._prices(name)
+        )  # fmt: skip
         if tells:
             made.tell(name)
         if not self.stripe.card(desk, habits.card):
@@ -162,6 +163,10 @@ class Market:
     def _dice(self) -> Random:
         """Dice of its own for each actor: what one does does not change what another draws."""
         return Random(self.dice.getrandbits(64))
+
+    def _prices(self, name: str) -> Random:
+        """Dice for prices by term, share and curtailment: beside the others, which fall as they did before there were any."""
+        return Random(f"{self.outcome.seed} {name}")
 
     # --- the days
     def go(self) -> None:

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from sandbox.client import RefusedError
+from sandbox.market import ladders
 from sandbox.market.clock import Clock, Diary
 from sandbox.market.plant import Operator
 from sandbox.market.site import Facility
@@ -22,28 +23,23 @@ class Desk:
     """One operator at work."""
 
     def __init__(
-        self, owner: Operator, clock: Clock, diary: Diary, dice: Random, counts: Counter[str], wrong: list[str]
-    ) -> None:
-        self.owner, self.clock, self.diary, self.dice, self.counts, self.wrong = (
-            owner,
-            clock,
-            diary,
-            dice,
-            counts,
-            wrong,
-        )
+        self, owner: Operator, clock: Clock, diary: Diary, dice: Random, counts: Counter[str], wrong: list[str], prices: Random
+    ) -> None:  # fmt: skip
+        self.owner, self.clock, self.diary, self.counts, self.wrong = owner, clock, diary, counts, wrong
+        self.dice, self.prices = dice, prices
         self.calls = 0
 
     def begin(self, start: datetime) -> None:
         """Acts recur in their own rhythms; the first of each comes early enough for a run of a few days."""
         for act, hours in ((self.reprice, 40), (self.pause, 90), (self.rise, 220), (self.maintain, 60), (self.curtail, 26),
                            (self.replace, 500), (self.plan, 45)):  # fmt: skip
-            self._again(act, start + HOUR * self.dice.uniform(2, min(60, hours)), hours)
+            self._again(act, start + HOUR * self.dice.uniform(2, min(60, hours)), hours, self.dice)
+        self._again(self.price_anew, start + HOUR / 2, 36, self.prices)
 
-    def _again(self, act: Callable[[], None], at: datetime, hours: float) -> None:
+    def _again(self, act: Callable[[], None], at: datetime, hours: float, dice: Random) -> None:
         def turn() -> None:
             self.tried(act)
-            self._again(act, self.clock.now + HOUR * self.dice.uniform(0.5, 1.5) * hours, hours)
+            self._again(act, self.clock.now + HOUR * dice.uniform(0.5, 1.5) * hours, hours, dice)
 
         self.diary.put(at.replace(minute=at.minute // 30 * 30, second=0), turn)
 
@@ -62,9 +58,20 @@ class Desk:
         row = self.owner.desk.get(f"listings/{listing}")
         kinds = {"on_demand_price": "on_demand", "reserved_price": "reserved", "flexible_price": "flexible"}
         name = self.dice.choice(list(kinds))
-        price = row["prices"][kinds[name]]["per_gpu_hour"] * self.dice.choice((90, 96, 104, 112)) // 100
-        self.owner.desk.patch(f"listings/{listing}", {name: price})
+        percent = self.dice.choice((90, 96, 104, 112))
+        price = row["prices"][kinds[name]]["per_gpu_hour"] * percent // 100
+        tiers = ladders.scaled(row["price_tiers"], kinds[name], percent)
+        self.owner.desk.patch(f"listings/{listing}", {name: price, "price_tiers": tiers})
         self.counts["listings edited"] += 1
+
+    def price_anew(self) -> None:
+        """Other prices by term, by share at signing and by curtailment, all at once; sometimes none."""
+        listing = self.prices.choice(sorted(self.owner.listings))
+        row = self.owner.desk.get(f"listings/{listing}")
+        prices = {kind: row["prices"][kind]["per_gpu_hour"] for kind in ("reserved", "flexible")}
+        tiers = ladders.ladder(self.prices, prices, row["terms"])
+        self.owner.desk.patch(f"listings/{listing}", {"price_tiers": tiers})
+        self.counts["prices by term, share and curtailment set"] += 1
 
     def pause(self) -> None:
         listing = self._listing()
@@ -84,6 +91,8 @@ class Desk:
             "max_term_days": 40, "flexible_hours_per_month": 6, "on_demand_price": prices["on_demand"],
             "reserved_price": prices["reserved"], "flexible_price": prices["flexible"], "spot_floor": prices["spot"],
         }  # fmt: skip
+        plain = {"upfront_permille": 0, "flexible_hours_per_month": body["flexible_hours_per_month"]}
+        body["price_tiers"] = ladders.ladder(self.prices, prices, plain)
         self.owner.desk.post(f"listings/{listing}/retire")
         self.counts["listings retired"] += 1
         made = self.owner.desk.post("listings", body)["id"]

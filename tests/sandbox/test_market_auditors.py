@@ -5,21 +5,31 @@ from datetime import timedelta
 import pytest
 
 from benchmarks.auditor import Auditor as Safety
-from billing import commitments
+from billing import commitments, upfront
 from billing import resales as money
-from marketplace.models import Contract, Maintenance, Resale, ReservationBlock, ScreeningEvent, StandingBid
-from marketplace.services import contracts, maintenance
+from marketplace.models import (
+    Contract,
+    Curtailment,
+    Maintenance,
+    PlacementEvent,
+    Resale,
+    ReservationBlock,
+    ScreeningEvent,
+    StandingBid,
+)
+from marketplace.services import contracts, listings, maintenance, price_tiers
 from marketplace.services.maintenance import planning, taking
 from marketplace.tenancy import Actor
 from sandbox.market import books
 from sandbox.market.held import Held
 from sandbox.market.maintained import Maintained
+from sandbox.market.priced import Priced
 from sandbox.market.promises import Promises
 from sandbox.market.resold import Resold
 from sandbox.market.screened import Screened
 from tests import factories
 from tests.billing.conftest import World, _stripe_process, after, stripe_api
-from tests.billing.test_kinds import DAY, MONTH, market, sign
+from tests.billing.test_kinds import DAY, MONTH, collect, market, sign
 from tests.billing.test_maintenance import HOUR, work
 from tests.billing.test_resales import bought, buyer, resold
 from tests.factories import NOW
@@ -41,6 +51,110 @@ class Quiet:
 @pytest.fixture
 def promises() -> Promises:
     return Promises(Quiet())  # type: ignore[arg-type]
+
+
+# --- prices
+TIERS = price_tiers.completed([
+    {"kind": "reserved", "min_term_hours": 168, "price": 1_900_000},
+    {"kind": "reserved", "min_term_hours": 168, "upfront_permille": 500, "price": 1_700_000},
+    {"kind": "flexible", "min_term_hours": 24, "flexible_hours_per_month": 60, "price": 1_400_000},
+])  # fmt: skip
+
+
+def reserve(market: World, *, pays: bool = True) -> Contract:
+    """A contract at the second of the tiers, and what is due at signing paid."""
+    offered = {"price_tiers": TIERS, "runtime": "kata"}
+    contract = sign(market, "reserved", 2, start=MONTH, end=MONTH + 10 * DAY, upfront_max=500, **offered)
+    if pays:
+        collect(upfront.issue(contract.pk, now=after(60)))
+    contract.refresh_from_db()
+    return contract
+
+
+def test_prices_by_term_and_share_are_sound_through_changes_and_more_gpus(market: World, promises: Promises):
+    contract = reserve(market)
+    assert (contract.price, contract.upfront_minor) == (1_700_000, 2 * 240 * 170 // 2)
+    operator, buyer = factories.actor(market.operator), factories.actor(market.customer)
+    dearer = [{**tier, "price": tier["price"] + 50_000} for tier in TIERS]
+    for tiers in (dearer, [], dearer):
+        listings.update(operator, market.listing, {"price_tiers": tiers}, now=after(HOUR))
+    more = contracts.amendments.resize(buyer, contract, 3, now=after(2 * HOUR))
+    contracts.accept_amendment(buyer, more, now=after(2 * HOUR))
+    assert more.price == 1_950_000  # nothing more is due at signing
+    flexible = sign(market, "flexible", 1, start=MONTH, end=MONTH + 2 * DAY, at=3 * HOUR)
+    assert flexible.price == 1_600_000, "nobody said that it would bear more hours"
+    auditor = Priced(promises)
+    assert auditor.look() == auditor.books() == []
+    assert promises.tally["price by term, share at signing and curtailment"]["kept"] == 2
+    market.close(MONTH + 11 * DAY)
+    assert Held(promises).look() == books._lines() == books._prepaid(last=True) == []
+
+
+def test_a_price_that_is_not_the_cheapest_offered_is_found(market: World, promises: Promises, monkeypatch):
+    plain = price_tiers.chosen
+    monkeypatch.setattr(price_tiers, "chosen", lambda row, kind, _: plain(row, kind))
+    sign(market, "reserved", 2, start=MONTH, end=MONTH + 10 * DAY, upfront_max=500, price_tiers=TIERS)
+    (said,) = Priced(promises).look()
+    assert "is reserved for 2000000, 0 permille" in said
+    assert "asked [Offer(price=1700000, upfront=500" in said
+
+
+def test_prices_of_another_version_are_found(market: World, promises: Promises):
+    contract = reserve(market)
+    later = listings.update(factories.actor(market.operator), market.listing, {"price_tiers": []}, now=after(HOUR))
+    assert Priced(promises).look() == []
+    Contract.objects.filter(pk=contract.pk).update(listing_version=later.version)
+    assert any(f"version {later.version} of its offer asked" in said for said in Priced(promises).look())
+
+
+@pytest.mark.parametrize("change", ["due", "unpaid", "unasked"])
+def test_another_share_at_signing_is_found(market: World, promises: Promises, change):
+    contract = reserve(market, pays=change != "unpaid")
+    rows = Contract.objects.filter(pk=contract.pk)
+    if change == "due":
+        rows.update(upfront_minor=contract.upfront_minor - 1)
+        assert any("500 permille of 81600 are 40800" in said for said in Priced(promises).look())
+    elif change == "unpaid":
+        rows.update(state="active")
+    else:
+        rows.update(upfront_minor=0)
+    (said,) = Priced(promises).books()
+    assert f"paid for it: {0 if change == 'unpaid' else 40800}" in said
+
+
+def test_gpus_that_join_at_the_wrong_price_or_are_billed_at_it_are_found(market: World, promises: Promises):
+    contract = reserve(market)
+    buyer = factories.actor(market.customer)
+    more = contracts.amendments.resize(buyer, contract, 3, now=after(2 * HOUR))
+    contracts.accept_amendment(buyer, more, now=after(2 * HOUR))
+    market.close(MONTH + 11 * DAY)
+    assert Held(promises).look() == []
+    type(more).objects.filter(pk=more.pk).update(price=1_700_000)
+    assert any("its offer asked [1900000]" in said for said in Priced(promises).look())
+    assert any("is billed its commitment at" in said for said in Held(promises).look())
+
+
+def test_more_hours_of_curtailment_than_the_price_bears_are_found(market: World, promises: Promises):
+    contract = sign(market, "flexible", 8, start=MONTH, end=MONTH + 10 * DAY, flexible_hours_per_month=6)
+    placement = market.ran(MONTH, 6 * HOUR, gpus=8)
+    auditor = Priced(promises)
+    for day in range(2):
+        site, begin = market.host.site, after(MONTH + day * DAY)
+        call = Curtailment.objects.create(
+            site=site, node=factories.a_node(site), reference=f"grid-{day}", cap_w=1, starts_at=begin,
+            ends_at=begin + timedelta(hours=4), state="completed", ended_at=begin + timedelta(hours=3.5), created_by="grid",
+        )  # fmt: skip
+        PlacementEvent.objects.create(
+            placement=placement,
+            at=begin,
+            from_state="running",
+            to_state="draining",
+            reason=f"curtailment {call.public_id}",
+        )
+        found = auditor.books()
+        assert bool(found) == bool(day)
+    assert contract.public_id in found[0]
+    assert "bears 6 hours of curtailment a month; what it left for in December took 7:00:00" in found[0]
 
 
 # --- resale

@@ -11,13 +11,14 @@ from sandbox.market.held import Owes
 pytestmark = pytest.mark.serverless
 AT, HOUR = datetime(2030, 1, 10, tzinfo=UTC), timedelta(hours=1)
 GPU_HOUR = 3_600_000  # milli-GPU-seconds
+PRICE, LATER = 2_000_000, 2_500_000
 
 
 def contract(**changes):
     terms = json.dumps({"maintenance": {"hours_per_month": 4}})
     return {
         "id": 1, "kind": "reserved", "state": "active", "gpu_count": 8, "starts_at": AT, "ends_at": AT + 48 * HOUR, "ended_at": None,
-        "emergency_notice_s": None,
+        "emergency_notice_s": None, "price": PRICE,
         "billed_through": AT + 24 * HOUR, "terms": terms, **changes,
     }  # fmt: skip
 
@@ -27,16 +28,17 @@ def span(start, hours, **more):
 
 
 def test_a_window_is_due_up_to_the_edge():
-    assert Owes(contract(), [], [], []).committed() == 8 * 24 * GPU_HOUR
-    joined = [{"added_gpus": 2, "effective_at": AT + 20 * HOUR}]
-    assert Owes(contract(gpu_count=10), joined, [], []).committed() == (8 * 24 + 2 * 4) * GPU_HOUR
+    assert Owes(contract(), [], [], []).committed() == {PRICE: 8 * 24 * GPU_HOUR}
+    joined = [{"added_gpus": 2, "effective_at": AT + 20 * HOUR, "price": LATER}]
+    due = {PRICE: 8 * 24 * GPU_HOUR, LATER: 2 * 4 * GPU_HOUR}
+    assert Owes(contract(gpu_count=10), joined, [], []).committed() == due
 
 
 def test_what_was_sold_on_stays_due_after_an_early_end_and_not_after_a_default():
     sold = [span(10, 30, gpu_count=4)]
     left = {"ends_at": AT + 20 * HOUR, "billed_through": AT + 48 * HOUR}
-    assert Owes(contract(**left), [], sold, []).committed() == (8 * 20 + 4 * 20) * GPU_HOUR
-    assert Owes(contract(**left, state="defaulted"), [], sold, []).committed() == 8 * 20 * GPU_HOUR
+    assert Owes(contract(**left), [], sold, []).committed() == {PRICE: (8 * 20 + 4 * 20) * GPU_HOUR}
+    assert Owes(contract(**left, state="defaulted"), [], sold, []).committed() == {PRICE: 8 * 20 * GPU_HOUR}
 
 
 def test_maintenance_is_borne_for_the_hours_of_the_month_and_free_beyond_or_without_notice():

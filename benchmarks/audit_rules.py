@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from marketplace import ids
 
 Row = dict[str, Any]
 OVER = {"released", "failed", "lost"}
 WIDTH = {"site": 0, "spine": 1, "leaf": 2, "host": 3}
-INTERVAL = timedelta(minutes=5)  # of the spot auction
 
 
 def domain(host: Row, level: str) -> tuple[Any, ...]:
@@ -93,13 +95,50 @@ def _meant(other: Row, job: Row, rule: Row) -> bool:
     return same and set(other["labels"]) >= set(rule["labels"])
 
 
+class Auctions(NamedTuple):
+    """Prices by listing and start; the limit of who stood there, by contract and start; and when limits were others, the oldest first."""
+
+    prices: dict[tuple[int, datetime], int] = {}
+    stood: dict[tuple[int, datetime], int] = {}
+    was: dict[int, list[tuple[datetime, int]]] = {}
+
+    def told(self, contract: Row, at: datetime) -> tuple[int, int] | None:
+        """(price, limit that counts) for who begins then; None where nobody has auctioned: nobody pays more than his limit there."""
+        start = at.replace(minute=at.minute // 5 * 5, second=0, microsecond=0)
+        price = self.prices.get((contract["listing_id"], start))
+        later = [limit for when, limit in self.was.get(contract["id"], ()) if when > at]
+        limit = self.stood.get((contract["id"], start), [*later, contract["limit_price"]][0])
+        return None if price is None else (price, limit)
+
+
+def auctions(rows: Callable[[str], list[Row]]) -> Auctions:
+    """As they stand."""
+    was: dict[int, list[tuple[datetime, int]]] = defaultdict(list)
+    for r in rows(
+        "SELECT subject, at, (before->>'limit_price')::bigint AS was FROM marketplace_auditevent"
+        " WHERE verb = 'contract.limit_changed' ORDER BY id"
+    ):
+        was[ids.decode("ctr", r["subject"]) or 0].append((r["at"], r["was"]))
+    return Auctions(
+        {
+            (r["listing_id"], r["start"]): r["price"]
+            for r in rows("SELECT listing_id, start, price FROM marketplace_spotinterval WHERE NOT carried")
+        },
+        {
+            (r["contract_id"], r["start"]): r["limit_price"]
+            for r in rows("SELECT contract_id, start, limit_price FROM marketplace_spotresult")
+        },
+        was,
+    )
+
+
 def places(
     jobs: dict[int, Row],
     hosts: dict[int, Row],
     contracts: dict[int, Row],
     fresh: list[Row],
     tainted: dict[int, Any],
-    auctions: list[Row],
+    auctioned: Auctions,
 ) -> list[str]:
     """New placements: on hosts whose taints the job bears, at the site asked for, for no more than the job or its bid would pay."""
     found = []
@@ -113,14 +152,15 @@ def places(
         if job["site_id"] not in {None, p["site_id"]}:
             found.append(f"placement {p['id']} is at site {p['site_id']}, its job asked for {job['site_id']}")
         limits = [limit for limit in (job["price_limit"],) if limit is not None]
+        price = contract["price"]
         if contract["kind"] == "spot":
-            limits.append(contract["limit_price"])
-            price = [a["price"] for a in auctions if a["listing_id"] == contract["listing_id"]
-                     and a["start"] <= p["created_at"] < a["start"] + INTERVAL]  # fmt: skip
-        else:
-            price = [contract["price"]]
-        if price and limits and price[0] > min(limits):
-            found.append(f"placement {p['id']} costs {price[0]} and would pay {min(limits)}")
+            told = auctioned.told(contract, p["created_at"])
+            if told is None:
+                continue
+            price = told[0]
+            limits.append(told[1])
+        if limits and price > min(limits):
+            found.append(f"placement {p['id']} costs {price} and would pay {min(limits)}")
     return found
 
 

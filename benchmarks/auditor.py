@@ -94,7 +94,7 @@ class Auditor:
         """What jobs ask for beyond their shape (benchmarks.audit_rules)."""
         fresh = [p for p in live if p["id"] > self.newest_placement]
         told = rows("SELECT job_id FROM marketplace_jobevent WHERE reason LIKE 'moved to make room%'")
-        auctions = rows("SELECT listing_id, start, price FROM marketplace_spotinterval ORDER BY id") if fresh else []
+        auctions = rules.auctions(rows) if fresh else rules.Auctions()
         return [
             *rules.topology(jobs, hosts, live),
             *rules.ties(jobs, hosts, live, self.stood, self.newest_placement),

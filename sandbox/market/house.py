@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -24,7 +24,7 @@ from billing import tasks as billing_tasks
 from billing.gateway import wire
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import Contract, FeedValue, OutboxMessage, Placement, ShedClaim
+from marketplace.models import Contract, FeedValue, Host, OutboxMessage, Placement, ShedClaim
 from marketplace.services import contracts, feeds, leases, maintenance, screening, spot
 from marketplace.services.availability import HOLDING
 from marketplace.services.forward import bids
@@ -108,8 +108,10 @@ class House:
         self.mark()
         due = KINDS if whole else {kind for kind, at in self.marks.items() if at <= now}
         self.turned = now
-        for site in self.sites if "sites" in due else ():
-            self.loop(site)
+        slack = self.slack()
+        for site in self.sites:
+            if "sites" in due or site.pk in slack:
+                self.loop(site)
         if "maintenance" in due:
             self.do("maintenance", lambda: maintenance.clock(now))
         if "market" in due or _waiting(now):
@@ -143,6 +145,20 @@ class House:
             for site in moving:
                 site.sync(self.clock.now)
                 self.loop(site)
+
+    def slack(self) -> set[int]:
+        """Sites that speak, with hosts that have more watts booked than what stands there may draw: work has ended since their loop's
+        last turn, which is seconds ago where somebody is at work, and who comes next may need these watts.
+        """
+        active: dict[int, set[int]] = defaultdict(set)
+        for host, indices in Placement.objects.exclude(state__in=Placement.FINAL).values_list("host_id", "gpu_indices"):
+            active[host] |= set(indices)
+        silent = [site.pk for site in self.sites if site.silent]
+        return {
+            h.site_id
+            for h in Host.objects.filter(cap_control=True, state=Host.State.ACTIVE).exclude(site__in=silent)
+            if h.reserved_w > _needs_w(h, active.get(h.pk))
+        }
 
     def moving(self) -> list[Facility]:
         """Sites at which something begins or ends; those that are silent are waited for elsewhere."""
@@ -239,6 +255,13 @@ class House:
 
     def end(self) -> None:
         self.surgeon.close()
+
+
+def _needs_w(host: Host, active: set[int] | None) -> int:
+    """What it may draw with these GPUs in use; None: with nothing on it."""
+    if active is None:
+        return host.parked_w
+    return host.base_w + len(active) * host.gpu_max_w + (host.gpu_count - len(active)) * host.gpu_min_w
 
 
 def _whole(at: datetime) -> datetime:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.auditor import rows
 from marketplace import ids
-from sandbox.market.promises import Promises
+from sandbox.market.promises import CLAIM_WITHIN, Promises
 
 Row = dict[str, Any]
 LOOKED_WITHIN = timedelta(hours=4)
@@ -41,8 +41,10 @@ class Resold:
         for f in rows(
             "SELECT f.*, c.kind, c.price AS agreed, c.starts_at AS begins, c.ends_at AS over, c.organization_id AS buyer, c.upfront_minor,"
             " c.terminated_at, r.price AS asked, r.starts_at AS r_from, r.ends_at AS r_to, r.organization_id AS seller,"
-            " b.limit_price, b.kind AS b_kind, b.earliest, b.latest, b.duration_s, b.expires_at, b.organization_id AS bidder"
+            " b.limit_price, b.kind AS b_kind, b.earliest, b.latest, b.duration_s, b.expires_at, b.organization_id AS bidder,"
+            " q.starts_at AS q_from, q.ends_at AS q_to"
             " FROM marketplace_fill f JOIN marketplace_contract c ON c.id = f.contract_id"
+            " LEFT JOIN marketplace_quote q ON q.id = c.quote_id"
             " LEFT JOIN marketplace_resale r ON r.id = f.resale_id LEFT JOIN marketplace_standingbid b ON b.id = f.bid_id"
             f" WHERE f.id > {max(self.sales, default=0)} ORDER BY f.id"
         ):
@@ -62,11 +64,15 @@ class Resold:
                 }
                 self.promises.count("resale: one window, one buyer, paid whole at signing", "made")
             if f["bid_id"]:
-                late = (f["ends_at"] - f["starts_at"]).total_seconds() != f["duration_s"]
+                # Whoever signs when it has begun has what is left, from the second on in which the GPUs are clear.
+                signed = max(f["q_from"], f["at"])
+                lost = f["ends_at"] != f["q_to"] or not f["q_from"] <= f["starts_at"] <= signed + CLAIM_WITHIN
+                other = (f["q_to"] - f["q_from"]).total_seconds() != f["duration_s"]
                 wrong |= {
                     "over its bid's limit": f["price"] > f["limit_price"],
                     "another kind than its bid's": f["kind"] != f["b_kind"],
-                    "outside its bid's window": late or not f["earliest"] <= f["starts_at"] <= f["latest"],
+                    "outside its bid's window": other or not f["earliest"] <= f["q_from"] <= f["latest"],
+                    "another window than its bid was quoted": lost,
                     "not its bidder's": f["bidder"] != f["buyer"],
                     "after its bid was over": f["at"] > f["expires_at"] + timedelta(minutes=15),
                 }

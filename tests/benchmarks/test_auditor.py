@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 from django.db import connection
 
+from benchmarks.audit_rules import Auctions
 from benchmarks.auditor import Auditor
 from marketplace.models import Host, Job, PowerNode
 from marketplace.services import contracts, quotes
@@ -133,6 +134,15 @@ RULES = {
         "UPDATE marketplace_jobevent SET reason = 'moved to make room for job_x' WHERE to_state = 'placed'", "had not agreed to it",
     ),
 }  # fmt: skip
+
+
+def test_the_limit_of_a_spot_placement_is_the_one_that_counted_when_it_came():
+    contract, five = {"id": 1, "listing_id": 2, "limit_price": 80}, timedelta(minutes=5)
+    told = Auctions({(2, NOW): 100}, {(1, NOW): 120}, {1: [(NOW + five, 90)]}).told
+    assert told(contract, NOW + timedelta(seconds=7)) == (100, 120)  # as it stood in the auction
+    assert told(contract, NOW + five) is None  # nobody auctioned: nobody pays more than his limit
+    told = Auctions({(2, NOW): 100}, {}, {1: [(NOW + five, 90)]}).told
+    assert told(contract, NOW + timedelta(seconds=7)) == (100, 90)  # lowered afterwards
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -3,8 +3,10 @@
 from collections import Counter
 from datetime import timedelta
 from random import Random
+from types import SimpleNamespace
 
 import pytest
+from django.db.models import F
 
 from sandbox.market import environment, report
 from sandbox.market.clock import Clock
@@ -76,3 +78,16 @@ def test_an_hour_that_work_on_something_else_steps_over_is_seen_to_next(house: H
     contract.refresh_from_db()
     assert contract.began_at == late
     assert house.next_mark() == start + DAY
+
+
+def test_watts_that_nobody_needs_any_more_have_the_loop_turn_before_who_comes_next(house: House):
+    """Nobody is at work between two instants: what ended in between is still booked, and a claim at its hour needs it."""
+    yard = Yard()
+    host, site = yard.hosts[0], SimpleNamespace(pk=yard.site.pk, silent=False)
+    house.sites = [site]  # type: ignore[list-item]
+    type(host).objects.update(cap_control=True, reserved_w=F("parked_w"))
+    assert house.slack() == set()
+    type(host).objects.filter(pk=host.pk).update(reserved_w=F("parked_w") + 1)
+    assert house.slack() == {yard.site.pk}
+    site.silent = True
+    assert house.slack() == set()

@@ -10,6 +10,7 @@ from billing import resales as money
 from marketplace.models import (
     Contract,
     Curtailment,
+    Fill,
     Maintenance,
     PlacementEvent,
     Resale,
@@ -240,8 +241,14 @@ def test_a_bid_that_pays_more_than_its_limit_and_one_nobody_looks_at_are_found(p
     desk.offer(gpus=1)
     assert look(desk).bought == 1
     assert Resold(promises).look(NOW) == []
-    StandingBid.objects.filter(pk=row.pk).update(limit_price=ASK - 1)
-    assert any("over its bid's limit" in said for said in Resold(promises).look(NOW))
+    fill, late = Fill.objects.get(bid=row), timedelta(seconds=14)
+    Fill.objects.filter(pk=fill.pk).update(starts_at=fill.starts_at + late, at=fill.starts_at + late)
+    assert not [said for said in Resold(promises).look(NOW) if "its bid" in said], "who signs late begins late"
+    Fill.objects.filter(pk=fill.pk).update(ends_at=fill.ends_at + late)
+    assert any("another window than its bid was quoted" in said for said in Resold(promises).look(NOW))
+    StandingBid.objects.filter(pk=row.pk).update(limit_price=ASK - 1, duration_s=1)
+    found = Resold(promises).look(NOW)
+    assert all(any(words in said for said in found) for words in ("over its bid's limit", "outside its bid's window"))
     bid(desk, desk.buyer(), ASK)
     desk.offer(gpus=1)
     assert any("suit each other" in said for said in Resold(promises).look(NOW + timedelta(hours=6)))

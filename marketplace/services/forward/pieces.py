@@ -83,6 +83,9 @@ def rejoin(contract: Contract, now: datetime) -> bool:
     if whole or len({(s.start, s.end) for s in joined}) != 1:
         return False
     _write(contract, rows, joined)
+    # What it holds now it has held from the first second on, in one row: no piece of before says so a second time.
+    before = Reservation.objects.filter(contract=contract, maintenance=None, piece=True, state=Reservation.State.FIRM)
+    before.filter(ends_at__lt=now).update(state=Reservation.State.RELEASED)
     return True
 
 

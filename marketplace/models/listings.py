@@ -1,5 +1,7 @@
 """What is offered: listings and quotes."""
 
+from typing import Any
+
 from django.db import models
 from django.db.models import F, Q
 
@@ -32,6 +34,12 @@ class ListingQuerySet(TenantQuerySet):
         # A subquery, not a join: a row is shown once, whoever else is named.
         named = Listing.objects.filter(partners=actor.organization_id)
         return shown & (Q(visibility="public") | Q(pk__in=named.values("pk")))
+
+
+def hosts_behind(listing: Any, *, is_resale: bool) -> models.QuerySet[Host]:
+    """`Listing.offered_hosts` of a listing, its id, or a slot for it."""
+    path = "reservation_blocks__reservation__resale__listing" if is_resale else "listing"
+    return Host.objects.filter(**{path: listing}).exclude(state=Host.State.RETIRED).distinct()
 
 
 class Listing(TenantModel):
@@ -109,10 +117,7 @@ class Listing(TenantModel):
 
     def offered_hosts(self) -> models.QuerySet[Host]:
         """Hosts that stand behind the offer, in service or not: its own, or those on which a resale has GPUs set aside."""
-        behind = Q(listing=self)
-        if self.is_resale:
-            behind = Q(reservation_blocks__reservation__resale__listing=self)
-        return Host.objects.filter(behind).exclude(state=Host.State.RETIRED).distinct()
+        return hosts_behind(self, is_resale=self.is_resale)
 
     def price_of(self, kind: str) -> int | None:
         """The plain price, millionths of the major unit per GPU-hour; None where the kind is not offered."""

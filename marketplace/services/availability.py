@@ -17,6 +17,7 @@ from math import gcd
 
 from django.db.models import F, Q
 
+from marketplace.compiled import Compiled, any_of, time
 from marketplace.models import Gpu, Host, Kind, Listing, Placement, Reservation, ReservationBlock, Site
 from scheduler.core import capacity
 from scheduler.core.capacity import FOREVER, Admission, Claim, Hosts, Pool, Shape
@@ -72,6 +73,21 @@ def claim_window(listing: Listing, starts_at: datetime, ends_at: datetime, now: 
     return capacity.claim_window(seconds(starts_at), seconds(ends_at), lead_s(listing), seconds(now))
 
 
+_HOSTS = Compiled(
+    lambda: (
+        Host.objects.filter(any_of("listing_id", "ids"))
+        .exclude(state=Host.State.RETIRED)
+        .order_by("id")
+        .values_list(
+            "id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "back_at", "site__mode", "beat_at"
+        )
+    )
+)
+_BROKEN = Compiled(
+    lambda: Gpu.objects.filter(any_of("host__listing_id", "ids"), healthy=False).values_list("host_id", "index")
+)
+
+
 def load(
     listings: Sequence[Listing], now: datetime, *, without: Collection[int] = (), among: Collection[int] | None = None
 ) -> Market:
@@ -79,15 +95,9 @@ def load(
     the only hosts that count.
     """
     ids = [listing.pk for listing in listings]
-    offered = Host.objects.filter(listing_id__in=ids)
-    hosts = list(
-        (offered if among is None else offered.filter(pk__in=among))
-        .exclude(state=Host.State.RETIRED)
-        .order_by("id")
-        .values_list(
-            "id", "listing_id", "gpu_count", "leaf", "spine", "state", "leaves_at", "back_at", "site__mode", "beat_at"
-        )
-    )
+    hosts = _HOSTS(ids=ids)
+    if among is not None:
+        hosts = [host for host in hosts if host[0] in among]
     broken = _broken(ids)
     rows: list[tuple[int, int, str, str, int]] = []
     totals: dict[int, int] = dict.fromkeys(ids, 0)
@@ -168,9 +178,7 @@ def _set_aside(
 def _broken(listing_ids: Sequence[int]) -> dict[int, set[int]]:
     """GPU indices that do not work, per host."""
     found: dict[int, set[int]] = defaultdict(set)
-    for host, index in Gpu.objects.filter(host__listing_id__in=listing_ids, healthy=False).values_list(
-        "host_id", "index"
-    ):
+    for host, index in _BROKEN(ids=listing_ids):
         found[host].add(index)
     return found
 
@@ -181,25 +189,16 @@ def live_reservations(now: datetime, path: str = "") -> Q:
     return (held | Q(**{f"{path}state": Reservation.State.FIRM})) & Q(**{f"{path}ends_at__gt": now})
 
 
-def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[int]) -> list[Claim]:
-    blocks: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
-    rows = (
-        ReservationBlock.objects.filter(live_reservations(now, "reservation__"), host_id__in=host_ids)
-        .exclude(reservation_id__in=list(without))
+_RESERVED = Compiled(
+    lambda: (
+        ReservationBlock.objects.filter(live_reservations(time("now"), "reservation__"), any_of("host_id", "hosts"))
         .order_by("id")
         .values_list("reservation_id", "reservation__claims_at", "reservation__ends_at", "host_id", "gpu_indices")
     )
-    for pk, claims_at, ends_at, host, indices in rows:
-        blocks[pk, seconds(claims_at), seconds(ends_at)].append((host, len(indices)))
-    return [Claim(("reservation", pk), start, end, tuple(hold)) for (pk, start, end), hold in blocks.items()]
-
-
-def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = False) -> dict[int, dict[int, int]]:
-    """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out. With
-    `limits` a job's own time limit and the grace after it end it, too, `LAG_S` later at most.
-    """
-    live = (
-        Placement.objects.filter(host_id__in=host_ids)
+)
+_AT_WORK = Compiled(
+    lambda: (
+        Placement.objects.filter(any_of("host_id", "hosts"))
         .exclude(state__in=Placement.FINAL)
         .exclude(contract__kind=Kind.SPOT)
         .values_list(
@@ -212,16 +211,34 @@ def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = 
             *BEGAN,
         )
     )
-    rows = list(live)
+)
+_HELD_BY = Compiled(
+    lambda: ReservationBlock.objects.filter(
+        any_of("reservation__contract_id", "contracts"),
+        reservation__state=Reservation.State.FIRM,
+        reservation__ends_at__gt=time("now"),
+    ).values_list("reservation__contract_id", "host_id", "gpu_indices")
+)
+
+
+def _reservations(host_ids: Sequence[int], now: datetime, without: Collection[int]) -> list[Claim]:
+    blocks: dict[tuple[int, int, int], list[tuple[int, int]]] = defaultdict(list)
+    for pk, claims_at, ends_at, host, indices in _RESERVED(hosts=host_ids, now=now):
+        if pk in without:
+            continue
+        blocks[pk, seconds(claims_at), seconds(ends_at)].append((host, len(indices)))
+    return [Claim(("reservation", pk), start, end, tuple(hold)) for (pk, start, end), hold in blocks.items()]
+
+
+def unreserved_gpus(host_ids: Collection[int], now: datetime, *, limits: bool = False) -> dict[int, dict[int, int]]:
+    """{host: {GPU index: end in s}} of GPUs that running work occupies outside its own reservation; spot is left out. With
+    `limits` a job's own time limit and the grace after it end it, too, `LAG_S` later at most.
+    """
+    rows = _AT_WORK(hosts=list(host_ids))
     holders = {contract for _, _, contract, kind, *_ in rows if kind in HOLDING}
     own: dict[tuple[int, int], set[int]] = defaultdict(set)
     if holders:
-        blocks = ReservationBlock.objects.filter(
-            reservation__contract_id__in=holders,
-            reservation__state=Reservation.State.FIRM,
-            reservation__ends_at__gt=now,
-        ).values_list("reservation__contract_id", "host_id", "gpu_indices")
-        for contract, host, indices in blocks:
+        for contract, host, indices in _HELD_BY(contracts=list(holders), now=now):
             own[contract, host].update(indices)
     taken: dict[int, dict[int, int]] = defaultdict(dict)
     for host, indices, contract, _, ends_at, limit, running_at, created_at in rows:

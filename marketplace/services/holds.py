@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from django.contrib.postgres.aggregates import ArrayAgg
-from django.db.models import Q, Value
+from django.db.models import Q
 
+from marketplace.compiled import Compiled, any_of, time
 from marketplace.errors import MarketError
-from marketplace.models import Contract, Host, Kind, Placement, Reservation, ReservationBlock
+from marketplace.models import Contract, Gpu, Host, Kind, Placement, Reservation, ReservationBlock
 from marketplace.services import availability
 from marketplace.services.availability import seconds
 
@@ -163,19 +163,40 @@ def _write_moves(rivals: Sequence[tuple[Taken, ReservationBlock | None]], moves:
         ReservationBlock.objects.bulk_update(moved, ["gpu_indices"])
 
 
+_SIZES = Compiled(lambda: Host.objects.filter(any_of("pk", "hosts")).order_by().values_list("pk", "gpu_count"))
+_BROKEN = Compiled(
+    lambda: Gpu.objects.filter(any_of("host_id", "hosts"), healthy=False).values_list("host_id", "index")
+)
+_SPOT = Compiled(
+    lambda: (
+        Placement.objects.filter(any_of("host_id", "hosts"), contract__kind=Kind.SPOT)
+        .exclude(state__in=Placement.FINAL)
+        .values_list("host_id", "gpu_indices", "contract__limit_price")
+    )
+)
+_BLOCKS = Compiled(
+    lambda: ReservationBlock.objects.filter(
+        any_of("host_id", "hosts"),
+        reservation__in=Reservation.objects.filter(availability.live_reservations(time("now"))).exclude(
+            CLAIM_OF_MAINTENANCE
+        ),
+    ).select_related("reservation")
+)
+
+
 def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:
     """{host: its working devices, in the order in which a claim takes them}: idle ones, then those of spot, the lowest bid first."""
     ids = list(host_ids)
-    broken = ArrayAgg("gpus__index", filter=Q(gpus__healthy=False), default=Value([]))
-    rows = Host.objects.filter(pk__in=ids).order_by().values_list("pk", "gpu_count").annotate(broken=broken)
+    broken: dict[int, set[int]] = defaultdict(set)
+    for host, index in _BROKEN(hosts=ids):
+        broken[host].add(index)
     bids: dict[tuple[int, int], int] = {}
-    spot = Placement.objects.filter(host_id__in=ids, contract__kind=Kind.SPOT).exclude(state__in=Placement.FINAL)
-    for host, indices, bid in spot.values_list("host_id", "gpu_indices", "contract__limit_price"):
+    for host, indices, bid in _SPOT(hosts=ids):
         for i in indices:  # parts of one device leave together
             bids[host, i] = max(bids.get((host, i), 0), bid or 0)
     return {
-        pk: sorted((i for i in range(count) if i not in out), key=lambda i: (bids.get((pk, i), -1), i))
-        for pk, count, out in rows
+        pk: sorted((i for i in range(count) if i not in broken[pk]), key=lambda i: (bids.get((pk, i), -1), i))
+        for pk, count in _SIZES(hosts=ids)
     }
 
 
@@ -183,9 +204,7 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
     """What holds devices of these hosts: blocks of live reservations, and running work outside them."""
     ids, at = list(host_ids), seconds(now)
     found: dict[int, list[tuple[Taken, ReservationBlock | None]]] = defaultdict(list)
-    live = Reservation.objects.filter(availability.live_reservations(now)).exclude(CLAIM_OF_MAINTENANCE)
-    blocks = ReservationBlock.objects.filter(host_id__in=ids, reservation__in=live).select_related("reservation")
-    for block in blocks:
+    for block in _BLOCKS(hosts=ids, now=now):
         of = block.reservation
         start, end = seconds(of.claims_at), seconds(of.ends_at)
         claim = Taken(block.pk, start, end, tuple(block.gpu_indices), pinned=start <= at)

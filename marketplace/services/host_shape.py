@@ -7,18 +7,28 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from marketplace.compiled import Compiled, slot
 from marketplace.models import Listing
+from marketplace.models.listings import hosts_behind
 
 NAMEPLATE = "always at nameplate power (no cap control)"
 FIELDS = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "cap_control", "nvlink_gpus")
+
+
+_SHAPES = Compiled(
+    lambda is_resale: (
+        hosts_behind(slot("listing"), is_resale=is_resale)
+        .order_by()
+        .values_list("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "cap_control", "nvlink_domains")
+    )
+)
 
 
 def of_listing(listing: Listing) -> dict[str, int] | None:
     """`gpu_count`, `vcpu_milli`, `ram_mib`, `nvme_gib`, `cap_control` (whether the power of its GPUs can be limited: without that it
     counts at its nameplate at all times) and `nvlink_gpus` (of the largest NVLink domain); None without hosts.
     """
-    columns = ("gpu_count", "vcpu_milli", "ram_mib", "nvme_gib", "cap_control", "nvlink_domains")
-    rows = listing.offered_hosts().order_by().values_list(*columns).distinct()
+    rows = _SHAPES(listing.is_resale, listing=listing.pk)
     found = [(*plain, min(_largest(domains), plain[0])) for *plain, domains in rows]
     return of_values(list(map(min, zip(*found, strict=True)))) if found else None
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from django.conf import settings
 
+from marketplace.compiled import Compiled, shape_of, slot
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Organization, Quote
 from marketplace.services import availability, listings, price_tiers, quote_terms, quoted, search
@@ -31,6 +32,16 @@ LOOKED_AT: Final = 8  # other listings with room, cheapest first, of which the n
 LEVEL_STEP: Final = 150
 SAME_SITE, OTHER_SITE, OTHER_REGION = 50, 100, 200
 DAY_S: Final = 86_400
+
+
+# A listing, where the actor may see it.
+SEEN = Compiled(
+    lambda actor: (
+        Listing.objects.visible_to(actor)
+        .select_related("site__cell", "gpu_model", "organization", "resale", "reliability")
+        .filter(pk=slot("listing"))
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,7 @@ def alternatives(
         found["later"] = None if other.later is None else _window(*other.later)
         found["earlier"] = None if other.earlier is None else _window(*other.earlier)
         found["ends_at"] = None if other.until is None else instant(other.until)
-    assert actor.organization_id is not None
-    organization = Organization.objects.get(pk=actor.organization_id)
+    organization = asked.organization
     offers = [
         *_here(actor, organization, listing, asked, other, now, market),
         *_elsewhere(actor, organization, listing, asked, now),
@@ -101,12 +111,10 @@ def _here(
     market: Market | None,
 ) -> Iterator[Offer]:  # fmt: skip
     """As it is offered now, whatever the quote froze: its present terms and price."""
-    rows = Listing.objects.visible_to(actor).select_related(
-        "site__cell", "gpu_model", "organization", "resale", "reliability"
-    )
-    row = rows.filter(pk=listing.pk, state=Listing.State.PUBLISHED).first()
-    if row is None:
+    found = SEEN(shape_of(actor), listing=listing.pk, organization=actor.organization_id)
+    if not found or found[0].state != Listing.State.PUBLISHED:
         return
+    row = found[0]
     market = market or availability.load([row], now)
     for what, wanted, distance in _changed(_request(asked, now), asked, other, market, row, now):
         option = _option(row, wanted, now)

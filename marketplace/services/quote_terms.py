@@ -6,11 +6,11 @@ from fractions import Fraction
 from typing import Any
 
 from django.conf import settings
-from django.db.models import Min
 
 from billing.core import money, share, tax
+from marketplace.compiled import Compiled, slot
 from marketplace.errors import MarketError
-from marketplace.models import Kind, Listing, Organization, Quote
+from marketplace.models import Host, Kind, Listing, Organization, Quote
 from marketplace.services import price_tiers
 from marketplace.services.availability import HOLDING, seconds
 from marketplace.services.price_tiers import Asked, Option
@@ -157,12 +157,23 @@ def option_of(listing: Listing, wanted: Request, now: datetime) -> Option:
     )  # fmt: skip
 
 
+_SMALLEST = Compiled(
+    lambda: (
+        Host.objects.filter(listing=slot("listing"))
+        .exclude(state=Host.State.RETIRED)
+        .order_by("gpu_count")
+        .values_list("gpu_count", flat=True)[:1]
+    )
+)
+
+
 def chunk_of(listing: Listing) -> int:
     """GPUs come in multiples of this on one host: the minimum, or whole hosts where the minimum is larger than one."""
     if listing.is_resale:
         return listing.min_gpus
-    found = listing.hosts.exclude(state="retired").aggregate(least=Min("gpu_count"))["least"]
-    return max(1, min(listing.min_gpus, int(found or 1)))
+    smallest: int
+    (smallest,) = _SMALLEST(listing=listing.pk) or [1]
+    return max(1, min(listing.min_gpus, smallest))
 
 
 def total_minor(gpus: int, starts_at: datetime, ends_at: datetime, price: int, currency: str) -> int:

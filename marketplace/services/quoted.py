@@ -4,10 +4,10 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from django.db.models import F
-
+from marketplace.compiled import Compiled, slot
 from marketplace.errors import MarketError
 from marketplace.models import Listing, Quote
+from marketplace.models.listings import hosts_behind
 from marketplace.services import feeds, host_shape
 from marketplace.services.price_tiers import Option
 from scheduler.core import economics
@@ -16,8 +16,17 @@ FROZEN = (
     "title", "interconnect", "fabric_gbps", "runtime", "min_gpus", "min_term_hours", "max_term_days", "eviction_notice_s",
     "flexible_hours_per_month", "flexible_notice_s", "emergency_notice_s", "upfront_permille", "maintenance_hours_per_month",
 )  # fmt: skip
-GPU_W = F("gpu_max_w") + F("base_w") / F("gpu_count")
 ASKS = ("upfront_permille", "flexible_hours_per_month")  # that a price tier has instead of the listing
+
+
+_WATTS = Compiled(
+    lambda is_resale: (
+        hosts_behind(slot("listing"), is_resale=is_resale)
+        .filter(gpu_count__gt=0)
+        .order_by()
+        .values_list("base_w", "gpu_count", "gpu_max_w")
+    )
+)
 
 
 def terms_of(listing: Listing, option: Option | None = None, *, now: datetime) -> dict[str, Any]:
@@ -44,11 +53,10 @@ def energy(listing: Listing, now: datetime) -> dict[str, Any] | None:
     """What a GPU draws at the meter when its host runs at full power, the site's overhead included (W), and the grid's price of now
     (micro-USD/MWh), None where no feed publishes one: what a site pays by its own tariff is nobody else's business.
     """
-    dearest = listing.offered_hosts().filter(gpu_count__gt=0).order_by(GPU_W.desc(), "id")
-    watts = dearest.values_list("base_w", "gpu_count", "gpu_max_w").first()
-    if watts is None:
+    watts = _WATTS(listing.is_resale, listing=listing.pk)
+    if not watts:
         return None
-    share = economics.gpu_share_w(*watts)
+    share = max(economics.gpu_share_w(*each) for each in watts)
     price = feeds.published_energy(listing.site, now=now)
     return {
         "gpu_w": -(-share * listing.site.pue_permille // 1000),

@@ -9,8 +9,8 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Count, Min
 
+from marketplace.compiled import ORGANIZATION, Compiled, shape_of, time
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Listing, Organization, Quote, Reservation, StandingBid
@@ -199,8 +199,8 @@ def _refusal(
 
 
 def _listing(actor: Actor, listing_id: int) -> Listing:
-    rows = Listing.objects.visible_to(actor).select_related("site__cell", "gpu_model", "organization", "resale")
-    listing: Listing | None = rows.filter(pk=listing_id).first()
+    found = nearest.SEEN(shape_of(actor), listing=listing_id, organization=actor.organization_id)
+    listing: Listing | None = found[0] if found else None
     if listing is None or listing.site.cell.livemode != actor.livemode:
         raise MarketError("not_found", "There is no such listing.")
     if listing.state != Listing.State.PUBLISHED:
@@ -226,13 +226,18 @@ def _check_ceiling(actor: Actor, listing: Listing, wanted: Request, made: Quote,
         )
 
 
+_LIVE_HOLDS = Compiled(
+    lambda: Reservation.objects.filter(
+        state=Reservation.State.HELD, held_until__gt=time("now"), quote__organization=ORGANIZATION
+    ).values_list("held_until", flat=True)
+)
+
+
 def _check_holds(organization: Organization, now: datetime) -> None:
-    live = Reservation.objects.filter(
-        state=Reservation.State.HELD, held_until__gt=now, quote__organization=organization
-    ).aggregate(soonest=Min("held_until"), count=Count("id"))
-    count = live["count"]
+    live = _LIVE_HOLDS(now=now, organization=organization.pk)
+    count = len(live)
     if count >= settings.QUOTE_LIVE_HOLDS:
-        wait = max(1, seconds(live["soonest"]) - seconds(now))
+        wait = max(1, seconds(min(live)) - seconds(now))
         raise MarketError(
             "too_many_holds", f"Accept one of the {count} held quotes, or wait {wait} s.",
             extra={"limit": settings.QUOTE_LIVE_HOLDS, "retry_after": wait},

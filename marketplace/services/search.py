@@ -15,6 +15,7 @@ import numpy as np
 from django.db.models import QuerySet
 
 from marketplace import prepared
+from marketplace.compiled import Compiled, any_of, shape_of
 from marketplace.errors import MarketError
 from marketplace.models import Kind, Listing
 from marketplace.services import availability, catalogue, host_shape, price_tiers
@@ -162,6 +163,15 @@ def search(
     )
 
 
+_PAGE = Compiled(
+    lambda actor: (
+        on_offer(actor)
+        .select_related("site", "gpu_model", "organization__reliability", "reliability", "resale")
+        .filter(any_of("pk", "ids"))
+    )
+)
+
+
 # --- rows, in the order asked for
 def _ordered(
     offers: Offers, shown: Mask, sort: str, kinds: tuple[Kind, ...], asked: Asked, after: tuple[int, int] | None
@@ -190,13 +200,7 @@ def _ordered(
 def _rows(actor: Actor, offers: Offers, page: Ints, free: Ints, asked: Asked, now: datetime) -> list[Found]:
     """The offers as the database has them now; one that was withdrawn since the columns were read is left out."""
     ids = offers.listings["id"][page].tolist()
-    rows = (
-        on_offer(actor)
-        .select_related("site", "gpu_model", "organization__reliability", "reliability", "resale")
-        .in_bulk(ids)
-        if ids
-        else {}
-    )
+    rows = {row.pk: row for row in _PAGE(shape_of(actor), ids=ids, organization=actor.organization_id)} if ids else {}
     heard = _heard(ids, now)
     totals, stock = offers.totals[page].tolist(), free[page].tolist()
     verified, hosts = offers.verified[page].tolist(), offers.host_count[page].tolist()

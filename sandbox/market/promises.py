@@ -24,6 +24,7 @@ KEPT = timedelta(days=1)  # so long after its window an offer is still looked at
 OWN = ("cancelled", "the contract ended", "a replica ended")
 # Why work that is firm may be asked to go.
 FIRM = (*OWN, "host drained", "drained:", "not_started", "moved", "host", "site", "a replica", "lease")
+CLAIMED = "preempted: a reservation begins on these GPUs"
 FROZEN = (
     "terms",
     "fee_permille",
@@ -260,7 +261,7 @@ class Promises:
             elif c["kind"] in {"on_demand", "reserved"}:
                 agreed = curtailed and _named(c, calls[why.split()[1]], e["at"])
                 self.count("firm: asked to go only for cause", "broken" if curtailed and not agreed else "kept")
-                if not agreed and (curtailed or not why.startswith(FIRM)):
+                if not agreed and (curtailed or not (why.startswith(FIRM) or self._beside(e))):
                     found.append(f"placement {e['placement']} of a {c['kind']} contract was asked to go: {why!r}")
             if why.startswith("drained:") and "mnt_" not in why and (told := self.leaves.get(e["host_id"])):
                 self.count("maintenance: not before its hour", "broken" if e["at"] < told else "kept")
@@ -269,6 +270,22 @@ class Promises:
                         f"placement {e['placement']} left for maintenance at {e['at']:%F %T}, announced for {told:%F %T}"
                     )
         return found
+
+    def _beside(self, e: Row) -> bool:
+        """Did it, or a replica that left with it, stand on GPUs that its contract does not hold then, when somebody's window began there?
+        What goes beyond a reservation, and what its holder has sold on, is nobody's promise to him.
+        """
+        if not e["reason"].startswith(CLAIMED):
+            return False
+        stood = rows(
+            "SELECT p.gpu_indices, (SELECT coalesce(array_agg(i), '{}') FROM marketplace_reservation r"
+            " JOIN marketplace_reservationblock b ON b.reservation_id = r.id, unnest(b.gpu_indices) i WHERE r.contract_id = p.contract_id"
+            f" AND b.host_id = p.host_id AND r.claims_at <= '{e['at'].isoformat()}' AND r.ends_at > '{e['at'].isoformat()}'"
+            " AND r.state = 'firm') AS own FROM marketplace_placement p JOIN marketplace_placementevent o ON o.placement_id = p.id"
+            f" WHERE p.job_id = (SELECT job_id FROM marketplace_placement WHERE id = {e['placement']})"
+            f" AND o.to_state = 'draining' AND o.at = '{e['at'].isoformat()}'"
+        )
+        return any(set(p["gpu_indices"]) - set(p["own"]) for p in stood)
 
     def _dunning(self) -> list[str]:
         found = []

@@ -25,7 +25,7 @@ from sandbox.market import books
 from sandbox.market.held import Held
 from sandbox.market.maintained import Maintained
 from sandbox.market.priced import Priced
-from sandbox.market.promises import Promises
+from sandbox.market.promises import CLAIMED, Promises
 from sandbox.market.resold import Resold
 from sandbox.market.screened import Screened
 from tests import factories
@@ -252,6 +252,22 @@ def test_a_bid_that_pays_more_than_its_limit_and_one_nobody_looks_at_are_found(p
     bid(desk, desk.buyer(), ASK)
     desk.offer(gpus=1)
     assert any("suit each other" in said for said in Resold(promises).look(NOW + timedelta(hours=6)))
+
+
+# --- who is asked to leave
+def test_who_is_put_off_gpus_that_he_holds_is_found_and_who_stood_beside_them_is_not(market: World, promises: Promises):
+    contract = sign(market, "reserved", 4, start=MONTH, end=MONTH + DAY)
+    placement = market.ran(MONTH, 6 * HOUR, gpus=4)
+    PlacementEvent.objects.create(
+        placement=placement, at=after(MONTH + HOUR), from_state="running", to_state="draining", reason=CLAIMED
+    )
+    held = {c["id"]: c for c in _contracts()}
+    blocks = ReservationBlock.objects.filter(reservation__contract=contract)
+    blocks.update(gpu_indices=placement.gpu_indices)
+    (said,) = promises._drained(held)
+    assert f"placement {placement.pk} of a reserved contract was asked to go" in said
+    blocks.update(gpu_indices=placement.gpu_indices[1:])  # one of them is sold on
+    assert Promises(Quiet())._drained(held) == []  # type: ignore[arg-type]
 
 
 # --- maintenance

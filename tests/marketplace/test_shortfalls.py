@@ -14,10 +14,12 @@ from marketplace.services import (
     contracts,
     drains,
     maintenance,
+    quotes,
     sites,
 )
 from marketplace.services.contracts import healing
 from marketplace.services.contracts.shortfalls import Stay, pieces
+from marketplace.services.forward import resales
 from tests import factories as f
 from tests.factories import NOW
 from tests.marketplace.out_of_work import (
@@ -51,6 +53,23 @@ def full(yard, **fields):
     contract = yard.contract(gpus=8, level="host", **fields)
     other = yard.contract(gpus=24, customer=f.organization(), **fields)
     return contract, other, Host.objects.get(pk=next(iter(yard.on(contract))))
+
+
+def test_hours_that_were_sold_on_are_missed_by_their_buyer_alone(yard):
+    contract, _, host = full(yard)
+    over, gone = LATER + DAY, LATER + HOUR
+    resale = resales.offer(f.actor(contract.organization), contract, resales.Asked(4, LATER, over, 1_500_000), now=NOW)
+    actor = f.actor(f.organization())
+    quote = quotes.quote(actor, resale.listing_id, quotes.Request("reserved", 4), now=NOW)
+    bought = contracts.accept(actor, quote.pk, now=NOW)
+    contracts.confirm_payment(bought.pk, now=NOW)
+    contracts.clock(LATER)
+    sicken(yard, host, gone)
+    contracts.clock(gone + 4 * SECOND)
+    assert (missed(contract), missed(bought)) == ([(4, gone, END)], [(4, gone, over)])
+    for late in (over, over + 5 * SECOND, over + HOUR):
+        contracts.clock(late)
+        assert (missed(contract), missed(bought)) == ([(4, gone, over), (8, over, END)], [(4, gone, over)])
 
 
 def test_without_room_they_are_told_once_and_it_is_written_down_to_the_hosts_return(yard):

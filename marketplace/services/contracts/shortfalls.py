@@ -98,7 +98,7 @@ def write_down(contract: Contract, begun: Sequence[Reservation], now: datetime, 
         if row is not None and row.starts_at < out[0][0] and (back := _back_at(row)) is not None:
             _close(row, back)  # it was back meanwhile
             row = None
-        found = _missed(contract, host_id, held[host_id], out, row)
+        found = _missed(contract, host_id, held[host_id], out, row, now)
         gpus = found[-1].gpus if found and found[-1].ends_at > now else 0
         if row is None:
             Shortfall.objects.bulk_create(found)
@@ -111,7 +111,7 @@ def write_down(contract: Contract, begun: Sequence[Reservation], now: datetime, 
 
 def _missed(
     contract: Contract, host_id: int, held: Sequence[tuple[Reservation, set[int]]], out: Sequence[tuple[datetime, datetime, bool]],
-    row: Shortfall | None,
+    row: Shortfall | None, now: datetime,
 ) -> list[Shortfall]:  # fmt: skip
     """Rows of what it misses on one host; of what is written down already, no more."""
     own = set().union(*(indices for _, indices in held))
@@ -130,10 +130,34 @@ def _missed(
         ).values_list("gpu_indices", "created_at", "release_requested_at", "finished_at")
         if created < until and min(filter(None, [asked, finished, until])) > since
     ]
-    return [
-        Shortfall(contract=contract, host_id=host_id, gpus=gpus, starts_at=a, ends_at=b)
-        for gpus, a, b in pieces(own, spans, stays)
-    ]
+    found: list[tuple[int, datetime, datetime]] = []
+    for begin, end, sold in _sold(contract, host_id, since, until, now):
+        inside = [(max(a, begin), min(b, end), dead) for a, b, dead in spans if a < end and b > begin]
+        for gpus, a, b in pieces(_less(own, sold), inside, stays):
+            goes_on = bool(found) and (found[-1][0], found[-1][2]) == (gpus, a)
+            found.append((gpus, found.pop()[1] if goes_on else a, b))
+    return [Shortfall(contract=contract, host_id=host_id, gpus=gpus, starts_at=a, ends_at=b) for gpus, a, b in found]
+
+
+def _sold(
+    contract: Contract, host_id: int, since: datetime, until: datetime, now: datetime
+) -> list[tuple[datetime, datetime, set[int]]]:
+    """(start, end, GPUs of the host that others had then) from `since` to `until`: what was sold on has come back into the contract's
+    own, and was not its to miss before. What is still sold is not among its own yet.
+    """
+    rows = ReservationBlock.objects.filter(
+        host=host_id, reservation__contract__fill__resale__contract=contract, reservation__contract__fill__undone_at=None,
+        reservation__maintenance=None, reservation__ends_at__lte=now, reservation__ends_at__gt=since,
+    ).values_list("reservation__claims_at", "reservation__ends_at", "gpu_indices")  # fmt: skip
+    away = [(max(a, since), min(b, until), set(gpus)) for a, b, gpus in rows if a < until]
+    marks = sorted({since, until, *(t for a, b, _ in away for t in (a, b))})
+    return [(a, b, set().union(*(gpus for x, y, gpus in away if x <= a < y))) for a, b in pairwise(marks)]
+
+
+def _less(own: set[int], sold: set[int]) -> set[int]:
+    """Without as many as were sold: these devices, or others where they came back under other numbers."""
+    order = sorted(own, key=lambda gpu: (gpu in sold, gpu))
+    return set(order[: max(0, len(own) - len(sold))])
 
 
 def _out(host_id: int) -> list[tuple[datetime, datetime, bool]]:

@@ -124,6 +124,8 @@ def think(seen: Seen) -> Thought:
         return Thought([*_shed(seen, able, need), *tests], reason="shortage")
     if not wakes:
         return Thought([], reason="hold")
+    if _only_for_money(seen):  # a limit overrides a dwell, but not one that binds hashing for money alone
+        miners = [m for m in miners if m.desired_mode == 0 or not _dwell_left(m, now)]
     thought = _dispatch(seen, miners)
     return replace(thought, commands=[*thought.commands, *tests])
 

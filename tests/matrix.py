@@ -312,6 +312,7 @@ ROUTES: tuple[R, ...] = (
     R("api/v1/conversion-plans", "GET", "sites:read"),
     R("api/v1/conversion-plans/<str:plan>", "GET", "sites:read", conversion),
     R("api/v1/conversion-plans/<str:plan>/months.csv", "GET", "sites:read", conversion),
+    R("api/v1/conversion-plans/<str:plan>/assumptions.csv", "GET", "sites:read", conversion),
     R("api/v1/agents/<str:agent>", "GET", "sites:read", agent),
     R("api/v1/agents/<str:agent>", "DELETE", "sites:write", agent),
     R("api/v1/power-nodes/<str:node>", "GET", "sites:read", node),

@@ -30,19 +30,24 @@ _SITE = {"capital_musd": ("capital_cents", 10**8), "wacc_percent": ("wacc_permil
 # _HALLS of each hall, _SITE of all: the form's field -> the input's, and how many of the one are one of the other
 
 
+_ASSUMED = {name: f"Assumed: {DEFAULTS[name].value}" for name in ("income", "cooling")}
+
+
 class PlanForm(DeskForm):
     """What is left empty is read off the site, or assumed with its source."""
 
     kind = forms.ChoiceField(
-        choices=[("lease", "Lease the halls (colocation)"), ("rental", "Rent GPU-hours")], label="What AI pays for",
-        widget=widgets.UnfoldAdminSelectWidget(),
+        choices=[("", _ASSUMED["income"]), ("lease", "Lease the halls (colocation)"), ("rental", "Rent GPU-hours")],
+        label="What AI pays for", widget=widgets.UnfoldAdminSelectWidget(), required=False,
     )  # fmt: skip
     price_usd = forms.DecimalField(
         required=False, min_value=0, max_digits=9, decimal_places=2, label="Its price, $", widget=widgets.UnfoldAdminDecimalFieldWidget(),
         help_text="A kW of critical IT a month, or a GPU-hour.",
     )  # fmt: skip
     cooling = forms.ChoiceField(
-        choices=[("liquid", "Liquid"), ("air", "Air")], widget=widgets.UnfoldAdminSelectWidget()
+        choices=[("", _ASSUMED["cooling"]), ("liquid", "Liquid"), ("air", "Air")],
+        required=False,
+        widget=widgets.UnfoldAdminSelectWidget(),
     )
     usable_percent = forms.IntegerField(min_value=1, max_value=100, label="Usable power, %", **_NUMBER)
     capex_usd_per_mw = forms.IntegerField(min_value=0, max_value=10**9, label="Capital a MW of critical IT, $", **_NUMBER)  # fmt: skip
@@ -63,19 +68,23 @@ class PlanForm(DeskForm):
         super().__init__(*args, **kwargs)
         for name, (to, times) in {**_HALLS, **_SITE}.items():
             if name in self.fields and to in DEFAULTS:
-                self.fields[name].widget.attrs["placeholder"] = f"assumed: {DEFAULTS[to].value // times:,}"
+                value = DEFAULTS[to].value
+                said = f"{value // times:,}" if isinstance(value, int) else value
+                self.fields[name].widget.attrs["placeholder"] = f"assumed: {said}"
 
     def inputs(self) -> dict[str, Any]:
         """As `services.conversions.make` takes them."""
         values = {name: value for name, value in self.cleaned_data.items() if value not in (None, "")}
-        income: dict[str, Any] = {"kind": values["kind"]}
+        income: dict[str, Any] = {"kind": values["kind"]} if "kind" in values else {}
         if "price_usd" in values:
-            name, unit = ("cents_per_kw_month", 100) if values["kind"] == "lease" else ("price_uusd", 10**6)
+            lease = values.get("kind", DEFAULTS["income"].value) == "lease"
+            name, unit = ("cents_per_kw_month", 100) if lease else ("price_uusd", 10**6)
             income[name] = int(values["price_usd"] * unit)
+        cooling = {"cooling": values["cooling"]} if "cooling" in values else {}
         each = {to: values[name] * times for name, (to, times) in _HALLS.items() if name in values}
         out: dict[str, Any] = {
             "income": income,
-            "halls": [{**hall, "cooling": values["cooling"], **each} for hall in conversions.halls_of(values["site"])],
+            "halls": [{**hall, **cooling, **each} for hall in conversions.halls_of(values["site"])],
         }
         for name, (to, times) in _SITE.items():
             if name in values:
@@ -95,13 +104,19 @@ def _told(rows: list[dict[str, Any]], halls: int) -> list[dict[str, Any]]:
         for part in ("_permille", "_cents", "_uusd"):
             name = name.replace(part, "")  # noqa: PLW2901 - the unit stands beside it
         words = name.replace(".", ", ").replace("_", " ")
-        told.append({"name": words + whose, "value": f"{value:,}", **dict(zip(_SAID, rest, strict=True))})
+        told.append(
+            {
+                "name": words + whose,
+                "value": f"{value:,}" if isinstance(value, int) else value,
+                **dict(zip(_SAID, rest, strict=True)),
+            }
+        )
     return told
 
 
-def _csv(call: Call) -> HttpResponse:
-    answer = HttpResponse(conversions.months_csv(call.row), content_type="text/csv; charset=utf-8")
-    answer["Content-Disposition"] = f'attachment; filename="{call.row.public_id}-months.csv"'
+def _file(call: Call, what: str, text: str) -> HttpResponse:
+    answer = HttpResponse(text, content_type="text/csv; charset=utf-8")
+    answer["Content-Disposition"] = f'attachment; filename="{call.row.public_id}-{what}.csv"'
     return answer
 
 
@@ -117,8 +132,14 @@ class ConversionPlanAdmin(look.Shown, TenantAdmin):
     ordering = ("-id",)
     moves = (
         Move(
-            name="months", label="Its months as CSV", action="sites:read", run=_csv, icon="download",
+            name="months", label="Its months as CSV", action="sites:read", icon="download",
+            run=lambda call: _file(call, "months", conversions.months_csv(call.row)),
             question="One line a month: watts, cash, and each hall's phase.",
+        ),
+        Move(
+            name="assumptions", label="Its values as CSV", action="sites:read", icon="download",
+            run=lambda call: _file(call, "assumptions", conversions.assumptions_csv(call.row)),
+            question="One line a value: with its source, date and confidence.",
         ),
     )  # fmt: skip
 

@@ -1,9 +1,13 @@
-"""Our own people's view of the market: who, what is offered, agreed and run. To read, but for an organization's GPU limit."""
+"""Our own people's view of the market: who, what is offered, agreed and run. To read, but for an organization's GPU limit and who of us
+may freeze the power.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 from django import forms
 from django.contrib import admin
+from django.db.models import Exists, OuterRef, QuerySet
 from django.http import HttpRequest
 from unfold.decorators import display
 
@@ -27,6 +31,7 @@ from marketplace.models import (
     User,
 )
 from marketplace.services import accounts
+from marketplace.services.power import freeze
 from scheduler import why
 from scheduler.models import Cycle, CycleRecord, Decision
 from scheduler.record import code
@@ -108,14 +113,47 @@ class Memberships(RowsInline):
     verbose_name_plural = "memberships"
 
 
+def _permit(allowed: bool) -> Callable[[Call], str]:
+    def run(call: Call) -> str:
+        freeze.permit(call.actor, call.row, allowed=allowed, now=call.now)
+        return f"{call.row.email} may {'freeze' if allowed else 'no longer freeze'} the power of every site."
+
+    return run
+
+
 @admin.register(User, site=staff_site)
 class UserAdmin(StaffAdmin):
-    list_display = ("email", "name", "is_active", "is_staff", "last_login", "date_joined")
+    list_display = ("email", "name", "is_active", "is_staff", "shown_freeze", "last_login", "date_joined")
     list_filter = ("is_staff", "is_active")
     search_fields = ("email", "name")
     ordering = ("-id",)
-    fields = ("email", "name", "is_active", "is_staff", "last_login", "date_joined")
+    fields = ("email", "name", "is_active", "is_staff", "shown_freeze", "last_login", "date_joined")
+    readonly_fields = ("shown_freeze",)
     inlines = (Memberships,)
+    moves = (
+        Move(
+            name="permit-freeze", label="Let freeze power", action="audit:read", run=_permit(True), icon="ac_unit", danger=True,
+            possible=lambda row: row.is_staff and row.is_active and not row.may_freeze,
+            question="They may then hold the power of every site by one button, and let it go on. It is in the audit trail.",
+        ),
+        Move(
+            name="withdraw-freeze", label="No longer let freeze power", action="audit:read", run=_permit(False), icon="block", danger=True,
+            possible=lambda row: not row.is_superuser and row.user_permissions.filter(codename="freeze_power").exists(),
+            question="A freeze that stands, stands on: somebody else lifts it.",
+        ),
+    )  # fmt: skip
+
+    def may_move(self, request: HttpRequest, move: Move) -> bool:  # noqa: ARG002
+        """Both are for a superuser to say."""
+        return self.actor(request).kind == "staff" and bool(getattr(request.user, "is_superuser", False))
+
+    @display(description="May freeze power", boolean=True)
+    def shown_freeze(self, row: User) -> bool:
+        return bool(getattr(row, "may_freeze", False))
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        found: QuerySet[Any] = super().get_queryset(request)
+        return found.annotate(may_freeze=Exists(freeze.permitted().filter(pk=OuterRef("pk"))))
 
 
 @admin.register(Site, site=staff_site)

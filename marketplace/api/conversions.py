@@ -5,7 +5,7 @@ from typing import Any
 from django.http import HttpResponse
 from django.urls import path
 from django.utils import timezone
-from drf_spectacular.utils import OpenApiParameter, extend_schema
+from drf_spectacular.utils import OpenApiParameter, extend_schema, extend_schema_field
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -52,7 +52,7 @@ class HallShape(Shape):
 
 
 class IncomeShape(Shape):
-    kind = serializers.ChoiceField(conversions.INCOME)
+    kind = serializers.ChoiceField(conversions.INCOME, required=False)
     cents_per_kw_month = whole(0, 10**7, "lease: of delivered critical IT")
     energy_passed_on = serializers.BooleanField(required=False, help_text="lease: the tenant pays its energy")
     price_uusd = whole(0, 10**10, "rental: millionths of a USD per GPU-hour")
@@ -89,9 +89,14 @@ class NewConversionPlanShape(Shape):
     wacc_permille = whole(0, 1000)
 
 
+@extend_schema_field({"oneOf": [{"type": "integer"}, {"type": "string"}]})
+class NumberOrChoice(serializers.JSONField):
+    """A number, or the name of a choice."""
+
+
 class AssumptionShape(serializers.Serializer):
     name = serializers.CharField()
-    value = serializers.IntegerField()
+    value = NumberOrChoice(help_text="a number of the unit, or the name of a choice")
     unit = serializers.CharField()
     source = serializers.CharField()  # type: ignore[assignment]  # the field's word for where it is from
     date = serializers.CharField()
@@ -241,14 +246,32 @@ class ConversionPlanMonths(ConversionResource):
     @extend_schema(tags=["sites"], operation_id="conversion_plans_months", responses={(200, "text/csv"): str})
     def get(self, request: Request, plan: str) -> HttpResponse:  # noqa: ARG002
         row = self.row(plan)
-        answer = HttpResponse(conversions.months_csv(row), content_type="text/csv; charset=utf-8")
-        answer["Content-Disposition"] = f'attachment; filename="{row.public_id}-months.csv"'
-        return answer
+        return _file(row, "months", conversions.months_csv(row))
+
+
+class ConversionPlanAssumptions(ConversionResource):
+    actions = {"GET": "sites:read"}
+
+    @extend_schema(tags=["sites"], operation_id="conversion_plans_assumptions", responses={(200, "text/csv"): str})
+    def get(self, request: Request, plan: str) -> HttpResponse:  # noqa: ARG002
+        row = self.row(plan)
+        return _file(row, "assumptions", conversions.assumptions_csv(row))
+
+
+def _file(row: ConversionPlan, what: str, text: str) -> HttpResponse:
+    answer = HttpResponse(text, content_type="text/csv; charset=utf-8")
+    answer["Content-Disposition"] = f'attachment; filename="{row.public_id}-{what}.csv"'
+    return answer
 
 
 urlpatterns = [
     path("conversion-plans", ConversionPlans.as_view(), name="conversion-plans"),
     path("conversion-plans/<str:plan>", ConversionPlanDetail.as_view(), name="conversion-plan"),
     path("conversion-plans/<str:plan>/months.csv", ConversionPlanMonths.as_view(), name="conversion-plan-months"),
+    path(
+        "conversion-plans/<str:plan>/assumptions.csv",
+        ConversionPlanAssumptions.as_view(),
+        name="conversion-plan-assumptions",
+    ),
     path("sites/<str:site>/conversion-plans", SiteConversionPlans.as_view(), name="site-conversion-plans"),
 ]

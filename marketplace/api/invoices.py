@@ -9,7 +9,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from billing import invoices, payments
+from billing import invoices, line_energy, payments
 from billing.models import Invoice, InvoiceLine
 from marketplace import ids
 from marketplace.api.base import Resource
@@ -39,7 +39,7 @@ def shown(row: Invoice) -> dict[str, Any]:
     }
 
 
-def line(row: InvoiceLine, currency: str) -> dict[str, Any]:
+def line(row: InvoiceLine, currency: str, energy_wh: int | None) -> dict[str, Any]:
     return {
         "id": row.public_id,
         "contract": ids.encode("ctr", row.contract_id),
@@ -49,6 +49,7 @@ def line(row: InvoiceLine, currency: str) -> dict[str, Any]:
         "period_start": row.start_s,
         "period_end": row.end_s,
         "milli_gpu_seconds": row.quantity,
+        "energy_wh": energy_wh,
         "price_millionths_per_gpu_hour": row.price_millionths,
         "amount": amount(row.amount_minor, currency),
         "operator_share": amount(row.operator_minor, currency),
@@ -109,8 +110,9 @@ class InvoiceDetail(InvoiceResource):
     @extend_schema(tags=["billing"], operation_id="invoices_show", responses={200: InvoiceDetailShape})
     def get(self, request: Request, invoice: str) -> Response:  # noqa: ARG002
         row = self.row(invoice)
-        lines = row.lines.order_by("position")
-        return Response({**shown(row), "lines": [line(each, row.currency) for each in lines]})
+        lines = list(row.lines.order_by("position"))
+        drew = line_energy.of_lines(lines)
+        return Response({**shown(row), "lines": [line(each, row.currency, drew.get(each.pk)) for each in lines]})
 
 
 class InvoicePay(InvoiceResource):

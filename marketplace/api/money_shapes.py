@@ -46,6 +46,10 @@ class InvoiceLineShape(serializers.Serializer):
     period_start = serializers.IntegerField(help_text="seconds since 1970")
     period_end = serializers.IntegerField(help_text="seconds since 1970")
     milli_gpu_seconds = serializers.IntegerField()
+    energy_wh = serializers.IntegerField(
+        allow_null=True,
+        help_text="drawn by the work behind it, the site's cooling aside; null: not known, or behind another line",
+    )
     price_millionths_per_gpu_hour = serializers.IntegerField()
     amount = MoneyShape()
     operator_share = MoneyShape()

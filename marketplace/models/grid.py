@@ -92,6 +92,9 @@ class CurtailmentReport(models.Model):
     baseline_w = models.BigIntegerField(help_text="What the node drew before")
     baseline_how = models.CharField(max_length=8, help_text="meter: mean of its readings before; books: booked watts")
     before = ArrayField(models.BigIntegerField(), help_text="Machines that were awake")
+    dwelling = ArrayField(
+        models.BigIntegerField(), default=list, help_text="Of an economic call: machines that had just changed"
+    )
     finished_at = models.DateTimeField(null=True)
     offsets_s = ArrayField(models.IntegerField(), default=list, help_text="Of the meter's readings, from the start")
     watts = ArrayField(models.BigIntegerField(), default=list)

@@ -107,6 +107,9 @@ class ShedClaim(models.Model):
     generation = models.BigIntegerField()
     baseline_w = models.PositiveIntegerField()
     target_w = models.PositiveIntegerField(default=0)
+    drew_w = models.PositiveIntegerField(
+        null=True, help_text="Its own reading when it was told; null: none that was fresh"
+    )
     state = models.CharField(max_length=12, choices=State, default=State.COMMANDED)
     reason = models.CharField(max_length=40, blank=True)
     attempts = models.PositiveSmallIntegerField(default=1)
@@ -138,7 +141,7 @@ class Curtailment(TenantModel):
 
     TRANSITIONS = {
         "announced": {"active", "cancelled"},
-        "active": {"restoring", "failed"},
+        "active": {"restoring"},
         "restoring": {"completed", "failed"},
         "completed": set(),
         "failed": set(),

@@ -42,6 +42,7 @@ HALL = (
     "usable_permille", "mining_pue_permille", "capex_cents_per_mw", "permit_months", "lead_months", "build_months",
     "commission_months",
 )  # fmt: skip
+SAID = ("name", "value", "unit", "source", "date", "confidence")
 COLUMNS = (
     "month", "ai_w", "hashing_w", "works_w", "ai_cents", "hashing_cents", "energy_cents", "running_cents", "capital_cents",
     "resale_cents",
@@ -118,6 +119,16 @@ def months_csv(row: ConversionPlan) -> str:
     return out.getvalue()
 
 
+def assumptions_csv(row: ConversionPlan) -> str:
+    """Every value of the plan, one a line, with its source, date and confidence."""
+    out = io.StringIO()
+    lines = csv.writer(out)
+    lines.writerow(SAID)
+    for each in row.assumptions:
+        lines.writerow([_cell(str(each[name])) if name in {"name", "source"} else each[name] for name in SAID])
+    return out.getvalue()
+
+
 def phase_at(hall: Mapping[str, Any], month: int) -> str:
     """What the hall is in then; `phases` are (first month, phase)."""
     return next(str(phase) for first, phase in reversed(hall["phases"]) if first <= month)
@@ -143,10 +154,19 @@ class _Values:
         self.day = f"{now:%F}"
 
     def of(self, name: str, given: Mapping[str, Any], *, default: str = "", label: str = "") -> int:
+        """A number."""
+        return int(self._found(name, given, default, label))
+
+    def choice(self, name: str, given: Mapping[str, Any], *, default: str = "", label: str = "") -> str:
+        """The name of one of several, or of a default that is no number."""
+        return str(self._found(name, given, default, label))
+
+    def _found(self, name: str, given: Mapping[str, Any], default: str, label: str) -> int | str:
         value = given.get(name)
         key = default or name
         standard = DEFAULTS[key]
         if value is not None:
+            value = int(value) if isinstance(value, bool) else value
             found = Assumption(label or key, value, standard.unit, "Given", self.day, "given")
         elif key in self.known:
             known, source, confidence = self.known[key]
@@ -154,7 +174,7 @@ class _Values:
         else:
             found = Assumption(label or key, *list(asdict(standard).values())[1:])
         self.assumptions[found.name] = found
-        return int(found.value)
+        return found.value
 
 
 def _usual_energy(site: Site, now: datetime) -> tuple[int, str, Confidence]:
@@ -180,7 +200,7 @@ def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs
     halls = []
     for hall in given.get("halls") or halls_of(site):
         name = hall["name"]
-        cooling = hall.get("cooling") or COOLING[0]
+        cooling = values.choice("cooling", hall, label=f"{name}: cooling")
         rest = {field: values.of(field, hall, label=f"{name}: {field}") for field in HALL}
         halls.append(
             Hall(
@@ -188,7 +208,7 @@ def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs
                 gross_w=hall["gross_w"],
                 pue_permille=values.of("pue_permille", hall, default=f"pue_permille.{cooling}", label=f"{name}: pue_permille"),
                 rack_w=values.of("rack_w", hall, default=f"rack_w.{cooling}", label=f"{name}: rack_w"),
-                keep_w=hall.get("keep_w") or 0,
+                keep_w=values.of("keep_w", hall, label=f"{name}: keep_w"),
                 miners=tuple(
                     Batch(
                         m["model"], m["count"], m["watts"], m["ghs"],
@@ -200,13 +220,13 @@ def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs
             )
         )  # fmt: skip
     income = given.get("income") or {}
-    kind = income.get("kind") or INCOME[0]
+    kind = values.choice("kind", income, default="income", label="income")
     ours: Lease | Rental
     if kind == "lease":
         ours = Lease(
             values.of("cents_per_kw_month", income),
             values.of("cost_permille", income, default="lease_cost_permille"),
-            income.get("energy_passed_on", True),
+            bool(values.of("energy_passed_on", income)),
         )
     else:
         ours = Rental(
@@ -214,13 +234,14 @@ def _inputs(site: Site, given: Mapping[str, Any], now: datetime) -> tuple[Inputs
             cost_permille=values.of("cost_permille", income, default="rental_cost_permille"),
         )
     market = given.get("market") or {}
+    limit = values.choice("capital_cents", given)
     inputs = Inputs(
         tuple(halls),
         ours,
         Market(*(values.of(name, market) for name in MARKET)),
         **{name: values.of(name, given) for name in TERMS},
         target_permille=values.of("target_permille", given, default=f"target_permille.{kind}"),
-        capital_cents=given.get("capital_cents"),
+        capital_cents=int(limit) if limit != DEFAULTS["capital_cents"].value else None,
     )
     return inputs, list(values.assumptions.values()), {**asdict(inputs), "income": {"kind": kind, **asdict(ours)}}
 

@@ -31,7 +31,7 @@ from marketplace.models import (
 )
 from marketplace.services import ai_revenue, feeds, held_lower, sheds, terms
 from marketplace.services.availability import HOLDING
-from scheduler.core import curtail
+from scheduler.core import curtail, power
 
 GRID_REPORT = "marketplace.grid_report"  # to whoever called, when it is over
 DWELL = timedelta(seconds=60)
@@ -59,24 +59,41 @@ def begin(row: Curtailment) -> CurtailmentReport:
     is down already.
     """
     before = _before(row)
+    awake = Miner.objects.filter(power_node__in=below(row.node), desired_mode__gt=0, state=Miner.State.OK, manual=False)
+    just = [] if row.mandatory else awake.filter(changed_at__gt=row.starts_at - DWELL).values_list("pk", flat=True)
     if before is not None:
-        taken = {"baseline_w": before.baseline_w, "baseline_how": before.baseline_how, "before": before.before}
+        taken = {
+            "baseline_w": before.baseline_w, "baseline_how": before.baseline_how, "before": before.before,
+            "dwelling": sorted(just),
+        }  # fmt: skip
         return CurtailmentReport.objects.get_or_create(curtailment=row, defaults=taken)[0]
     readings = _readings(row.node, row.starts_at - timedelta(seconds=curtail.BASELINE_S), row.starts_at)
     start = int(row.starts_at.timestamp())
     metered = curtail.baseline_w([(start + at, w) for at, w in _offsets(readings, row.starts_at)], start)
     node = PowerNode.objects.get(pk=row.node_id)
     booked = -(-node.reserved_mw // 1000) + node.fixed_w
-    awake = Miner.objects.filter(power_node__in=below(row.node), desired_mode__gt=0, state=Miner.State.OK, manual=False)
     made, _ = CurtailmentReport.objects.get_or_create(
         curtailment=row,
         defaults={
             "baseline_w": booked if metered is None else metered,
             "baseline_how": "books" if metered is None else "meter",
             "before": sorted(awake.values_list("pk", flat=True)),
+            "dwelling": sorted(just),
         },
     )
     return made
+
+
+def watch(rows: Iterable[Curtailment], *, now: datetime) -> None:
+    """Where no meter says when a node came under its cap, the books do: once they stand under it."""
+    open_reports = CurtailmentReport.objects.filter(
+        curtailment__in=list(rows), baseline_how="books", under_after_s=None
+    )
+    for report in open_reports.select_related("curtailment__node"):
+        call = report.curtailment
+        if call.node.reserved_mw + 1000 * call.node.fixed_w <= 1000 * call.cap_w:
+            after_s = int((now - call.starts_at).total_seconds())
+            CurtailmentReport.objects.filter(pk=report.pk, under_after_s=None).update(under_after_s=after_s)
 
 
 def _before(row: Curtailment) -> CurtailmentReport | None:
@@ -109,11 +126,11 @@ def found(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> Foun
         [at for at, _ in readings],
         [w for _, w in readings],
         wh,
-        curtail.under_after(readings, row.cap_w),
+        curtail.under_after(readings, row.cap_w) if report.baseline_how == "meter" else report.under_after_s,
         lost,
         wh * price // WH_UUSD,
         max(0, wh) * pays // WH_UUSD,
-        _misses(row, end),
+        _misses(report, row, end),
         touched(row, now=now),
         credited(row, now=now),
     )
@@ -255,21 +272,14 @@ def _money(row: Curtailment, end: datetime, now: datetime) -> tuple[int, int]:
     return max(0, round(usual * minutes_long - (earned["x"] or 0))), price
 
 
-def _misses(row: Curtailment, end: datetime) -> list[dict[str, Any]]:
+def _misses(report: CurtailmentReport, row: Curtailment, end: datetime) -> list[dict[str, Any]]:
     """Machines under the node that gave nothing, with the reason in the words of docs/power.md, and the W that they kept."""
     machines = Miner.objects.filter(power_node__in=below(row.node))
     claims = ShedClaim.objects.filter(miner__in=machines, commanded_at__gte=row.starts_at, commanded_at__lt=end)
-    last = {
-        pk: (state, reason)
-        for pk, state, reason in claims.exclude(reason="superseded")
-        .order_by("pk")
-        .values_list("miner_id", "state", "reason")
-    }
-    gave = {pk for pk, (state, _) in last.items() if state == ShedClaim.State.CONFIRMED}
-    reasons = {pk: reason for pk, (_, reason) in last.items()}
+    last = {claim.miner_id: claim for claim in claims.exclude(reason="superseded").order_by("pk")}
     rows = []
     for m in machines.order_by("name"):
-        reason = "" if m.pk in gave else reasons.get(m.pk) or _held_back(m, row)
+        reason = _gave_nothing(last[m.pk]) if m.pk in last else _held_back(m, report)
         if reason:
             rows.append(
                 {"miner": m.name, "reason": reason.replace("awaiting_sample", "stale_telemetry"), "watts": m.reserved_w}
@@ -277,13 +287,18 @@ def _misses(row: Curtailment, end: datetime) -> list[dict[str, Any]]:
     return rows
 
 
-def _held_back(miner: Miner, row: Curtailment) -> str:
-    """Why it was not asked, if it draws: by hand or in maintenance, too small to matter, or just changed."""
+def _gave_nothing(claim: ShedClaim) -> str:
+    """Why a machine that was asked gave nothing: it was not seen to obey, or had nothing to give (dead boards, asleep by itself): what
+    it drew already passed for sleep.
+    """
+    if claim.state != ShedClaim.State.CONFIRMED:
+        return claim.reason
+    drew_little = claim.drew_w is not None and 1000 * claim.drew_w <= power.ASLEEP_PERMILLE * claim.baseline_w
+    return "below_minimum" if drew_little else ""
+
+
+def _held_back(miner: Miner, report: CurtailmentReport) -> str:
+    """Why it was not asked, if it draws: by hand or in maintenance, or it had just changed."""
     if miner.manual or miner.state == Miner.State.MAINTENANCE:
         return "maintenance" if miner.reserved_w > miner.mode_watts[0] else ""
-    if miner.desired_mode == 0:
-        return ""
-    if miner.reserved_w - miner.mode_watts[0] <= 0:
-        return "below_minimum"
-    changed = miner.changed_at
-    return "dwell" if changed is not None and changed < row.starts_at <= changed + DWELL and not row.mandatory else ""
+    return "dwell" if miner.pk in report.dwelling else ""

@@ -4,7 +4,8 @@
 
 A mandatory call takes hashing, then jobs in the order of `sheds`. An economic one binds hashing alone: no job waits for it, or leaves.
 A call restores until the machines that were awake before it are again, or those that fit: `QUIET` after the last has changed,
-`RESTORED` at the most; `failed`: the meter never came under its cap. What it delivered: `curtailment_reports`.
+`RESTORED` at the most; `failed`: a mandatory call to less than the node drew before, under which its meter (without one: its books) never
+came while it stood. What it delivered: `curtailment_reports`.
 """
 
 from collections.abc import Iterable
@@ -156,6 +157,8 @@ def apply(site: Site, *, now: datetime) -> Applied:
     changed = prepared.count(_LIMIT, [*(list(part) for each in wanted for part in (each, each.values())), site.pk])
     if changed:
         Site.objects.filter(pk=site.pk).update(safety_generation=F("safety_generation") + 1)
+    if active:
+        curtailment_reports.watch(active, now=now)
     for row in rows:
         if row.state == "restoring":
             _settle(row, now)

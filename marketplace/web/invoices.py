@@ -8,7 +8,7 @@ from django.urls import path, reverse
 from django.utils import timezone
 
 from billing import invoices as service
-from billing import payments
+from billing import line_energy, payments
 from billing.models import Invoice, InvoiceLine
 from marketplace import ids
 from marketplace.errors import MarketError
@@ -36,10 +36,12 @@ def _invoice(request: HttpRequest, public_id: str) -> Invoice:
 def invoice(request: HttpRequest, invoice: str) -> HttpResponse:
     row = _invoice(request, invoice)
     lines = list(row.lines.select_related("contract__listing").order_by("position")[: SHOWN_LINES + 1])
+    drew = line_energy.of_lines(lines[:SHOWN_LINES])
     context = {
         "row": row,
         "lines": [
-            {"row": each, "start": instant(each.start_s), "end": instant(each.end_s)} for each in lines[:SHOWN_LINES]
+            {"row": each, "start": instant(each.start_s), "end": instant(each.end_s), "wh": drew.get(each.pk)}
+            for each in lines[:SHOWN_LINES]
         ],
         "more": len(lines) > SHOWN_LINES,
         "payments": row.payments.order_by("-attempt")[:10],

@@ -68,6 +68,12 @@ def gpu_hours(milli_gpu_seconds: int | None) -> str:
 
 
 @register.filter
+def kwh(wh: int | None) -> str:
+    """`1234` -> `1.2 kWh`."""
+    return f"{(wh or 0) / 1000:,.1f} kWh"
+
+
+@register.filter
 def gib(mib: int | None) -> str:
     return f"{((mib or 0) + 512) // 1024} GiB"
 

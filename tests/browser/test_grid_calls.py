@@ -8,7 +8,7 @@ import pytest
 from django.db import transaction
 from django.utils import timezone
 
-from marketplace.models import Curtailment, MeterReading, PlacementEvent, PoolFeed, PowerNode, ProfitHour
+from marketplace.models import Curtailment, HeldLower, MeterReading, PlacementEvent, PoolFeed, PowerNode, ProfitHour
 from marketplace.services import curtailments, grid, pool_payouts, receipts
 from tests import factories
 from tests.browser.test_pages import THEMES, market, open_page  # noqa: F401 - a fixture
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 
 
 def told(call):
-    """A firm job whose contract names emergencies left, a flexible one before it."""
+    """A firm job whose contract names emergencies left, a flexible one before it; a third ran on with its GPUs held lower."""
     host = factories.host(call.site)
     for kind, rank in (("flexible", 0), ("reserved", 1)):
         contract = factories.contract(factories.listing(call.site), kind=kind, emergency_notice_s=300)
@@ -26,6 +26,12 @@ def told(call):
             placement=placed, at=call.starts_at + timedelta(seconds=300 * rank), actor="power", from_state="running",
             to_state="draining", reason=f"curtailment {call.public_id}",
         )  # fmt: skip
+    contract = factories.contract(factories.listing(call.site), kind="on_demand")
+    begun = call.starts_at + timedelta(seconds=600)
+    factories.placement(
+        factories.job(contract, state="running"), host, [2, 3], state="running", running_at=call.starts_at
+    )
+    HeldLower.objects.create(curtailment=call, host=host, gpu_w=480, full_w=700, starts_at=begun)
 
 
 def earned(site):

@@ -204,3 +204,46 @@ def test_nobody_else_may(yard):
     assert button(plain, do="lift").status_code == 403
     assert PowerFreeze.objects.get().ended_at is None
     assert site_loop.run(yard.site.pk, now=yard.now)["granted"] == 0
+
+
+# --- who may is for a superuser to say, on the person's page
+def page_of(name, person):
+    return reverse(f"staff:marketplace_user_{name}", args=[person.pk])
+
+
+def test_a_superuser_lets_a_colleague_freeze_and_takes_it_back(yard):
+    boss, colleague = f.user(is_staff=True, is_superuser=True), f.user(is_staff=True)
+    client, theirs = f.client(user=boss), f.client(user=colleague)
+    assert button(theirs, do="freeze").status_code == 403
+    assert "Let freeze power" in client.get(page_of("change", colleague)).content.decode()
+    assert client.post(page_of("permit-freeze", colleague)).status_code == 302
+    assert not freeze.permit(Actor(kind="staff", user_id=boss.pk), colleague, allowed=True, now=yard.now), (
+        "it stands so already"
+    )
+    event = AuditEvent.objects.get(verb="power.freeze_permitted")
+    assert (event.actor, event.subject, event.before, event.after) == (
+        boss.email, colleague.email, {"may": False}, {"may": True},
+    )  # fmt: skip
+    assert button(theirs, do="freeze").status_code == 302
+    assert "May freeze power" in client.get(reverse("staff:marketplace_user_changelist")).content.decode()
+    assert client.post(page_of("withdraw-freeze", colleague)).status_code == 302
+    assert AuditEvent.objects.filter(verb="power.freeze_withdrawn").count() == 1
+    assert PowerFreeze.objects.get().ended_at is None, "what they froze stands"
+    assert button(theirs, do="lift").status_code == 403
+
+
+def test_nobody_else_says_who_may(yard):
+    may, other = f.user(is_staff=True), f.user(is_staff=True)
+    may.user_permissions.add(Permission.objects.get(codename="freeze_power"))
+    client = f.client(user=may)
+    assert "Let freeze power" not in client.get(page_of("change", other)).content.decode()
+    assert client.post(page_of("permit-freeze", other)).status_code == 403
+    assert f.client(yard.site.organization, "owner").post(page_of("permit-freeze", other)).status_code == 404
+    with pytest.raises(MarketError, match="superuser to say"):
+        freeze.permit(Actor(kind="staff", user_id=may.pk), may, allowed=False, now=yard.now)
+    boss = f.user(is_staff=True, is_superuser=True)
+    with pytest.raises(MarketError, match="none of our own people"):
+        freeze.permit(Actor(kind="staff", user_id=boss.pk), f.user(), allowed=True, now=yard.now)
+    with pytest.raises(MarketError, match="always may"):
+        freeze.permit(Actor(kind="staff", user_id=boss.pk), boss, allowed=False, now=yard.now)
+    assert not AuditEvent.objects.filter(verb__startswith="power.freeze_").exists()

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 from django.db import transaction
+from django.db.models import F
 
 from marketplace.models import (
     AuditEvent,
@@ -156,6 +157,89 @@ def test_machines_that_gave_nothing_are_named_with_their_reason(yard):
     yard.until(lambda: settled(row), seconds=2000)
     found = {m["miner"]: m["reason"] for m in CurtailmentReport.objects.get().misses}
     assert found == {deaf: "acknowledged_no_drop", mute: "unreachable", held: "maintenance"}
+
+
+def test_who_says_that_it_sleeps_and_is_seen_to_draw_is_a_phantom_load(yard):
+    yard.link = False
+    row = call(yard, 46_000, minutes=4)
+    yard.turn()
+    liar = Miner.objects.filter(shed_claims__state="commanded").earliest("pk").name
+    yard.fleet.set_fault(liar, "phantom")
+    yard.link = True
+    yard.until(lambda: yard.miner(liar).state == "unresponsive", seconds=200)
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    found = {m["miner"]: m["reason"] for m in CurtailmentReport.objects.get().misses}
+    assert liar in found
+    assert set(found.values()) == {"phantom_load"}, "his, and what the same meter cannot tell from him"
+
+
+def test_who_had_nothing_to_give_and_whose_meter_fell_silent_is_named_so(yard):
+    idle = yard.under("pdu-1")[0]
+    i = yard.fleet.index[idle]
+    yard.fleet.asleep[i] = True  # by itself: control believes it awake, and books it so
+    yard.fleet._retarget(i)
+    yard.turn(4)
+    assert yard.miner(idle).reserved_w > 3000
+    row = call(yard, 12_000, minutes=5)
+    yard.turn()
+    yard.physics.meter_stale[2] = True
+    yard.until(lambda: yard.miner(idle).confirmed_w < 1000, seconds=200)
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    found = {m["miner"]: m["reason"] for m in CurtailmentReport.objects.get().misses}
+    assert found == {idle: "below_minimum", **dict.fromkeys(yard.under("pdu-2"), "stale_telemetry")}
+
+
+def test_a_machine_that_has_just_changed_keeps_its_mode_for_money(yard):
+    PowerNode.objects.update(cap_w=F("cap_w") * 12 / 10)  # far from any cap: nothing but money asks for watts
+    first = call(yard, 15_000, minutes=2)
+    yard.until(lambda: Miner.objects.filter(desired_mode=0, confirmed_w__lt=1000).count() >= 4, seconds=120)
+    take_back(yard, first)
+    yard.until(lambda: not Miner.objects.filter(desired_mode=0).exists(), seconds=900)
+    length = timedelta(seconds=15)
+    just = Miner.objects.filter(changed_at__gt=yard.now + length - curtailment_reports.DWELL)
+    kept = set(just.values_list("name", flat=True))
+    assert kept
+    row = call(yard, 15_000, minutes=0.25, reference="c2", mandatory=False)
+    yard.turn(2)
+    assert not Miner.objects.filter(name__in=kept, desired_mode=0).exists()
+    yard.now = row.ends_at
+    yard.until(lambda: settled(row), seconds=2000)
+    assert row.state == "completed", "for money it need not come under its cap"
+    found = {m["miner"]: m["reason"] for m in CurtailmentReport.objects.get(curtailment=row).misses}
+    assert {name for name, why in found.items() if why == "dwell"} >= kept
+
+
+def test_a_call_that_asks_more_than_anybody_may_give_has_failed(yard):
+    firm = yard.submit()
+    yard.until(lambda: yard.state(firm) == "running", seconds=200)
+    row = call(yard, 5_000, minutes=4)
+    yard.until(lambda: row.refresh_from_db() or row.state == "restoring", seconds=400)
+    report = CurtailmentReport.objects.get()
+    assert curtailment_reports.found(report, row, now=yard.now).under_after_s is None
+    yard.until(lambda: settled(row), seconds=2000)
+    assert (row.state, yard.state(firm)) == ("failed", "running")
+    report.refresh_from_db()
+    assert report.under_after_s is None
+    assert report.delivered_wh > 0, "it delivered what there was"
+    assert AuditEvent.objects.filter(subject=row.public_id, verb="curtailment.failed").count() == 1
+    assert row.ended_at is not None
+
+
+def test_without_a_meter_the_books_say_whether_a_call_came_under_its_cap(monkeypatch):
+    monkeypatch.setattr(curtailments, "QUIET", timedelta(seconds=20))
+    yard = Yard(metered=False)
+    yard.turn(3)
+    pdu = PowerNode.objects.get(name="pdu-1")
+    window = {"starts_at": yard.now, "ends_at": yard.now + timedelta(minutes=3), "now": yard.now}
+    row = curtailments.announce(f.actor(yard.site.organization), pdu, cap_w=15_000, reference="c1", **window)
+    yard.until(lambda: settled(row), seconds=2400)
+    report = CurtailmentReport.objects.get()
+    assert report.baseline_how == "books"
+    assert report.baseline_w > 15_000
+    assert 0 < report.under_after_s < 180
+    assert row.state == "completed"
 
 
 # --- restart mid-event: what stands in PostgreSQL is asserted again, once

@@ -6,8 +6,9 @@ import pytest
 
 from marketplace.models import AuditEvent, Placement, PowerFreeze
 from marketplace.services.power import freeze
-from marketplace.tenancy import SYSTEM
+from marketplace.tenancy import SYSTEM, Actor
 from scheduler import commit, site_loop
+from tests import factories
 from tests.factories import NOW
 from tests.races.market import Market
 from tests.races.test_power import obeyed, shed_market
@@ -28,6 +29,14 @@ def test_two_at_once_are_one_freeze_and_one_line_in_the_audit_trail():
     assert AuditEvent.objects.filter(verb="power.freeze_lifted").count() == 1
     frozen()
     assert PowerFreeze.objects.count() == 2, "a later one is another"
+
+
+def test_two_superusers_who_permit_at_once_permit_once():
+    boss, colleague = factories.user(is_staff=True, is_superuser=True), factories.user(is_staff=True)
+    actor = Actor(kind="staff", user_id=boss.pk, label=boss.email)
+    said = at_once([lambda: freeze.permit(actor, colleague, allowed=True, now=NOW)] * 4)
+    assert sorted(said) == [False, False, False, True]
+    assert AuditEvent.objects.filter(verb="power.freeze_permitted").count() == 1
 
 
 def test_a_plan_from_before_the_freeze_gets_no_watts():

@@ -7,7 +7,9 @@ end; nothing begins after. Then every site is told, one after another, each unde
 from datetime import datetime
 
 from django.conf import settings
+from django.contrib.auth.models import Permission
 from django.db import IntegrityError, transaction
+from django.db.models import Q, QuerySet
 
 from marketplace.errors import MarketError
 from marketplace.models import PowerFreeze, User
@@ -36,6 +38,41 @@ def may(actor: Actor) -> bool:
         return actor.kind == "system"
     person = User.objects.filter(pk=actor.user_id, is_active=True, is_staff=True).first()
     return person is not None and person.has_perm(PERMISSION)
+
+
+def permit(actor: Actor, person: User, *, allowed: bool, now: datetime) -> bool:
+    """Let one of our own people freeze and lift, or no longer. Only a superuser says so, and superusers always may themselves. False
+    where it stood so already. Raises forbidden, invalid_request.
+    """
+    bosses = User.objects.filter(is_active=True, is_staff=True, is_superuser=True)
+    if actor.kind != "staff" or actor.user_id is None or not bosses.filter(pk=actor.user_id).exists():
+        raise MarketError("forbidden", "Who may freeze the platform's power is for a superuser to say.")
+    if person.is_superuser or (allowed and not (person.is_staff and person.is_active)):
+        why = "is a superuser, who always may" if person.is_superuser else "is none of our own people"
+        raise MarketError("invalid_request", f"{person.email} {why}.")
+    with transaction.atomic():
+        held = User.objects.select_for_update(no_key=True).get(pk=person.pk).user_permissions  # a rival waits here
+        known = held.filter(pk=_permission().pk).exists()
+        if known == allowed:
+            return False
+        if allowed:
+            held.add(_permission())
+        else:
+            held.remove(_permission())
+        verb = "power.freeze_permitted" if allowed else "power.freeze_withdrawn"
+        audit.record(actor, verb, person.email, now=now, before={"may": known}, after={"may": allowed})
+    return True
+
+
+def permitted() -> QuerySet[User]:
+    """Our own people who may freeze by a permission of their own or of a group."""
+    mine = Q(user_permissions=_permission()) | Q(groups__permissions=_permission()) | Q(is_superuser=True)
+    return User.objects.filter(mine, is_active=True, is_staff=True).distinct()
+
+
+def _permission() -> Permission:
+    app, codename = PERMISSION.split(".")
+    return Permission.objects.get(content_type__app_label=app, codename=codename)
 
 
 def freeze(actor: Actor, *, reason: str = "", now: datetime) -> PowerFreeze:

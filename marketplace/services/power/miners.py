@@ -86,6 +86,7 @@ def _claim(batch: ShedBatch, miner: Miner, target: int, now: datetime) -> ShedCl
         batch=batch,
         generation=miner.desired_generation + 1,
         baseline_w=max(miner.measured_w or 0, miner.confirmed_w, 1),
+        drew_w=miner.measured_w if miner.measured_at is not None and now - miner.measured_at <= FRESH else None,
         target_w=target,
         commanded_at=now,
     )

@@ -14,17 +14,17 @@ Confidence = Literal["high", "medium", "low", "given"]
 
 @dataclass(frozen=True)
 class Assumption:
-    """`source` and `date` of a value in `unit`. What the user gave has confidence `given`."""
+    """`value`: a number of `unit`, or a choice's name; `source` and `date` of it. What the user gave has confidence `given`."""
 
     name: str
-    value: int
+    value: int | str
     unit: str
     source: str
     date: str
     confidence: Confidence
 
 
-def _table(*rows: tuple[str, int, str, str, str, Confidence]) -> dict[str, Assumption]:
+def _table(*rows: tuple[str, int | str, str, str, str, Confidence]) -> dict[str, Assumption]:
     return {row[0]: Assumption(*row) for row in rows}
 
 
@@ -35,6 +35,15 @@ _DEALS = (
 _TERM = "Three conversions announced at 12 to 16 months from lease to power (Cipher, Bitfarms, TeraWulf); its parts are our split"
 
 DEFAULTS: Final = _table(
+    ("cooling", "liquid", "liquid or air",
+     "Air cools about 30 kW a rack and liquid 50 to 80 and more; Bitfarms builds for up to 190", "2025-11", "medium"),
+    ("income", "lease", "lease or rental",
+     "Six of seven conversions with published terms are leases (Core Scientific, TeraWulf, Cipher twice, Hut 8, Galaxy); IREN rents GPUs",
+     "2025-12", "medium"),
+    ("energy_passed_on", 1, "1: the tenant pays its energy", "Hut 8's lease is triple net; the others do not say", "2025-12", "low"),
+    ("keep_w", 0, "W of miners that stay in a hall",
+     "Our choice: a mixed hall exists (IREN, Prince George), but none is assumed", "2025-12", "low"),
+    ("capital_cents", "no limit", "cents", "Our choice: what a schedule needs is what a plan finds", "2026-11", "low"),
     ("usable_permille", 800, "per mille of the hall's power",
      "The 80 % rule for continuous loads (NEC, CEC), no second feed; with 2N give half", "2026", "high"),
     ("pue_permille.air", 1350, "PUE x 1000", "Air-cooled AI halls run at 1.25 to 1.5: the middle", "2026", "low"),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import fields
 from datetime import timedelta
 
 import pytest
@@ -9,6 +10,7 @@ from django.utils import timezone
 
 from marketplace.models import AuditEvent, ConversionPlan, PowerNode
 from marketplace.services import feeds
+from scheduler.core.conversion import inputs
 from scheduler.core.conversion.defaults import DEFAULTS
 from tests import factories as f
 
@@ -50,6 +52,35 @@ def test_a_plan_of_nothing_but_a_name_reads_the_site(site, api):
     assert all(a["source"] and a["date"] and a["confidence"] for a in body["assumptions"])
     assert body["months"][0]["hashing_w"] > 0
     assert AuditEvent.objects.get(verb="conversion.planned").subject == body["id"]
+
+
+OF_THE_SITE = {"name", "gross_w", "miners", "halls", "income", "market"}  # what a plan is of; the rest are values
+
+
+@pytest.mark.parametrize("kind", ["lease", "rental"])
+def test_no_value_is_used_that_does_not_say_where_it_is_from(site, api, kind):
+    """Whoever adds an input with a silent default finds it here: each field of the inputs is among what the plan says."""
+    f.miner(site)
+    body = make(api, site, **({} if kind == "lease" else {"income": {"kind": "rental"}})).json()
+    names = (a["name"].rpartition(": ")[2].partition(".")[0] for a in body["assumptions"])
+    said = {name.removeprefix(f"{kind}_") for name in names}
+    income = {"lease": inputs.Lease, "rental": inputs.Rental}[kind]
+    parts = (inputs.Site, inputs.Hall, inputs.Market, income)
+    wanted = {field.name for part in parts for field in fields(part)} - OF_THE_SITE
+    assert wanted <= said
+    assert {"cooling", "income", "resale_cents"} <= said
+    assert all(a["source"] and a["date"] and a["confidence"] for a in body["assumptions"])
+    rows = list(
+        csv.DictReader(io.StringIO(api.get(f"/api/v1/conversion-plans/{body['id']}/assumptions.csv").content.decode()))
+    )
+    assert [(r["name"], r["source"], r["date"], r["confidence"]) for r in rows] == [
+        (a["name"], a["source"], a["date"], a["confidence"]) for a in body["assumptions"]
+    ]
+    by_name = {a["name"]: a for a in body["assumptions"]}
+    assert (by_name["income"]["value"], by_name["income"]["confidence"]) == (
+        kind,
+        "medium" if kind == "lease" else "given",
+    )
 
 
 def test_a_plan_for_years_takes_no_price_of_an_hour(site, api):

@@ -1,5 +1,6 @@
 """The conversion planner: a calendar one can check by hand, watts that are never used twice, cash that adds up, the exact best."""
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.core.conversion.defaults import DEFAULTS
 from scheduler.core.conversion.inputs import Batch, ConversionError, Hall, Lease, Market, Rental, Site
 from scheduler.core.conversion.months import HOURS, Life, outcome, phase
 from scheduler.core.conversion.returns import annual_rate, npv, payback
@@ -211,3 +213,13 @@ def test_a_tornado_goes_the_way_it_should():
     assert rows["Hashprice"].low_cents > rows["Hashprice"].high_cents  # what is given up
     widths = [abs(row.high_cents - row.low_cents) for row in tornado(of, plan(of).starts)]
     assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("one", DEFAULTS.values(), ids=DEFAULTS)
+def test_every_default_says_its_source_its_date_and_how_far_to_trust_it(one):
+    assert len(one.source.split()) >= 2, "a source, or whose estimate it is"
+    assert re.fullmatch(r"20\d\d(-[01]\d(-[0-3]\d)?)?", one.date)
+    assert one.confidence in {"high", "medium", "low"}
+    assert one.unit
+    if one.source.startswith("Our "):
+        assert one.confidence == "low", "what nobody published is not to be trusted far"

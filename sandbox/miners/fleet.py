@@ -27,6 +27,10 @@ FAULTS = (
 LIES = ("phantom",)
 SESSION_S = 60.0
 DOWN_S, UP_S, BOOT_S = 4.0, 40.0, 30.0
+BOOT_SPREAD = 0.5  # of BOOT_S: no two boards find their pool and their clocks in the same time
+# What a machine's supply draws for a moment when its firmware switches the boards on, in times of what they draw then. The supply
+# itself comes up soft: power that returns is no surge before the boards are on.
+INRUSH, INRUSH_S = 4.0, 0.5
 SLOW = 15.0
 
 
@@ -62,6 +66,7 @@ class Fleet:
         self.bias = rng.uniform(0.95, 1.0, n)
         self.powered = np.ones(n, dtype=bool)
         self.boot_left = np.zeros(n)
+        self.boot_s = BOOT_S * (1 + BOOT_SPREAD * np.random.default_rng(seed + 1).random(n))
         self.fault: list[str] = [""] * n
         self.off_factor = np.ones(n)
         self.frozen: dict[int, tuple[float, float]] = {}
@@ -72,6 +77,8 @@ class Fleet:
             self._retarget(i)
         self.true_w = self.target_w.copy()
         self.true_gh = self.target_gh.copy()
+        self.boards = ~self.asleep
+        self.surge_w = np.zeros(n)  # beyond `true_w`, at the beginning of the last step
 
     # --- physics
 
@@ -88,6 +95,7 @@ class Fleet:
         power = self.powered if energised is None else self.powered & energised
         booting = power & (self.boot_left > 0)
         self.boot_left = np.where(booting, self.boot_left - dt * self.speed, self.boot_left)
+        self._switch(power & ~booting & ~self.asleep, dt * self.speed)
         goal = np.where(booting, 25.0, self.target_w)
         per_s = (
             np.where(goal < self.true_w, self.top_w / self.down_s, self.top_w / self.up_s)
@@ -98,6 +106,13 @@ class Fleet:
         share = np.divide(self.true_w, self.target_w, out=np.zeros_like(self.true_w), where=self.target_w > 0)
         self.true_gh = np.where(power & ~booting & ~self.asleep, self.target_gh * np.minimum(share, 1.0), 0.0)
 
+    def _switch(self, boards: np.ndarray, seconds: float) -> None:
+        """Boards that come on surge, and the surges of before die away. In a step of many seconds they do not all come at once."""
+        on = boards & ~self.boards
+        self.surge_w *= np.exp(-seconds / INRUSH_S)
+        self.surge_w = np.where(on, INRUSH * self.target_w * min(1.0, 1.0 / seconds), self.surge_w) * boards
+        self.boards = boards
+
     def power_cut(self, lost: np.ndarray) -> None:
         """Machines that lose power forget their sessions and boot hashing when it returns."""
         for i in np.flatnonzero(lost):
@@ -105,7 +120,7 @@ class Fleet:
 
     def reboot(self, i: int, *, asleep: bool) -> None:
         self.asleep[i] = asleep
-        self.boot_left[i] = BOOT_S
+        self.boot_left[i] = self.boot_s[i]
         self.true_w[i] = min(float(self.true_w[i]), 25.0)
         self.sessions.pop(i, None)
         self._retarget(i)

@@ -418,6 +418,36 @@ def test_power_returns_nothing_is_woken_until_it_is_metered_and_then_group_by_gr
     assert sum(1 for watts in steps if watts) >= len(sleepers & set(yard.under(where)))
 
 
+@pytest.mark.parametrize("staggered", [True, False])
+def test_power_returns_and_what_wakes_at_once_would_trip_what_wakes_in_groups_does_not(yard, monkeypatch, staggered):
+    """Everything sleeps when a PDU goes dark, boots hashing when its power returns, and is slept; then all of it may hash again."""
+    if not staggered:
+        monkeypatch.setattr(site_loop, "_staged", all_now)
+    Site.objects.filter(pk=yard.site.pk).update(mode="shed")
+    yard.turn(8)
+    n = yard.physics.node_index["pdu-1"]
+    before = yard.physics.energised()
+    yard.physics.closed[n] = False
+    yard.fleet.power_cut((before & ~yard.physics.energised())[yard.physics.miner_node])
+    yard.turn(6)
+    yard.physics.reset_breaker("pdu-1")
+    yard.turn(16)
+    assert all(yard.fleet.asleep), "those that booted hashing were slept"
+    assert not yard.physics.trips, "no two of them came on in the same moment"
+    Site.objects.filter(pk=yard.site.pk).update(mode="auto")
+    yard.turn(24)
+    tripped = {trip["node"] for trip in yard.physics.trips}
+    assert ("pdu-1" in tripped) is not staggered
+    if staggered:
+        assert not tripped
+        assert not Miner.objects.filter(power_node__name="pdu-1", desired_mode=0).exists(), "all hash again"
+
+
+def all_now(_ledger, miners, _fleet, modes, changes):
+    """`site_loop._staged` without its groups: every machine at once."""
+    return [power.Command(miners[i].pk, int(modes[i]), miners[i].desired_generation) for i in map(int, changes)]
+
+
 # --- what the meters saw before a command
 def test_readings_above_the_meter_before_a_command_are_no_watts_after_it(yard):
     """In an outage the meter falls before the readings do. What was commanded then must not hold its watts for ever: no test would

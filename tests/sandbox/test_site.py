@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from sandbox.miners.fleet import INRUSH
 from sandbox.site.executor import Executor
 from sandbox.site.physics import BOOT_S, Physics
 from sandbox.site.server import SiteServer
@@ -117,6 +118,58 @@ def test_a_breaker_trips_by_its_curve(ratio, within, never):
     physics.reset_breaker("pdu")
     run(physics, 120)
     assert len(physics.trips) > 1 or float(physics.fleet.true_w.sum()) > 0, "and boot hashing when it closes"
+
+
+@pytest.mark.parametrize(("at_once", "trips"), [(12, True), (1, False), (3, False)])
+def test_boards_that_come_on_together_trip_a_breaker_that_carries_them_all_day(at_once, trips):
+    """Inrush: several times what a machine draws, for half a second. The meter never sees it, and the watts that run stay under the cap."""
+    physics = Physics(site(cap_w=44_000, hosts=0, miners=12))
+    fleet = physics.fleet
+    fleet.asleep[:] = True
+    for i in range(12):
+        fleet._retarget(i)
+    run(physics, 60)
+    read = []
+    for second in range(60):
+        if second % 5 == 0:
+            for i in np.flatnonzero(fleet.asleep)[:at_once]:
+                fleet.asleep[i] = False
+                fleet._retarget(i)
+        run(physics, 1, start=60.0 + second)
+        read.append(physics.meters()[1][1])
+    assert bool(physics.trips) is trips
+    assert physics.over_s[1] == 0
+    assert max(read) < 44_000
+    if trips:
+        assert physics.trips[0]["inrush_w"] > 3 * 44_000 > 3 * physics.trips[0]["watts"]
+
+
+def test_after_an_outage_no_two_boards_come_on_in_the_same_moment():
+    physics = Physics(site(cap_w=44_000, hosts=0, miners=12))
+    run(physics, 10)
+    physics.closed[1] = False
+    physics.fleet.power_cut(np.ones(12, dtype=bool))
+    run(physics, 60)
+    physics.reset_breaker("pdu")
+    run(physics, 120)
+    assert not physics.trips
+    assert float(physics.true_w[1]) == pytest.approx(float(physics.fleet.target_w.sum())), "all hash again"
+
+
+@pytest.mark.parametrize("dt", [0.1, 0.25, 1.0, 5.0])
+def test_a_shorter_step_makes_no_larger_inrush(dt):
+    """And a step of many seconds does not put all that comes on within it into one moment."""
+    physics = Physics(site(cap_w=44_000, hosts=0, miners=2))
+    physics.fleet.asleep[:] = True
+    for i in range(2):
+        physics.fleet._retarget(i)
+    run(physics, 60, dt=dt)
+    physics.fleet.asleep[:] = False
+    for i in range(2):
+        physics.fleet._retarget(i)
+    physics.step(dt, 60 + dt)
+    whole = INRUSH * float(physics.fleet.target_w.sum())
+    assert float(physics._surge()[1]) == pytest.approx(whole * min(1.0, 1.0 / dt))
 
 
 def test_overdriven_by_a_blind_controller_it_trips_and_work_is_lost():

@@ -19,6 +19,7 @@ from marketplace.models import Contract, Curtailment, Host, Placement, Placement
 from marketplace.services import jobs
 from marketplace.services.budgets import node_budgets
 from marketplace.services.power import Ledger, cap_gpus
+from marketplace.services.power.ledger import FRESH
 from scheduler.core import curtail
 from scheduler.core import power as core
 
@@ -33,7 +34,7 @@ def relieve(ledger: Ledger, active: Iterable[Curtailment], *, now: datetime) -> 
     calls = {c.node_id: c for c in sorted(mandatory, key=lambda c: -c.cap_w)}
     if not calls:
         return []
-    need = _missing(ledger, calls)
+    need = _missing(ledger, calls, now)
     if not need.any():
         return []
     site_id, hosts = ledger.site_id, ledger.hosts
@@ -74,14 +75,25 @@ def _shape(ledger: Ledger, host: Host) -> curtail.HostShape:
     )  # fmt: skip
 
 
-def _missing(ledger: Ledger, calls: dict[int, Curtailment]) -> core.Ints:
+def _missing(ledger: Ledger, calls: dict[int, Curtailment], now: datetime) -> core.Ints:
     """MW over the limit of each curtailed node, beyond what machines that may sleep would give."""
     budgets = node_budgets([ledger.site_id])
     need = np.zeros(len(ledger.tree.keys), np.int64)
     for pk in calls:
         n = ledger.tree.index[pk]
-        need[n] = max(0, -int(ledger.free[n]) - budgets[pk].reclaimable_mw)
+        need[n] = max(0, -int(ledger.free[n]) - 1000 * _passing_w(ledger, pk, now) - budgets[pk].reclaimable_mw)
     return need
+
+
+def _passing_w(ledger: Ledger, pk: int, now: datetime) -> int:
+    """Of a node's margin what its meter sees unexplained, while it reads no more than the limit. Mostly it is the cooling, which follows
+    machines that lay down by tens of seconds: hashing gives for it, jobs only where the meter says that the call is not met.
+    """
+    node = ledger.nodes[pk]
+    if node.measured_w is None or node.measured_at is None or now - node.measured_at > FRESH:
+        return 0
+    share = core.margin_w(node.cap_w, node.metering)
+    return max(0, node.margin_w - share) if node.measured_w <= (node.limit_w or 0) else 0
 
 
 def _rank(contract: Contract, call: Curtailment, now: datetime, willing: dict[tuple[int, int], bool]) -> int:

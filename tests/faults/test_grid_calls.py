@@ -145,6 +145,39 @@ def test_what_hashing_cannot_give_comes_from_gpus_before_firm_work_leaves(yard):
     assert {j["what"] for j in CurtailmentReport.objects.get().jobs} == {"held_lower"}
 
 
+@pytest.mark.parametrize("cap_w", [14_000, 16_000])
+def test_a_margin_that_passes_over_a_firm_job_lowers_no_gpu_while_the_meter_is_under_the_limit(yard, cap_w):
+    """The cooling runs on when all machines have lain down: for some seconds the meter sees what nobody admits to."""
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=200)
+    yard.turn(8)
+    share = root().margin_w
+    call(yard, cap_w)
+    yard.turn()
+    held = Host.objects.get(name="h1").call_gpu_w
+    assert held
+    margins = []
+    for _ in range(12):
+        yard.turn()
+        margins.append(root().margin_w)
+        assert Host.objects.get(name="h1").call_gpu_w == held
+    assert max(margins) > share == margins[-1], "it has passed"
+    assert yard.physics.true_w[0] <= cap_w
+
+
+def test_gpus_give_for_what_is_hidden_where_the_meter_says_that_the_call_is_not_met(yard):
+    job = yard.submit()
+    yard.until(lambda: yard.state(job) == "running", seconds=200)
+    yard.turn(8)
+    call(yard, 16_000)
+    yard.turn(12)
+    held = Host.objects.get(name="h1").call_gpu_w
+    yard.physics.fixed[0] += 16_300 - yard.physics.true_w[0]  # somebody plugs in a heater
+    yard.until(lambda: Host.objects.get(name="h1").call_gpu_w < held, seconds=60)
+    yard.until(lambda: yard.physics.true_w[0] <= 16_000, seconds=60)
+    assert yard.state(job) == "running"
+
+
 def test_machines_that_gave_nothing_are_named_with_their_reason(yard):
     names = [m.name for m in Miner.objects.order_by("name")]
     deaf, mute, held = names[0], names[1], names[2]

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Self
 
+from marketplace.models import Miner, PowerNode
 from marketplace.services import grid
 from sandbox.vtn import Vtn
 
@@ -24,6 +25,7 @@ LASTS = (3, 8)  # minutes
 USUAL, DEAR = 42_000_000, 320_000_000  # micro-USD a MWh
 CALM_MHZ, LOW_MHZ = 60_000, 59_500
 PROGRAM, SECRET = "operating envelope", "the VEN's own"
+SQUEEZE_W = 3_000  # less than one machine draws
 KINDS = ("operator", "price", "frequency", "openadr3")
 
 
@@ -73,7 +75,7 @@ class Calls:
             program=PROGRAM, poll_s=30,
         )  # fmt: skip
         self.read_at = soak.clock.now
-        self.next_at = self.calm_at = soak.clock.now + FIRST * MINUTE
+        self.next_at = self.calm_at = self.squeezed_until = soak.clock.now + FIRST * MINUTE
 
     def _add(self, kind: str, **fields: Any) -> str:
         return str(
@@ -114,6 +116,21 @@ class Calls:
         self.uusd_mwh, self.mhz = USUAL, CALM_MHZ
         for event in list(self.vtn.events):
             self.vtn.control({"delete": event})
+
+    def squeeze(self) -> None:
+        """The operator asks a PDU for a machine's watts less than its books hold, so that one has to sleep; nobody, while all do."""
+        soak, now = self.soak, self.soak.clock.now
+        awake = Miner.objects.filter(site=soak.site.pk, state="ok", desired_mode__gt=0)
+        if not soak.control or now < self.squeezed_until or not awake.exists():
+            return
+        pdu = self.dice.choice(sorted(PowerNode.objects.filter(miners__in=awake).distinct(), key=lambda n: n.name))
+        cap_w = -(-pdu.reserved_mw // 1000) + pdu.fixed_w + pdu.margin_w - SQUEEZE_W
+        self.squeezed_until = now + FIRST * MINUTE
+        body = {
+            "node": pdu.public_id, "cap_w": min(cap_w, pdu.cap_w), "starts_at": now.isoformat(),
+            "ends_at": self.squeezed_until.isoformat(), "reference": f"squeeze at {now:%T}",
+        }  # fmt: skip
+        soak.operator.post("curtailments", body)
 
     # --- each kind
     def _operator(self, lasts: timedelta) -> None:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from sandbox.soak.grounds import OWN
+
 if TYPE_CHECKING:
+    from benchmarks.fault_site import Asic
     from sandbox.soak.soak import Soak
 
 MINUTE = timedelta(minutes=1)
 STALE_S = 150.0  # a meter silent for longer is stale
+OVER = 1.06  # of its cap
 LIE_W = 500.0  # no machine that sleeps draws so much
 UNBELIEVED = ("sleeps not believed: acknowledged_no_drop", "sleeps not believed: phantom_load")
 UNREAD = ("machines unread, at their nameplate",)
-OWN = ("machines put to sleep", "hosts lowered to their floor", "jobs ended for the copper")  # by the site's own loop
 ASLEEP_LEAVES = 0.85  # of a PDU's cap, when its machines sleep and its hosts are parked
+LONGER = 15 * MINUTE  # a fault that nothing has answered goes on for so long, for the occasion to come
+OCCASION = 2 * MINUTE  # that it waits for one, before somebody brings it about
+FEW = 3  # machines asked together: the lie of one is more than 20 % of them, and not within the meters' error (ADR 11)
 
 
 @dataclass
 class Fault:
     """`row`: of the failure table. `never`: counters that must not rise from `settled` after it began until it ends. `shows`: whether it
     is to be seen at the site now; `answers`: counters of which one rises when something is done about it. `lifts`: nodes that it puts
-    over their caps by itself, until the site's own loop has brought them down.
+    over their caps by itself, until the site's own loop has brought them down. `goes_on`: what it does each turn until it is answered;
+    one that is not goes on beyond `until`, for LONGER at most.
     """
 
     row: str
@@ -39,14 +48,16 @@ class Fault:
     shows: Callable[[], bool] = lambda: True
     answers: Sequence[str] = ()
     lifts: frozenset[str] = frozenset()
+    goes_on: Callable[[], None] = lambda: None
     struck: bool = False
     held: Counter[str] | None = None  # the counters at `settled`
     name: str = ""  # of ROWS
-    done: dict[str, int] = field(default_factory=dict)  # what was done about it, when it is over
+    done: dict[str, int] = field(default_factory=dict)  # what was done while it lasted, so far
 
     def watch(self, now: datetime, counts: Counter[str]) -> list[str]:
         """What has happened that must not."""
         self.struck = self.struck or self.shows()
+        self.done = {name: n - self.before[name] for name, n in counts.items() if n > self.before[name]}
         if self.held is None:
             if now >= self.began + self.settled:
                 self.held = counts.copy()
@@ -59,6 +70,10 @@ class Fault:
         """It was seen, and what the table says was done: something rose, or what must not rise was watched."""
         done = any(self.done.get(name) for name in self.answers) if self.answers else True
         return self.struck and done and not (self.never and self.held is None)
+
+    def over(self, now: datetime) -> bool:
+        """Its time is up; and where it is one that is to be answered, it was, or never will be."""
+        return now >= self.until and (self.answered or not self.answers or now >= self.until + LONGER)
 
 
 def missing(over: Sequence[Fault]) -> list[str]:
@@ -79,7 +94,7 @@ def missing(over: Sequence[Fault]) -> list[str]:
 
 class Faults:
     """What goes wrong when: every row in turn, shuffled anew each round, so that none is left out and any two may meet. The longest
-    comes first, and of a later round those that have proved nothing yet.
+    comes first; who has proved nothing strikes again before those that have.
     """
 
     def __init__(self, soak: Soak, dice: Random) -> None:
@@ -87,34 +102,38 @@ class Faults:
         self.live: list[Fault] = []
         self.over: list[Fault] = []
         self.waiting: list[str] = []
+        self.plugged: dict[int, float] = defaultdict(float)  # node -> W that nobody knows of
         self.next_at = soak.clock.now + 5 * MINUTE
 
-    def turn(self, counts: Counter[str]) -> None:
+    def turn(self) -> None:
         now = self.soak.clock.now
-        for fault in [f for f in self.live if now >= f.until]:
-            self.end(fault, counts)
+        for fault in [f for f in self.live if f.over(now)]:
+            self.end(fault)
+        for fault in self.live:
+            if not fault.answered:
+                fault.goes_on()
         if now >= self.next_at:
             self.strike()
-            self.next_at = now + MINUTE * self.dice.uniform(3, 11)
+            self.next_at = now + MINUTE * self.dice.uniform(2, 9)
 
-    def end(self, fault: Fault, counts: Counter[str]) -> None:
+    def end(self, fault: Fault) -> None:
         fault.undo()
+        fault.until = self.soak.clock.now
         self.live.remove(fault)
-        fault.done = {name: n - fault.before[name] for name, n in counts.items() if n > fault.before[name]}
         self.over.append(fault)
 
     def strike(self) -> None:
+        proved = {fault.name for fault in self.over if fault.answered}
         if not self.waiting:
             self.waiting = list(ROWS)
             self.dice.shuffle(self.waiting)
-            proved = {fault.name for fault in self.over if fault.answered}
-            first = {name for name in ROWS if name not in proved} if self.over else {"prices_stale"}
-            self.waiting.sort(key=lambda name: name not in first)
+        again = [fault.name for fault in self.over if fault.name not in {*proved, *self.waiting}]
+        first = ["prices_stale"] if not self.over else [name for name in self.waiting if name not in proved]
         busy = {fault.name for fault in self.live}  # two of one kind would end each other
-        for name in [name for name in self.waiting if name not in busy]:
-            made: Fault | None = getattr(self, name)()
+        for name in dict.fromkeys([*first, *again, *self.waiting]):
+            made: Fault | None = None if name in busy else getattr(self, name)()
             if made is not None:
-                self.waiting.remove(name)
+                self.waiting = [other for other in self.waiting if other != name]
                 made.name, made.struck = name, made.shows()
                 self.live.append(made)
                 return
@@ -122,8 +141,7 @@ class Faults:
 
     def _fault(self, row: str, what: str, minutes: tuple[float, float], undo: Callable[[], Any], **more: Any) -> Fault:
         now = self.soak.clock.now
-        until = now + MINUTE * self.dice.uniform(*minutes)
-        return Fault(row, what, until, undo, now, self.soak.counts().copy(), **more)
+        return Fault(row, what, now + MINUTE * self.dice.uniform(*minutes), undo, now, self.soak.counts(), **more)
 
     # --- machines
     def _machines(self, count: int, *, awake: bool | None = None) -> list[str]:
@@ -145,15 +163,47 @@ class Faults:
         return self._fault(row, f"{fault} of {', '.join(names)}", minutes, undo, **more) if names else None
 
     def acknowledges_and_ignores(self) -> Fault | None:
-        names, site = self._machines(self.dice.randrange(1, 4), awake=True), self.soak.site
+        site, count = self.soak.site, self.dice.randrange(1, 4)
         fleet = site.physics.fleet
-        return self._on("acks, no drop", "ack_ignore", names, answers=UNBELIEVED,
-                        shows=lambda: any(site.asics[n].mode == 0 and not fleet.asleep[fleet.index[n]] for n in names))  # fmt: skip
+        return self._when_asked("ack_ignore", lambda made, _batch: made < count,
+                                lambda n: site.asics[n].mode == 0 and not fleet.asleep[fleet.index[n]])  # fmt: skip
 
     def lies(self) -> Fault | None:
-        names, fleet = self._machines(1, awake=True), self.soak.site.physics.fleet
-        return self._on("acks, no drop", "phantom", names, answers=UNBELIEVED,
-                        shows=lambda: any(fleet.asleep[i] and fleet.true_w[i] > LIE_W for i in map(fleet.index.get, names)))  # fmt: skip
+        """It obeys, reads as asleep, and draws on. Of many that lie down together the lie of one is within the meters' error and stays
+        in the margin (ADR 11): it is one of few.
+        """
+        fleet = self.soak.site.physics.fleet
+        return self._when_asked("phantom", lambda made, batch: not made and batch <= FEW,
+                                lambda n: fleet.asleep[fleet.index[n]] and fleet.true_w[fleet.index[n]] > LIE_W)  # fmt: skip
+
+    def _when_asked(self, fault: str, takes: Callable[[int, int], bool], shows: Callable[[str], bool]) -> Fault | None:
+        """Of machines that nobody has told anything yet: those that control tells to sleep next turn out to be bad, as far as it `takes`
+        them (how many there are already; how many are told together). Where nobody is told for a while, the operator calls.
+        """
+        site, names = self.soak.site, list[str]()
+        fleet = site.physics.fleet
+        if not self._machines(1, awake=True):
+            return None
+
+        def turns_bad(asic: Asic, batch: int) -> None:
+            if not fleet.fault[fleet.index[asic.name]] and takes(len(names), batch):
+                fleet.set_fault(asic.name, fault)
+                names.append(asic.name)
+                made.what = f"{fault} of {', '.join(names)}"
+
+        def undo() -> None:
+            site.asked.remove(turns_bad)
+            for name in names:
+                fleet.set_fault(name, "")
+
+        def occasion() -> None:
+            if not names and self.soak.clock.now >= made.began + OCCASION:
+                self.soak.calls.squeeze()
+
+        site.asked.append(turns_bad)
+        made = self._fault("acks, no drop", f"{fault} of whoever is asked", (5, 14), undo, answers=UNBELIEVED, goes_on=occasion,
+                           shows=lambda: any(shows(n) for n in names))  # fmt: skip
+        return made
 
     def does_not_answer(self) -> Fault | None:
         kind = self.dice.choice(("hang", "refuse", "error_status"))
@@ -179,13 +229,17 @@ class Faults:
         site = self.soak.site
         pdu = self.dice.choice([n for n in site.nodes if n.startswith("pdu")])
         site.deaf_pdus.add(pdu)
-        return self._fault("no answer / stale", f"the network of {pdu}", (3, 8), lambda: site.deaf_pdus.discard(pdu),
+        return self._fault("no answer / stale", f"the network of {pdu}", (4, 8), lambda: site.deaf_pdus.discard(pdu),
                            answers=UNREAD, shows=lambda: pdu in site.deaf_pdus)  # fmt: skip
 
     # --- meters and copper
-    def meter_stale(self) -> Fault:
+    def meter_stale(self) -> Fault | None:
+        """Not of a node that somebody loads beyond what the books know: no one could see it there, and its breaker trips rightly."""
         physics = self.soak.site.physics
-        i = self.dice.randrange(len(physics.nodes))
+        able = [i for i in range(len(physics.nodes)) if self.plugged[i] < 1]
+        if not able:
+            return None
+        i = self.dice.choice(able)
         physics.meter_stale[i] = True
 
         def undo() -> None:
@@ -196,31 +250,54 @@ class Faults:
                            never=("grants", "wakes"), settled=timedelta(seconds=165),
                            shows=lambda: self.soak.clock.now.timestamp() - physics.meter_at[i] > STALE_S)  # fmt: skip
 
-    def over_95_percent(self) -> Fault:
-        return self._intruder("meter > 95 % of cap", 0.965, ("sleeps", *OWN))
+    def over_95_percent(self) -> Fault | None:
+        fleet, found = self.soak.site.physics.fleet, self._pdus()
+        able = [i for i in found if (~fleet.asleep & (self.soak.site.physics.miner_node == i)).any()]
+        return self._intruder("meter > 95 % of cap", able, 0.965, ("sleeps under",))
 
-    def over_the_cap(self) -> Fault:
-        return self._intruder("meter > cap", 1.06, OWN)
-
-    def _intruder(self, row: str, share: float, answers: Sequence[str]) -> Fault:
-        """Somebody plugs in what no book knows of, until a PDU draws this share of its cap; but what carries it with all else asleep."""
+    def over_the_cap(self) -> Fault | None:
         physics = self.soak.site.physics
-        i = self.dice.choice([i for i, name in enumerate(physics.node_names) if name.startswith("pdu")])
-        spare = float(physics.cap[i]) * ASLEEP_LEAVES
-        watts = min(spare, max(0.0, share * float(physics.cap[i]) - float(physics.true_w[i])))
+        able = [i for i in self._pdus() if physics.true_w[i] + self._spare(i) > OVER * physics.cap[i]]
+        return self._intruder("meter > cap", able, OVER, [f"{rung} for" for rung in OWN])
+
+    def _pdus(self) -> list[int]:
+        """Positions of PDUs with power and a meter that speaks."""
+        physics = self.soak.site.physics
+        names, live = physics.node_names, physics.energised() & ~physics.meter_stale
+        return [i for i in np.flatnonzero(live).tolist() if names[i].startswith("pdu")]
+
+    def _spare(self, i: int) -> float:
+        """W that may still be plugged in at a PDU: with all else asleep it carries them."""
+        return float(self.soak.site.physics.cap[i]) * ASLEEP_LEAVES - self.plugged[i]
+
+    def _intruder(self, row: str, able: list[int], share: float, answers: Sequence[str]) -> Fault | None:
+        """Somebody plugs in what no book knows of, until a PDU draws this share of its cap, and more when others leave."""
+        physics = self.soak.site.physics
+        if not able:
+            return None
+        i = self.dice.choice(able)
         up = [i]
         while physics.parent[up[-1]] >= 0:
             up.append(int(physics.parent[up[-1]]))
-        for n in up:
-            physics.fixed[n] += watts
+        mine = 0.0
 
-        def undo() -> None:
+        def plug(watts: float) -> None:
+            nonlocal mine
+            mine += watts
             for n in up:
-                physics.fixed[n] -= watts
+                physics.fixed[n] += watts
+                self.plugged[n] += watts
 
-        return self._fault(row, f"{watts / 1000:.1f} kW nobody knows of at {physics.node_names[i]}", (3, 8), undo,
-                           answers=answers, lifts=frozenset(physics.node_names[n] for n in up),
-                           shows=lambda: physics.meter_w[i] > 0.95 * physics.cap[i])  # fmt: skip
+        def more() -> None:
+            if physics.energised()[i] and not physics.meter_stale[i]:
+                plug(min(max(0.0, self._spare(i)), max(0.0, share * float(physics.cap[i]) - float(physics.true_w[i]))))
+                made.what = f"{mine / 1000:.1f} kW nobody knows of at {physics.node_names[i]}"
+
+        made = self._fault(row, "", (3, 8), lambda: plug(-mine), answers=[f"{what} {physics.node_names[i]}" for what in answers],
+                           lifts=frozenset(physics.node_names[n] for n in up), goes_on=more,
+                           shows=lambda: physics.meter_w[i] > (0.95 if share < 1 else 1) * physics.cap[i])  # fmt: skip
+        more()
+        return made
 
     def outage(self) -> Fault:
         """A breaker is opened by hand, and closed again: machines boot hashing, hosts boot, work is gone."""
@@ -267,7 +344,7 @@ class Faults:
         def undo() -> None:
             self.soak.priced = True
 
-        return self._fault("price or hashprice stale", "no feed answers", (100, 200), undo, never=("wakes",),
+        return self._fault("price or hashprice stale", "no feed answers", (75, 110), undo, never=("wakes",),
                            settled=timedelta(minutes=61))  # fmt: skip
 
     def doubled_beats(self) -> Fault:

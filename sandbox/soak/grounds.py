@@ -7,18 +7,21 @@ control handed down last.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from agent.safety import HostFacts, Memory, MinerFacts, Tree, decide
 from benchmarks.fault_site import Asic
+from marketplace import ids
 from marketplace.models import Agent
 from marketplace.services import agents
 from sandbox.market.site import Facility
 from sandbox.site.physics import Physics
 
 STALE_S, SETTLE_S = 15.0, 8.0  # as the agent's own settings
+OWN = ("machines put to sleep", "hosts lowered to their floor", "jobs ended for the copper")  # by the site's own loop
 
 
 @dataclass
@@ -33,6 +36,9 @@ class Grounds(Facility):
     memory: Memory = field(default_factory=Memory)
     read: dict[str, tuple[int, float]] = field(default_factory=dict)  # the agent's view of the meters
     latched: dict[str, int] = field(default_factory=dict)  # miner -> generation at which the own loop slept it
+    places: dict[str, tuple[int, ...]] = field(default_factory=dict)  # placement -> its place in control's order
+    asked: list[Callable[[Asic, int], None]] = field(default_factory=list)  # wait for machines told to sleep
+    batch: int = 0  # machines that the answer in hand tells to sleep
 
     # --- time
     def second(self, now: datetime) -> None:
@@ -71,17 +77,18 @@ class Grounds(Facility):
         )
         made = decide(
             self.tree, self.order, self.read, self._facts() if over else {}, self._host_facts() if over else {}, self.memory,
-            now.timestamp(), stale_s=STALE_S, settle_s=SETTLE_S,
+            now.timestamp(), stale_s=STALE_S, settle_s=SETTLE_S, gives_way=self._gives_way() if over else {},
         )  # fmt: skip
+        for rung, found in zip(OWN, (made.shed, made.cap_hosts, made.evict), strict=True):
+            for _, node in found:
+                self.own[rung] += 1
+                self.own[f"{rung} for {node}"] += 1
         for name, _ in made.shed:
-            self.own["machines put to sleep"] += 1
             self.latched[name] = self.asics[name].generation
             self._sleep(self.asics[name])
         for name, _ in made.cap_hosts:
-            self.own["hosts lowered to their floor"] += 1
             self._floor(name)
         for key, _ in made.evict:
-            self.own["jobs ended for the copper"] += 1
             self._end(self.work[int(key)], "failed", 143, "over_cap", now)
         for a in self.asics.values():  # found hashing although it was sent to sleep: down again
             if self._obeys(a.name) and (self.latched.get(a.name, -1) >= a.generation or a.mode == 0):
@@ -107,6 +114,11 @@ class Grounds(Facility):
             name: HostFacts(name, m.node, hosts.power_state(hosts.index[name]) in {"parked", "off"}, running[name])
             for name, m in self.machines.items()
         }
+
+    def _gives_way(self) -> dict[str, tuple[int, ...]]:
+        """Of what runs, as the agent orders it: control's place, and of equals the last to have come first."""
+        running = {str(pk): w.running_at for pk, w in self.work.items() if not w.ended}
+        return {key: (*self.places.get(key, ()), -int(at.timestamp()) if at else 0) for key, at in running.items()}
 
     def _floor(self, name: str) -> None:
         m, hosts = self.machines[name], self.physics.hosts
@@ -138,6 +150,9 @@ class Grounds(Facility):
     def _mode(self, a: Asic, mode: str, generation: int, now: datetime) -> None:  # noqa: ARG002 (the physics has its own time)
         if not self._answers(a.name) or generation <= a.generation:
             return
+        if a.modes.index(mode) == 0 and a.mode:
+            for waits in [*self.asked]:
+                waits(a, self.batch)
         a.generation, a.mode = generation, a.modes.index(mode)  # acknowledged
         if not self._obeys(a.name):
             return
@@ -180,6 +195,9 @@ class Grounds(Facility):
         if answer["safety"] is not None:
             self.known_safety = answer["safety"]["generation"]
             self.tree, self.order = Tree(answer["safety"]["nodes"]), answer["safety"]["shed_order"]
+        self.places = {str(ids.decode("plc", p["id"])): tuple(p["gives_way"]) for p in answer["placements"]}
+        asleep = {a.name: a.modes[0] for a in self.asics.values() if a.mode}
+        self.batch = sum(asleep.get(name) == mode for name, mode, _ in answer["miners"])
         super().take(answer, now)
 
     def drawn(self, now: datetime) -> dict[str, int]:  # noqa: ARG002 (as above)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from sandbox.soak.grounds import OWN
 from sandbox.soak.soak import Outcome
 
-QUIET = {"turns", "jobs"}
+QUIET = {"turns", "jobs", "sleeps", *OWN}  # of the last three each place is named
 
 
 def lines(outcome: Outcome) -> list[str]:

@@ -135,7 +135,7 @@ class Soak:
                 spent = max(spent, (self.clock.now - opened) / timedelta(hours=self.hours))
             if spent >= 2 or (spent >= 1 and not (self.whole and missing(self.faults.over))):
                 return
-            self.faults.turn(self.counts())
+            self.faults.turn()
             if self.control:
                 self._customers()
                 self.calls.turn()
@@ -149,7 +149,7 @@ class Soak:
     def _clear_up(self) -> None:
         """No more faults, calls and jobs: in BACK everything has settled."""
         for fault in [*self.faults.live]:
-            self.faults.end(fault, self.counts())
+            self.faults.end(fault)
         self.calls.end()
         began = self.clock.now
         while self.jobs:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
-from django.db.models import Q
+from django.db.models import F, Q
 
 from benchmarks.auditor import rows
 from marketplace.models import Curtailment, Host, Miner, Placement, PowerGrant, PowerNode, ShedClaim, Site
@@ -25,6 +25,7 @@ AUDIT_EVERY = 40  # looks
 LIFTED = timedelta(minutes=5)  # after its end a fault may still lift what it lifted: machines boot, and ramp
 OVER_S = 60  # what a fault lifts over a cap, the site's own loop brings down within so many seconds
 BLIND_S = 15  # what a meter told longer ago the site's own loop does not go by
+SOFT, STALE_S = 0.95, 150  # of a cap, by a meter that spoke so many seconds ago at most
 UNREAD_S = 200  # a machine unread for so long, with turns in between, stands at its nameplate
 
 
@@ -45,8 +46,8 @@ class Watch:
         """What is wrong now."""
         self.looks += 1
         self.counts["turns"] += 1
-        self._count()
-        found = [f"a breaker tripped: {trip}" for trip in self.site.physics.trips]
+        found = self._count()
+        found += [f"a breaker tripped: {trip}" for trip in self.site.physics.trips]
         found += self.site.wrong
         found += self._over()
         found += self._unread()
@@ -90,13 +91,18 @@ class Watch:
             f"{name} is silent and booked with {w} W of {ladder[-1]}" for name, w, ladder in found if w < ladder[-1]
         ]
 
-    def _count(self) -> None:
-        """What control and the site did since the last look."""
-        modes = {}
-        for name, mode, state in Miner.objects.filter(site=self.site.pk).values_list("name", "desired_mode", "state"):
+    def _count(self) -> list[str]:
+        """What control and the site did since the last look; what of it must not be: a machine raised under a node over 95 % of its cap."""
+        modes, raised = {}, []
+        hot = self._hot()
+        miners = Miner.objects.filter(site=self.site.pk)
+        for name, mode, state, node in miners.values_list("name", "desired_mode", "state", "power_node__name"):
             # One that is not believed is woken within the watts that stand booked for it, whatever hashing pays: it is a test.
             self.counts["wakes" if state == "ok" else "tests of doubted machines"] += mode > self.modes.get(name, 0)
             self.counts["sleeps"] += mode < self.modes.get(name, 0)
+            self.counts[f"sleeps under {node}"] += mode < self.modes.get(name, 0)
+            if mode > self.modes.get(name, 0) and hot & {node, self.site.nodes[node].parent}:
+                raised.append(f"{name} was told to hash more under a node over {SOFT:.0%} of its cap")
             modes[name] = mode
         self.modes = modes
         now: Counter[str] = Counter()
@@ -123,6 +129,13 @@ class Watch:
                 (up & ~self.was_up & (self.site.physics.fleet.boot_left <= 0)).sum()
             ) - self._booted(up)
         self.was_up = up
+        return raised
+
+    def _hot(self) -> set[str]:
+        """Nodes over 95 % of their caps by what control has read of their meters."""
+        fresh = self.soak.clock.now - timedelta(seconds=STALE_S)
+        nodes = PowerNode.objects.filter(site=self.site.pk, measured_at__gte=fresh, measured_w__gt=SOFT * F("cap_w"))
+        return set(nodes.values_list("name", flat=True))
 
     def _booted(self, up: np.ndarray) -> int:
         """Machines that came up by themselves, by a fault or with the power: nobody raised them."""

@@ -157,8 +157,9 @@ class Show:
         return now if now["awake"] >= max(1, before["awake"] * 9 // 10) else None
 
     def trickle(self) -> None:
-        """One small job under a contract that is there."""
-        active = [c for c in self.api.get("contracts", limit=20)["data"] if c["state"] == "active"]
+        """One small job under a contract that bills by use: what is reserved may only begin in days."""
+        rows = self.api.get("contracts", limit=20)["data"]
+        active = [c for c in rows if c["state"] == "active" and c["kind"] == "on_demand"]
         if not active:
             return
         seconds, gpus = self.random.randint(20, 90), self.random.choice([1, 2, 4, 8])

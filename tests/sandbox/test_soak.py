@@ -6,12 +6,13 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.db.models import F
 
-from marketplace.models import Host, Miner
+from marketplace.models import Host, Miner, PowerNode
 from sandbox.market import environment
 from sandbox.soak import __main__ as soak_main
 from sandbox.soak import report
-from sandbox.soak.faults import MINUTE, ROWS, Fault, missing
+from sandbox.soak.faults import LONGER, MINUTE, ROWS, Fault, missing
 from sandbox.soak.soak import Soak
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -53,6 +54,17 @@ def test_a_row_that_never_struck_was_never_seen_or_was_not_answered_is_missing()
     assert missing(whole) == [], "what must not rise was watched"
     whole[0] = fault(ROWS[0], struck=True, answers=("sleeps",), done={"sleeps": 1})
     assert missing([*whole, fault(ROWS[0])]) == [], "once is enough"
+
+
+def test_a_fault_that_nothing_has_answered_goes_on_for_a_while():
+    made = fault("lies", answers=("sleeps",), shows=lambda: False)
+    assert not made.over(made.until - MINUTE)
+    assert not made.over(made.until)
+    assert made.over(made.until + LONGER), "not for ever"
+    made.struck = True
+    made.watch(made.until, Counter(sleeps=1))
+    assert made.over(made.until), "it was answered"
+    assert fault("control_away", never=("wakes",)).over(made.until), "nothing is to answer it"
 
 
 def test_a_run_of_which_a_row_proves_nothing_ends_with_an_error(monkeypatch, capsys):
@@ -116,6 +128,16 @@ def test_a_silent_machine_that_is_not_booked_at_its_nameplate_is_seen():
             Miner.objects.filter(name="m0001").update(measured_at=self.clock.now - timedelta(minutes=9), reserved_w=25)
 
     assert any("is silent and booked with 25 W" in words for words in Unread(1, minutes=600).run().violations)
+
+
+def test_a_machine_that_wakes_under_a_node_over_95_percent_is_seen():
+    class Woken(_Broken):
+        def break_it(self):
+            self.watch.modes["m0001"] = 0  # as if it had slept until now
+            PowerNode.objects.filter(parent=None).update(measured_w=F("cap_w") * 96 / 100, measured_at=self.clock.now)
+
+    found = Woken(1, minutes=600).run().violations
+    assert any("m0001 was told to hash more under a node over 95% of its cap" in words for words in found)
 
 
 def test_a_machine_that_is_left_asleep_is_seen():

@@ -94,7 +94,8 @@ def missing(over: Sequence[Fault]) -> list[str]:
 
 class Faults:
     """What goes wrong when: every row in turn, shuffled anew each round, so that none is left out and any two may meet. The longest
-    comes first; who has proved nothing strikes again before those that have.
+    comes first, and again only when all have proved themselves: while prices are stale nothing wakes, and who waits for a machine to be
+    put to sleep waits in vain. Who has proved nothing strikes again before those that have.
     """
 
     def __init__(self, soak: Soak, dice: Random) -> None:
@@ -130,6 +131,8 @@ class Faults:
         again = [fault.name for fault in self.over if fault.name not in {*proved, *self.waiting}]
         first = ["prices_stale"] if not self.over else [name for name in self.waiting if name not in proved]
         busy = {fault.name for fault in self.live}  # two of one kind would end each other
+        if len(proved) < len(ROWS):
+            busy |= proved & {"prices_stale"}
         for name in dict.fromkeys([*first, *again, *self.waiting]):
             made: Fault | None = None if name in busy else getattr(self, name)()
             if made is not None:

@@ -60,8 +60,10 @@ class Watch:
     def _over(self) -> list[str]:
         """Every second since the last look in which a node stood over its cap: only what a fault lifted may, and not for long."""
         now, found = self.soak.clock.now, []
-        faults = [*self.soak.faults.live, *self.soak.faults.over] if hasattr(self.soak, "faults") else []
-        lifted = {name for f in faults if now < f.until + LIFTED for name in f.lifts}
+        lifted: set[str] = set()
+        if hasattr(self.soak, "faults"):
+            lately = [f for f in self.soak.faults.over if now < f.until + LIFTED]
+            lifted = {name for f in [*self.soak.faults.live, *lately] for name in f.lifts}
         physics = self.site.physics
         instants, physics.over_instants = physics.over_instants, []
         for row in instants:

@@ -90,6 +90,26 @@ def test_a_liar_that_is_tested_and_lies_again_is_not_believed(yard):
     assert yard.miner(liar).reserved_w >= 3500
 
 
+def test_a_test_that_the_sites_own_loop_put_to_sleep_is_made_again_and_keeps_nobody_waiting(yard):
+    """Told to wake for its test, and latched by the agent in that moment: it sleeps on, and hears of nothing but a newer generation."""
+    _, batch = asked(yard)
+    liars = batch[:2]
+    for name in liars:
+        yard.fleet.set_fault(name, "phantom")
+    yard.until(lambda: {yard.miner(name).state for name in liars} == {"unresponsive"}, seconds=120)
+    for name in liars:
+        yard.fleet.set_fault(name, "")
+    tested = lambda: next((m for m in map(yard.miner, liars) if m.desired_mode), None)  # noqa: E731
+    latched = yard.until(tested, seconds=300)
+    i = yard.fleet.index[latched.name]
+    yard.generation[latched.name], yard.wanted[latched.name] = latched.desired_generation, yard.fleet.ladders[i][0][0]
+    yard.fleet.asleep[i] = True
+    yard.fleet._retarget(i)
+    yard.until(lambda: not Miner.objects.filter(state="unresponsive").exists(), seconds=1200)
+    assert yard.miner(latched.name).desired_generation > latched.desired_generation
+    assert {yard.claims(name)[-1].state for name in liars} == {"confirmed"}
+
+
 def test_machines_that_are_not_believed_are_tested_while_somebody_waits_for_their_watts(yard):
     first, _ = asked(yard)
     for miner in Miner.objects.all():

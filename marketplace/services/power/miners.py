@@ -44,7 +44,7 @@ def command_miners(site_id: int, commands: Sequence[Command], *, now: datetime) 
     claims: list[ShedClaim] = []
     for miner in miners:
         command = wanted[miner.pk]
-        again = command.mode == 0 and miner.state == Miner.State.UNRESPONSIVE
+        again = miner.state == Miner.State.UNRESPONSIVE  # what it was told before may be what it did not do
         if miner.desired_generation != command.seen_generation or (miner.desired_mode == command.mode and not again):
             continue
         target = miner.mode_watts[command.mode]

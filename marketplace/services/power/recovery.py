@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from marketplace.models import Miner, PowerNode, ShedClaim
 from marketplace.services.power.ledger import FRESH, Ledger
@@ -17,7 +17,8 @@ DAY = timedelta(days=1)
 def tests_due(ledger: Ledger, *, now: datetime) -> list[Command]:
     """How an unresponsive machine comes back: by waking within the watts still booked for it, and sleeping before a meter
     that nothing else confuses. One at a time under each meter; after each failure it waits twice as long. Where the books or
-    a meter stand over what is allowed none is woken, and the one that was woken sleeps.
+    a meter stand over what is allowed none is woken, and the one that was woken sleeps. One that was told to wake and sleeps still (the
+    site's own loop had latched it, say) is told again, when its turn comes.
     """
     miners = [m for m in ledger.miners.values() if m.state == Miner.State.UNRESPONSIVE and not m.manual]
     if not miners:
@@ -31,7 +32,7 @@ def tests_due(ledger: Ledger, *, now: datetime) -> list[Command]:
     over = {n for n in range(len(ledger.free)) if ledger.free[n] < 0} | ledger.hot(now)
     pressed = {m.pk for m in miners if over.intersection(_path(ledger, m))}
     taken: dict[int, int] = {}  # place -> whose turn it is
-    for miner in sorted(miners, key=lambda m: (m.pk not in being_tested, len(failures[m.pk]), m.pk)):
+    for miner in sorted(miners, key=lambda m: (m.pk not in being_tested, len(failures[m.pk]), _told(m), m.pk)):
         wait = FIRST_TEST * min(MOST_WAITS, 2 ** max(0, len(failures[miner.pk]) - 1))
         due = now - max(failures[miner.pk], default=now - DAY) >= wait
         if (due and miner.pk not in pressed) or miner.pk in being_tested:
@@ -39,6 +40,11 @@ def tests_due(ledger: Ledger, *, now: datetime) -> list[Command]:
     chosen = set(taken.values()) - judged - pressed
     back = [Command(m.pk, 0, m.desired_generation) for m in miners if m.pk in pressed and m.desired_mode]
     return back + [c for m in miners if m.pk in chosen and (c := _test(m, now)) is not None]
+
+
+def _told(miner: Miner) -> datetime:
+    """When it was last told anything: of equals the turn goes round, so that one which does not wake keeps no other waiting."""
+    return miner.changed_at or datetime.min.replace(tzinfo=UTC)
 
 
 def _path(ledger: Ledger, miner: Miner) -> Sequence[int]:
@@ -53,7 +59,8 @@ def _place(ledger: Ledger, miner: Miner) -> int:
 def _test(miner: Miner, now: datetime) -> Command | None:
     if miner.measured_at is None or miner.measured_w is None or now - miner.measured_at > FRESH:
         return None
-    if miner.desired_mode == 0 and 100 * miner.measured_w <= 15 * miner.mode_watts[-1]:
+    woken = miner.desired_mode and now - _told(miner) < RAMP
+    if not woken and 100 * miner.measured_w <= 15 * miner.mode_watts[-1]:
         mode = max(i for i, watts in enumerate(miner.mode_watts) if watts <= miner.reserved_w)
         return Command(miner.pk, mode, miner.desired_generation) if mode else None
     settled = miner.changed_at is None or now - miner.changed_at >= timedelta(seconds=SETTLE_S)

@@ -141,13 +141,17 @@ def cut(contract: Contract, ends_at: datetime) -> None:
     rows.filter(starts_at__lt=ends_at, ends_at__gt=ends_at).update(ends_at=ends_at)
 
 
-def renumber(host_ids: Iterable[int], *, now: datetime) -> None:
-    """Claims to come get other devices of their hosts where two would have the same. MarketError("no_capacity") without room."""
+def renumber(host_ids: Iterable[int], *, now: datetime, owed: bool = False) -> None:
+    """Claims to come get other devices of their hosts where two would have the same. MarketError("no_capacity") without room; what is
+    `owed` anyhow stays where it stands on a host with fewer working GPUs than are promised, and is a shortfall when its hour comes.
+    """
     hosts = sorted(set(host_ids))
     usable, taken = _usable(hosts), _taken(hosts, now)
     for host in hosts:
         rivals = taken.get(host, [])
         moves = recolour(usable.get(host, ()), [t for t, _ in rivals])
+        if moves is None and owed:
+            continue
         if moves is None:
             raise MarketError("no_capacity", "The GPUs of a host were taken meanwhile; ask again.")
         _write_moves(rivals, moves)

@@ -311,6 +311,19 @@ def test_an_unsold_offer_expires_before_its_gpus_would_have_to_be_clear(desk):
     assert desk.whole()
 
 
+def test_an_offer_expires_also_on_a_host_that_has_fewer_gpus_by_then():
+    """Its hours are the holder's, room or not; whoever lacks GPUs later is made good then, and the clock goes on."""
+    desk = Desk(gpus=4)
+    later = desk.sign(desk.buyer(), desk.listing, 4, start=START + 6 * DAY)
+    resale = desk.offer()
+    for block in later.reservation.blocks.all():
+        block.host.gpus.filter(index=block.gpu_indices[0]).update(healthy=False)
+    assert contracts.clock(resale.expires_at).resales_expired == 1
+    resale.refresh_from_db()
+    assert resale.state == "expired"
+    assert desk.whole()
+
+
 def test_the_pieces_are_one_again_when_the_sold_window_is_over(desk):
     contract = desk.buy(desk.buyer(), desk.offer())
     contracts.clock(TO)

@@ -70,7 +70,7 @@ def give_back(
     rows = rows_of(contract, min(start, now))
     back = [Strip(seconds(start), seconds(end), host, frozenset(gpus)) for host, gpus in taken.items()]
     _write(contract, rows, parts.join([*strips_of(rows), *back]))
-    holds.renumber(taken.keys(), now=now)
+    holds.renumber(taken.keys(), now=now, owed=True)
 
 
 def rejoin(contract: Contract, now: datetime) -> bool:

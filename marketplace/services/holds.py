@@ -146,7 +146,7 @@ def renumber(host_ids: Iterable[int], *, now: datetime, owed: bool = False) -> N
     `owed` anyhow stays where it stands on a host with fewer working GPUs than are promised, and is a shortfall when its hour comes.
     """
     hosts = sorted(set(host_ids))
-    usable, taken = _usable(hosts), _taken(hosts, now)
+    usable, taken = _usable(hosts), _taken(hosts, now, limits=True)
     for host in hosts:
         rivals = taken.get(host, [])
         moves = recolour(usable.get(host, ()), [t for t, _ in rivals])
@@ -204,8 +204,10 @@ def _usable(host_ids: Iterable[int]) -> dict[int, list[int]]:
     }
 
 
-def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken, ReservationBlock | None]]]:
-    """What holds devices of these hosts: blocks of live reservations, and running work outside them."""
+def _taken(
+    host_ids: Iterable[int], now: datetime, *, limits: bool = False
+) -> dict[int, list[tuple[Taken, ReservationBlock | None]]]:
+    """What holds devices of these hosts: blocks of live reservations, and running work outside them; with `limits` a job's own ends it."""
     ids, at = list(host_ids), seconds(now)
     found: dict[int, list[tuple[Taken, ReservationBlock | None]]] = defaultdict(list)
     for block in _BLOCKS(hosts=ids, now=now):
@@ -213,7 +215,7 @@ def _taken(host_ids: Iterable[int], now: datetime) -> dict[int, list[tuple[Taken
         start, end = seconds(of.claims_at), seconds(of.ends_at)
         claim = Taken(block.pk, start, end, tuple(block.gpu_indices), pinned=start <= at)
         found[block.host_id].append((claim, block))
-    for host, ends in availability.unreserved_gpus(ids, now).items():
+    for host, ends in availability.unreserved_gpus(ids, now, limits=limits).items():
         found[host] += [(Taken(-1 - i, at, end, (i,), pinned=True), None) for i, end in ends.items()]
     return found
 

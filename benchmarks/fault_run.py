@@ -241,7 +241,7 @@ class _Run:
             over(SYSTEM, work, now=world.now)
         for host in Host.objects.exclude(taints=[]):
             drains.set_taints(host, [], actor=SYSTEM, now=world.now)
-        for host in Host.objects.filter(state="draining"):
+        for host in Host.objects.filter(state__in=("draining", "maintenance"), back_at=None):
             sites.undrain_host(host, actor=SYSTEM, now=world.now)
 
     def turn(self, number: int) -> None:

@@ -171,7 +171,7 @@ def drain(world: World, dice: random.Random) -> Task | None:
 
 
 def undrain(world: World, dice: random.Random) -> Task | None:
-    host = _one(Host.objects.filter(state="draining"), dice)
+    host = _one(Host.objects.filter(state__in=("draining", "maintenance"), back_at=None), dice)
     return host and Task("undrain", lambda: sites.undrain_host(host, actor=SYSTEM, now=world.now), 12)
 
 

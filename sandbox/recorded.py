@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,17 +37,9 @@ class Recorded:
 @contextmanager
 def serving(folder: Path) -> Iterator[Recorded]:
     """In a thread of its own, for as long as the block lasts."""
-    made, loop = Recorded(folder), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(made.httpd.start(), loop).result(5)
-    try:
+    made = Recorded(folder)
+    with made.httpd.beside():
         yield made
-    finally:
-        asyncio.run_coroutine_threadsafe(made.httpd.stop(), loop).result(5)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        loop.close()
 
 
 async def _serve(recorded: Recorded) -> None:

@@ -1,7 +1,5 @@
 """The sandbox's screening service on a real socket, in a thread of its own, with a clock that a test sets."""
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,14 +26,5 @@ class Screener:
 def running(*, key: str = "") -> Iterator[Screener]:
     service = Service(key=key, clock=lambda: screener.at)
     screener = Screener(service)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(service.httpd.start(), loop).result(10)
-    try:
+    with service.httpd.beside():
         yield screener
-    finally:
-        asyncio.run_coroutine_threadsafe(service.httpd.stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()

@@ -97,7 +97,8 @@ def load(
     ids = [listing.pk for listing in listings]
     hosts = _HOSTS(ids=ids)
     if among is not None:
-        hosts = [host for host in hosts if host[0] in among]
+        counted = set(among)
+        hosts = [host for host in hosts if host[0] in counted]
     broken = _broken(ids)
     rows: list[tuple[int, int, str, str, int]] = []
     totals: dict[int, int] = dict.fromkeys(ids, 0)

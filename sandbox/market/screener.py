@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections import Counter
 from datetime import timedelta
 from random import Random
@@ -33,10 +31,8 @@ class Screener:
         self.service = Service(key=KEY, clock=lambda: clock().timestamp())
 
     def __enter__(self) -> Self:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.service.httpd.start(), self.loop).result(10)
+        self.serving = self.service.httpd.beside()
+        self.serving.__enter__()
         self.before = (settings.SCREENING_PROVIDER, settings.SCREENING_URL, settings.SCREENING_KEY)
         settings.SCREENING_PROVIDER, settings.SCREENING_URL, settings.SCREENING_KEY = (
             "http",
@@ -47,10 +43,7 @@ class Screener:
 
     def __exit__(self, *_: object) -> None:
         settings.SCREENING_PROVIDER, settings.SCREENING_URL, settings.SCREENING_KEY = self.before
-        asyncio.run_coroutine_threadsafe(self.service.httpd.stop(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.close()
+        self.serving.__exit__(None, None, None)
 
     def control(self, **said: Any) -> None:
         self.service.control(said)

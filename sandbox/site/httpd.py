@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from sandbox.site.connections import Connections
@@ -62,6 +64,21 @@ class Httpd:
 
     async def stop(self) -> None:
         await self.connections.end([self.server] if self.server else [])
+
+    @contextmanager
+    def beside(self) -> Iterator[Self]:
+        """Serve in a thread of its own, for as long as the block lasts."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        asyncio.run_coroutine_threadsafe(self.start(), loop).result(10)
+        try:
+            yield self
+        finally:
+            asyncio.run_coroutine_threadsafe(self.stop(), loop).result(10)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(10)
+            loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with self.connections.held(writer):

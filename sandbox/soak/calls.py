@@ -6,8 +6,6 @@ each minute; an OpenADR 3 programme is asked over HTTP by our VEN, and answered 
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from datetime import datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Self
@@ -41,18 +39,13 @@ class Calls:
         self.read_at: datetime | None = None  # when the frequency's meter speaks next; none before the site is open
 
     def __enter__(self) -> Self:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.vtn.httpd.start(), self.loop).result(10)
+        self.serving = self.vtn.httpd.beside()
+        self.serving.__enter__()
         self.vtn.control({"program": {"id": "1", "programName": PROGRAM}})
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.vtn.httpd.stop(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.close()
+        self.serving.__exit__(None, None, None)
 
     # --- who is listened to
     def begin(self) -> None:

@@ -1,7 +1,5 @@
 """What a pool says that it paid, over a real socket: a receipt once, zero and other figures refused, trouble told; nobody else's."""
 
-import asyncio
-import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -30,15 +28,8 @@ def pool():
 
     made = Feeds(clock=clock, bearer="s3cret")
     made.now = NOW
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(made.httpd.start(), loop).result(10)
-    yield made
-    asyncio.run_coroutine_threadsafe(made.httpd.stop(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
+    with made.httpd.beside():
+        yield made
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Grid sources: an OpenADR 3 programme over a real socket, a frequency, silence; by API, and nobody else's."""
 
-import asyncio
 import copy
 import json
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -47,16 +45,9 @@ def root(site):
 @pytest.fixture
 def vtn():
     made = Vtn(secret="s3cret")
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(made.httpd.start(), loop).result(10)
-    made.control({"program": {"id": "44", "programName": "operating envelope"}})
-    yield made
-    asyncio.run_coroutine_threadsafe(made.httpd.stop(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
+    with made.httpd.beside():
+        made.control({"program": {"id": "44", "programName": "operating envelope"}})
+        yield made
 
 
 @pytest.fixture

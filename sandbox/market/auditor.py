@@ -44,6 +44,7 @@ class Auditor:
             *self.maintained.look(now),
             *self.screened.look(now),
             *self.books.resold.look(now),
+            *self.books.eased.look(self.house.sites),
             *self.priced.look(),
         ]
         self._sample()
@@ -107,6 +108,8 @@ FIGURES = {
     " WHERE i.state NOT IN ('void', 'draft')",
     "credited for maintenance": "SELECT -sum(amount_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i ON i.id = l.invoice_id"
     " WHERE l.kind = 'credit' AND i.state NOT IN ('void', 'draft')",
+    "credited for GPUs held lower": "SELECT -sum(amount_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i"
+    " ON i.id = l.invoice_id WHERE l.kind = 'held_lower' AND i.state NOT IN ('void', 'draft')",
     "credited to sellers of resales": "SELECT -sum(amount_minor) AS n FROM billing_invoiceline l JOIN billing_invoice i"
     " ON i.id = l.invoice_id WHERE l.kind = 'resale' AND i.state NOT IN ('void', 'draft')",
     "paid out": "SELECT sum(amount_minor) AS n FROM billing_payout WHERE state = 'sent'",

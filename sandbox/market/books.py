@@ -12,6 +12,7 @@ from benchmarks.auditor import rows
 from billing import reconcile
 from marketplace import ids
 from sandbox.market.doors import Stripe
+from sandbox.market.eased import HeldLower
 from sandbox.market.held import Held
 from sandbox.market.promises import OWN, Promises
 from sandbox.market.resold import Resold
@@ -23,7 +24,7 @@ SOLD = "('usage', 'commitment', 'overage')"
 class Books:
     def __init__(self, stripe: Stripe, promises: Promises) -> None:
         self.stripe, self.promises = stripe, promises
-        self.held, self.resold = Held(promises), Resold(promises)
+        self.held, self.resold, self.eased = Held(promises), Resold(promises), HeldLower(promises)
         self.placements: set[int] = set()
 
     def look(self, *, last: bool = False) -> list[str]:
@@ -37,6 +38,7 @@ class Books:
             *self._seconds(last=last),
             *_invoiced(last=last),
             *self.held.look(),
+            *self.eased.books(),
             *self.resold.books(last=last),
             *_prepaid(last=last),
             *_spot(),

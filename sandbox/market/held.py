@@ -30,11 +30,6 @@ class Held:
 
     def look(self) -> list[str]:
         found = []
-        held = rows(
-            "SELECT c.*, a.billed_through FROM marketplace_contract c JOIN billing_billingaccount a"
-            " ON a.organization_id = c.organization_id WHERE c.kind IN ('reserved', 'flexible')"
-            " AND c.state NOT IN ('pending_payment', 'cancelled') AND a.billed_through > c.starts_at AND a.state = 'open'"
-        )
         billed: dict[tuple[int, str], dict[int, int]] = defaultdict(dict)  # by price
         for row in rows(
             "SELECT l.contract_id, l.kind, l.price_millionths AS price, sum(l.quantity) AS quantity FROM billing_invoiceline l"
@@ -42,18 +37,9 @@ class Held:
             " GROUP BY 1, 2, 3 HAVING sum(l.quantity) <> 0"
         ):
             billed[row["contract_id"], row["kind"]][row["price"]] = int(row["quantity"])
-        added = _by("SELECT * FROM marketplace_amendment WHERE kind = 'resize' AND state = 'accepted'")
-        sold = _by(
-            "SELECT f.*, r.contract_id AS contract FROM marketplace_fill f JOIN marketplace_resale r ON r.id = f.resale_id"
-            " WHERE f.undone_at IS NULL", "contract",
-        )  # fmt: skip
-        missed = _by(
-            "SELECT s.*, m.noticed_until FROM marketplace_shortfall s"
-            " LEFT JOIN marketplace_maintenance m ON m.id = s.maintenance_id ORDER BY s.starts_at"
-        )
-        for c in held:
+        for owes in owing():
+            c, missed = owes.c, owes.rows
             pk, name = c["id"], ids.encode("ctr", c["id"])
-            owes = Owes(c, added[pk], sold[pk], missed[pk])
             for kind, due, why in (
                 ("commitment", sum(owes.committed().values()), "committed"),
                 ("credit", -owes.missed(), "for what could not be had"),
@@ -64,7 +50,7 @@ class Held:
                     found.append(
                         f"contract {name} ({c['kind']}, {c['state']}) is billed {sum_billed / 3_600_000:g} GPU-hours"
                         f" {why} to {owes.edge}, by its terms {due / 3_600_000:g} (curtailed: {owes.calls}; sold on: {owes.sold};"
-                        f" missing: {[(m['gpus'], str(m['starts_at']), str(m['ends_at'])) for m in missed[pk]]})"
+                        f" missing: {[(m['gpus'], str(m['starts_at']), str(m['ends_at'])) for m in missed]})"
                     )
             if billed[pk, "commitment"] != owes.committed():
                 found.append(
@@ -81,6 +67,25 @@ class Held:
             if owes.missed():
                 self.promises.tally["missing: GPU-hours not charged"][name] = owes.missed() // 3_600_000
         return found
+
+
+def owing() -> list[Owes]:
+    """What all that hold owe, of accounts that are open and were billed since they began."""
+    held = rows(
+        "SELECT c.*, a.billed_through FROM marketplace_contract c JOIN billing_billingaccount a"
+        " ON a.organization_id = c.organization_id WHERE c.kind IN ('reserved', 'flexible')"
+        " AND c.state NOT IN ('pending_payment', 'cancelled') AND a.billed_through > c.starts_at AND a.state = 'open'"
+    )
+    added = _by("SELECT * FROM marketplace_amendment WHERE kind = 'resize' AND state = 'accepted'")
+    sold = _by(
+        "SELECT f.*, r.contract_id AS contract FROM marketplace_fill f JOIN marketplace_resale r ON r.id = f.resale_id"
+        " WHERE f.undone_at IS NULL", "contract",
+    )  # fmt: skip
+    missed = _by(
+        "SELECT s.*, m.noticed_until FROM marketplace_shortfall s"
+        " LEFT JOIN marketplace_maintenance m ON m.id = s.maintenance_id ORDER BY s.starts_at"
+    )
+    return [Owes(c, added[c["id"]], sold[c["id"]], missed[c["id"]]) for c in held]
 
 
 class Owes:
@@ -119,7 +124,7 @@ class Owes:
 
     def missed(self, month: Span = (0, FAR), *, whole: bool = False) -> int:
         """What could not be had and is not charged, of `month`; `whole`: also what is not billed yet."""
-        free = self._free()
+        free = self.free()
         through = FAR if whole else self.through
         spans = [*self.calls, month, *((a, b) for _, a, b in (*free, *self.parts))]
         marks = sorted({t for span in spans for t in span} | {through})
@@ -131,7 +136,7 @@ class Owes:
             total += 1000 * (b - a) * min(away, sum(gpus for gpus, s, e in self.parts if s <= a < e))
         return total
 
-    def _free(self) -> list[Part]:
+    def free(self) -> list[Part]:
         """Absences that its frozen terms do not bear: without due notice, or beyond the hours of their month."""
         allowed = 3600 * ((json.loads(self.c["terms"]).get("maintenance") or {}).get("hours_per_month", 0))
         told: dict[Span, list[Part]] = defaultdict(list)
@@ -140,7 +145,7 @@ class Owes:
             a, b = _second(row["starts_at"]), _second(row["ends_at"])
             until = min(max(a, _second(row["noticed_until"])) if row["noticed_until"] else a, b)
             free += [(row["gpus"], until, b)] if until < b else []
-            for month in _months(a, until):
+            for month in months(a, until):
                 told[month].append((row["gpus"], max(a, month[0]), min(until, month[1])))
         for spans in told.values():
             left = allowed
@@ -161,7 +166,7 @@ class Owes:
             "SELECT DISTINCT ON (placement_id, start_s, end_s) start_s, end_s, rate, quantity FROM billing_usagerecord"
             f" WHERE contract_id = {self.c['id']} ORDER BY placement_id, start_s, end_s, revision DESC"
         ):
-            for month in _months(u["start_s"], u["end_s"]):
+            for month in months(u["start_s"], u["end_s"]):
                 until = min(month[1], self.through)
                 used[month] += _upto(u, until) - _upto(u, month[0])
         total = 0
@@ -219,7 +224,7 @@ def _upto(u: Row, t: int) -> int:
     return int(min(u["quantity"], u["rate"] * max(0, t - u["start_s"])))
 
 
-def _months(a: int, b: int) -> list[Span]:
+def months(a: int, b: int) -> list[Span]:
     """The UTC months that [a, b) touches."""
     found = []
     while a < b:

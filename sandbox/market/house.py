@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from django.db import connection
-from django.db.models import Q
+from django.db.models import F, Q
 
 from benchmarks.faults import At, Surgeon
 from billing import reconcile, usage
@@ -24,7 +24,7 @@ from billing import tasks as billing_tasks
 from billing.gateway import wire
 from marketplace import outbox
 from marketplace import tasks as market_tasks
-from marketplace.models import Contract, FeedValue, Host, OutboxMessage, Placement, ShedClaim
+from marketplace.models import Contract, FeedValue, HeldLower, Host, OutboxMessage, Placement, ShedClaim
 from marketplace.services import contracts, feeds, leases, maintenance, screening, spot
 from marketplace.services.availability import HOLDING
 from marketplace.services.forward import bids
@@ -148,7 +148,8 @@ class House:
 
     def slack(self) -> set[int]:
         """Sites that speak, with hosts that have more watts booked than what stands there may draw: work has ended since their loop's
-        last turn, which is seconds ago where somebody is at work, and who comes next may need these watts.
+        last turn, which is seconds ago where somebody is at work, and who comes next may need these watts. And sites that
+        hold GPUs lower: each turn looks whether they may have their watts back.
         """
         active: dict[int, set[int]] = defaultdict(set)
         for host, indices in Placement.objects.exclude(state__in=Placement.FINAL).values_list("host_id", "gpu_indices"):
@@ -157,14 +158,22 @@ class House:
         return {
             h.site_id
             for h in Host.objects.filter(cap_control=True, state=Host.State.ACTIVE).exclude(site__in=silent)
-            if h.reserved_w > _needs_w(h, active.get(h.pk))
+            if h.reserved_w > _needs_w(h, active.get(h.pk)) or h.call_gpu_w is not None
         }
 
     def moving(self) -> list[Facility]:
         """Sites at which something begins or ends; those that are silent are waited for elsewhere."""
         live = set(Placement.objects.filter(state__in=MOVING).order_by().values_list("site_id", flat=True).distinct())
         live |= set(ShedClaim.objects.filter(state="commanded").order_by().values_list("site_id", flat=True).distinct())
+        live |= {row.host.site_id for row in self._unread()}
         return [s for s in self.sites if not s.silent and (s.pk in live or s.told())]
+
+    def _unread(self) -> list[HeldLower]:
+        """GPUs held lower whose hosts, as far as they live, have limits still to read back: lower ones, or their full ones."""
+        waits = Q(host__desired_generation__gt=F("host__applied_generation")) | Q(lifted_generation__isnull=False)
+        dead = {(site.pk, m.name) for site in self.sites for m in site.machines.values() if m.dead}
+        rows = HeldLower.objects.filter(waits, ends_at=None).select_related("host").order_by("pk")
+        return [row for row in rows if (row.host.site_id, row.host.name) not in dead]
 
     def work(self) -> None:
         """The outbox's workers: the market's messages, then money's. What failed is tried again an hour later."""

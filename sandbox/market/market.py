@@ -99,7 +99,9 @@ class Market:
                 owner, self.clock, self._dice(), plant.spec(name.lower(), model, hosts, miners), region=region
             )
             self.house.sites.append(site)
-            desk = Desk(owner, self.clock, self.diary, self._dice(), counts, self.wrong, self._prices(name))
+            desk = Desk(
+                owner, self.clock, self.diary, self._dice(), counts, self.wrong, self._prices(name), self._prices(f"{name}'s grid")
+            )  # fmt: skip
             desk.begin(self.start)
         self.customers = [
             self._customer(habits, f"{habits.name} {n + 1}" if n else habits.name)
@@ -165,7 +167,7 @@ class Market:
         return Random(self.dice.getrandbits(64))
 
     def _prices(self, name: str) -> Random:
-        """Dice for prices by term, share and curtailment: beside the others, which fall as they did before there were any."""
+        """Dice for prices by term, share and curtailment, and for deep calls: beside the others, which fall as they did without."""
         return Random(f"{self.outcome.seed} {name}")
 
     # --- the days

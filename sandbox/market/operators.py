@@ -23,10 +23,11 @@ class Desk:
     """One operator at work."""
 
     def __init__(
-        self, owner: Operator, clock: Clock, diary: Diary, dice: Random, counts: Counter[str], wrong: list[str], prices: Random
+        self, owner: Operator, clock: Clock, diary: Diary, dice: Random, counts: Counter[str], wrong: list[str], prices: Random,
+        grid: Random,
     ) -> None:  # fmt: skip
         self.owner, self.clock, self.diary, self.counts, self.wrong = owner, clock, diary, counts, wrong
-        self.dice, self.prices = dice, prices
+        self.dice, self.prices, self.grid = dice, prices, grid
         self.calls = 0
 
     def begin(self, start: datetime) -> None:
@@ -35,6 +36,7 @@ class Desk:
                            (self.replace, 500), (self.plan, 45)):  # fmt: skip
             self._again(act, start + HOUR * self.dice.uniform(2, min(60, hours)), hours, self.dice)
         self._again(self.price_anew, start + HOUR / 2, 36, self.prices)
+        self._again(self.curtail_deep, start + HOUR * self.grid.uniform(3, 9), 10, self.grid)
 
     def _again(self, act: Callable[[], None], at: datetime, hours: float, dice: Random) -> None:
         def turn() -> None:
@@ -231,6 +233,33 @@ class Desk:
         made = self.owner.desk.post("curtailments", body)
         self.counts["curtailments"] += 1
         if self.dice.random() < 0.15:
+            at = self.clock.now + MINUTE * 20
+            self.diary.put(at, lambda: self.tried(lambda: self.owner.desk.post(f"curtailments/{made['id']}/cancel")))
+
+    def curtail_deep(self) -> None:
+        """The grid calls for some of the power that the GPUs in use may draw now: what hashes, spot and flexible work are not always
+        enough for it, and whoever stays runs on fewer watts a GPU.
+        """
+        site: Facility = self.grid.choice(self.owner.sites)
+        nodes = self.owner.desk.get(f"sites/{site.public_id}/power-nodes")["data"]
+        root = next(n for n in nodes if n["parent"] is None)
+        hosts = site.machines.values()
+        room = sum(limit - m.min_w for m in hosts if m.state != "parked" for limit in m.limits)
+        if not room:
+            return
+        kept = sum(m.watts for m in hosts) - room * self.grid.choice((20, 40, 60, 80)) // 100
+        asleep = sum(a.ladder[0] for a in site.asics.values())
+        tree = site.nodes[root["name"]]
+        cap_w = (kept * tree.k_gpu + asleep * tree.k_miner) // 1000 + root["margin_w"] + tree.fixed_w
+        self.calls += 1
+        starts = self.clock.now + MINUTE * self.grid.choice((0, 10))
+        body = {
+            "node": root["id"], "cap_w": min(cap_w, root["cap_w"]), "starts_at": starts.isoformat(),
+            "ends_at": (starts + MINUTE * self.grid.choice((30, 60, 120))).isoformat(), "reference": f"{self.owner.name} {self.calls}",
+        }  # fmt: skip
+        made = self.owner.desk.post("curtailments", body)
+        self.counts["curtailments, below what work draws"] += 1
+        if self.grid.random() < 0.2:
             at = self.clock.now + MINUTE * 20
             self.diary.put(at, lambda: self.tried(lambda: self.owner.desk.post(f"curtailments/{made['id']}/cancel")))
 

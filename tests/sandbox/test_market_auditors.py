@@ -1,35 +1,42 @@
 """The market's auditors on worlds made by hand: nothing to say of a sound one, red when a rule is broken on purpose."""
 
 from datetime import timedelta
+from random import Random
 
 import pytest
 
 from benchmarks.auditor import Auditor as Safety
-from billing import commitments, upfront
+from benchmarks.fault_site import Machine, Work
+from billing import commitments, drafts, upfront
 from billing import resales as money
+from billing.core import rating
 from marketplace.models import (
+    Amendment,
     Contract,
     Curtailment,
     Fill,
+    HeldLower,
     Maintenance,
     PlacementEvent,
     Resale,
     ReservationBlock,
     ScreeningEvent,
+    Shortfall,
     StandingBid,
 )
 from marketplace.services import contracts, listings, maintenance, price_tiers
 from marketplace.services.maintenance import planning, taking
 from marketplace.tenancy import Actor
-from sandbox.market import books
+from sandbox.market import books, eased
 from sandbox.market.held import Held
 from sandbox.market.maintained import Maintained
 from sandbox.market.priced import Priced
 from sandbox.market.promises import CLAIMED, Promises
 from sandbox.market.resold import Resold
 from sandbox.market.screened import Screened
+from sandbox.market.site import Facility
 from tests import factories
-from tests.billing.conftest import World, _stripe_process, after, stripe_api
+from tests.billing.conftest import World, _stripe_process, after, make_world, stripe_api
 from tests.billing.test_kinds import DAY, MONTH, collect, market, sign
 from tests.billing.test_maintenance import HOUR, work
 from tests.billing.test_resales import bought, buyer, resold
@@ -319,6 +326,99 @@ def test_work_that_comes_late_untold_or_keeps_its_hosts_is_found(market: World, 
     monkeypatch.setattr(taking, "give_back", lambda *_, **__: None)
     work(market, MONTH + 3 * DAY, 1)
     assert any("for mnt_" in said for said in auditor.look(after(MONTH + 3 * DAY + 2 * HOUR)))
+
+
+# --- GPUs held lower
+def lowered(world: World, begin: float, seconds: float | None, gpu_w: int) -> Curtailment:
+    """A call that holds the world's host to so many of 700 W a GPU; `seconds` None: it stands."""
+    site, begins = world.host.site, after(begin)
+    call = Curtailment.objects.create(
+        site=site, node=factories.a_node(site), reference=f"deep-{begin}", cap_w=1, starts_at=begins,
+        ends_at=begins + timedelta(days=1), state="active", created_by="grid",
+    )  # fmt: skip
+    over = None if seconds is None else after(begin + seconds)
+    HeldLower.objects.create(curtailment=call, host=world.host, gpu_w=gpu_w, full_w=700, starts_at=begins, ends_at=over)
+    return call
+
+
+def eased_world() -> World:
+    """Over the end of a month: a third of a GPU by use, and 4 of a commitment, one of which joined for more and one of which is away."""
+    world = make_world(price=2_490_000)
+    held = factories.contract(
+        world.listing, world.customer, kind="reserved", gpu_count=4, starts_at=after(MONTH - DAY), ends_at=after(MONTH + DAY),
+        price=1_990_000, overage_price=2_990_000,
+    )  # fmt: skip
+    Amendment.objects.create(
+        contract=held, kind="resize", state="accepted", added_gpus=1, price=2_110_000, effective_at=after(MONTH - HOUR),
+        created_at=NOW, answer_by=NOW,
+    )  # fmt: skip
+    Shortfall.objects.create(
+        contract=held, host=world.host, gpus=1, starts_at=after(MONTH - 600), ends_at=after(MONTH + 600)
+    )
+    world.ran(MONTH - HOUR, 2 * HOUR, gpu_milli=333)
+    world.ran(MONTH - HOUR, 2 * HOUR, gpus=5, contract=held)
+    lowered(world, MONTH - 1_201.5, 1_000, 500)
+    lowered(world, MONTH - 100, 1_300.25, 300)
+    lowered(world, MONTH + HOUR - 7, None, 600)
+    for at in (MONTH - 900, MONTH, MONTH + 300, MONTH + 2 * HOUR):
+        world.close(at)
+    return world
+
+
+def test_what_gpus_held_lower_gave_is_credited_to_the_second_and_to_the_cent(promises: Promises):
+    world = eased_world()
+    auditor = eased.HeldLower(promises)
+    assert auditor.books() == books._lines() == Held(promises).look() == []
+    assert promises.tally[eased.CREDITED]["kept"] == world.customer.invoices.filter(lines__kind="held_lower").count()
+    by_use = {key: n for key, n in auditor._due().items() if key[0] == world.contract.pk}
+    # 333 milli-GPUs: at 500 of 700 W 286 thousandths, at 300 W 572, at 600 W 143, each rounded up
+    first, second = (1_000 * 96 + 100 * 191, 1_200 * 191 + 7 * 48)
+    assert [n for _, n in sorted(by_use.items())] == [first, second]
+
+
+@pytest.mark.parametrize("fails", ["missing", "too little", "of one month", "the cheapest", "twice"])
+def test_credits_for_gpus_held_lower_that_are_wrong_are_found(promises: Promises, monkeypatch, fails):
+    plain, by_price, dear = drafts.held_lower.spells, rating.withheld, rating.withheld_by_price
+    if fails == "missing":
+        monkeypatch.setattr(drafts.held_lower, "spells", lambda *_, **__: {})
+    elif fails == "too little":
+        monkeypatch.setattr(rating, "withheld", lambda milli, gpu_w, full_w: by_price(milli, gpu_w + 1, full_w))
+    elif fails == "of one month":  # nothing of what began before the month that is closed
+        later = int(after(MONTH).timestamp())
+        monkeypatch.setattr(
+            drafts.held_lower, "spells",
+            lambda *a, **k: {c: [s for s in mine if s.span.start >= later] for c, mine in plain(*a, **k).items()},
+        )  # fmt: skip
+    elif fails == "the cheapest":
+        monkeypatch.setattr(
+            rating, "withheld_by_price",
+            lambda c, w: {min((p.price for p in c.parts()), key=lambda p: p.millionths): sum(dear(c, w).values())},
+        )  # fmt: skip
+    else:
+        monkeypatch.setattr(drafts.held_lower, "spells", lambda *a, **k: {c: m * 2 for c, m in plain(*a, **k).items()})
+    world = eased_world()
+    found = eased.HeldLower(promises).books()
+    wrong = {c.pk for c in Contract.objects.all() if any(c.public_id in said for said in found)}
+    mine = {world.contract.pk}
+    assert wrong == set(
+        Contract.objects.exclude(pk__in=mine if fails == "the cheapest" else ()).values_list("pk", flat=True)
+    )
+    assert any("no line says so" in said for said in found) == (fails in {"missing", "of one month", "the cheapest"})
+
+
+def test_work_on_less_power_that_no_row_speaks_of_is_found(promises: Promises):
+    world = make_world()
+    machine = Machine(
+        world.host.name, "pdu-1", 8, 81_920, 4_600, 1_100, 200, 700, cap_control=True, limits=[500] * 4 + [200] * 4,
+        state="capped",
+    )  # fmt: skip
+    work = Work(7, machine.name, (0, 1, 2, 3), 1000, 81_920, 60, state="running")
+    site = Facility(world.host.site_id, 1, Random(1), {machine.name: machine}, {}, {}, NOW, work={7: work})
+    auditor = eased.HeldLower(promises)
+    (said,) = auditor.look([site])
+    assert "at 500 of 700 W a GPU" in said
+    lowered(world, 0, None, 500)
+    assert auditor.look([site]) == []
 
 
 # --- screening

@@ -18,17 +18,17 @@ from django.db.models import Min, Q
 from django.db.models.functions import Least
 
 from billing import commitments, held_lower, resales, usage
-from billing.commitments import HELD_KINDS
 from billing.core import metering, rating, share
 from billing.core.metering import Interval
 from billing.core.rating import LineKind
 from billing.draft_lines import DraftLine
 from billing.models import BillingAccount, Meter, PriceVersion, UsageRecord
-from marketplace.models import Amendment, Contract, Fill, Shortfall
+from marketplace.models import Contract, Fill
+from marketplace.services.availability import HOLDING
+from marketplace.services.commitments import NOT_IN_FORCE, Held, bought, held, term_end
 
 log = logging.getLogger(__name__)
 
-NOT_IN_FORCE = (Contract.State.PENDING_PAYMENT, Contract.State.CANCELLED)
 LATE_OVERLAP = timedelta(hours=1)  # longer than any transaction that writes usage
 
 
@@ -102,21 +102,20 @@ def rate(
     prepaid = commitments.prepaid(contracts.values())
     billed = _billed(contracts.values(), months)
     versions = _versions(contracts.values())
-    added = commitments.joined(contracts.values())
-    sold = resales.sold(contracts.values())
-    bought = resales.bought(contracts.values())
+    first = min((month.start for spans in months.values() for month in spans), default=edge)
+    commits = held(contracts.values(), metering.instant(first), metering.instant(rating.month_of(edge).end))
+    sales = bought(contracts.values())
     credited = resales.due(drafts)
-    missed = commitments.shortfalls(contracts.values())
     lowered = held_lower.spells(months, edge, pending=pending)
-    held: dict[int, list[Contract]] = defaultdict(list)
+    owned: dict[int, list[Contract]] = defaultdict(list)
     for contract in contracts.values():
-        held[contract.organization_id].append(contract)
+        owned[contract.organization_id].append(contract)
     used: dict[int, list[_Group]] = defaultdict(list)
     for group in groups:
         used[group.organization].append(group)
     for organization_id, draft in drafts.items():
         try:
-            mine = held[organization_id]
+            mine = owned[organization_id]
             _rate_account(
                 draft,
                 mine,
@@ -124,10 +123,8 @@ def rate(
                 used[organization_id],
                 billed,
                 versions,
-                added,
-                missed,
-                sold,
-                bought,
+                commits,
+                sales,
                 lowered,
             )
             _draw_down(draft, mine, prepaid, versions)
@@ -223,7 +220,7 @@ def _pending(
 
 def _contracts(drafts: dict[int, Draft], named: set[int], edge: int) -> dict[int, Contract]:
     """Contracts with usage (`named`), those that hold capacity whether used or not, and those with money paid at signing."""
-    held = Q(organization_id__in=drafts, kind__in=HELD_KINDS, starts_at__lt=metering.instant(edge)) & ~Q(
+    held = Q(organization_id__in=drafts, kind__in=HOLDING, starts_at__lt=metering.instant(edge)) & ~Q(
         state__in=NOT_IN_FORCE
     )
     paid = Q(organization_id__in=drafts, upfront_minor__gt=0)
@@ -252,11 +249,11 @@ def _versions(contracts: Iterable[Contract]) -> dict[int, list[PriceVersion]]:
     """Price versions per contract, by kind and start; a held contract that was never used gets its first here."""
     known: dict[int, list[PriceVersion]] = defaultdict(list)
     rows = list(contracts)
-    usage.keep_agreed_prices([contract.pk for contract in rows if contract.kind in HELD_KINDS])
+    usage.keep_agreed_prices([contract.pk for contract in rows if contract.kind in HOLDING])
     for version in PriceVersion.objects.filter(contract__in=rows).order_by("kind", "valid_from_s"):
         known[version.contract_id].append(version)
     for contract in rows:
-        kinds = (PriceVersion.Kind.RATE, PriceVersion.Kind.OVERAGE) if contract.kind in HELD_KINDS else ()
+        kinds = (PriceVersion.Kind.RATE, PriceVersion.Kind.OVERAGE) if contract.kind in HOLDING else ()
         for kind in kinds:
             if not any(version.kind == kind for version in known[contract.pk]):
                 known[contract.pk] += usage.price_versions(contract, kind)
@@ -270,10 +267,8 @@ def _rate_account(
     groups: Iterable[_Group],
     billed: Billed,
     versions: dict[int, list[PriceVersion]],
-    added: dict[int, list[Amendment]],
-    missed: dict[int, list[Shortfall]],
-    sold: dict[int, list[Fill]],
-    bought: dict[int, Fill],
+    commits: dict[int, Held],
+    sales: dict[int, Fill],
     lowered: dict[int, list[held_lower.Spell]],
 ) -> None:
     currency = draft.account.currency
@@ -291,13 +286,13 @@ def _rate_account(
             window = Interval(month.start, min(month.end, edge)) if late else span
             here, spells = used[contract.pk, month.start], lowered.get(contract.pk, [])
             calls = f": {commitments.named(held_lower.calls(spells, window))}"
-            if contract.kind in HELD_KINDS:
+            if contract.kind in HOLDING:
                 if contract.state in NOT_IN_FORCE or metering.floor_second(contract.starts_at) >= edge:
                     continue
                 used_here = sum(group.before + group.inside for group in here)
                 lines, note = commitments.lines(
-                    contract, window, billed, versions[contract.pk], added[contract.pk], missed[contract.pk], currency,
-                    used=used_here, sold=sold.get(contract.pk, ()), withheld=held_lower.missed(spells),
+                    contract, window, billed, versions[contract.pk], commits[contract.pk], currency,
+                    used=used_here, withheld=held_lower.missed(spells),
                 )  # fmt: skip
                 _add(
                     draft,
@@ -305,7 +300,7 @@ def _rate_account(
                     month,
                     lines,
                     adjustment=late,
-                    bought=bought.get(contract.pk),
+                    bought=sales.get(contract.pk),
                     notes={LineKind.COMMITMENT: "" if late else note, LineKind.HELD_LOWER: calls},
                 )
                 continue
@@ -348,7 +343,7 @@ def _draw_down(
         due = sum(
             line.amount for line in lines if line.kind in {LineKind.COMMITMENT, LineKind.CREDIT, LineKind.HELD_LOWER}
         )
-        over = contract.state == Contract.State.CANCELLED or edge >= commitments.term_end(contract, edge + 1)
+        over = contract.state == Contract.State.CANCELLED or edge >= term_end(contract, edge + 1)
         amount = rating.drawn(left, due, over=over)
         if not amount:
             continue

@@ -1,4 +1,4 @@
-"""What the forward market adds to billing: who has a resold line, and what its seller is credited.
+"""What the forward market adds to billing: whose a resold line is, and what its seller is credited.
 
 The buyer's commitment lines name the resale and the seller's part (`InvoiceLine.seller_minor`); the ledger owes that to the seller
 (`resale`) from the moment the invoice is final, for it was paid at signing. The seller's own next invoice takes it from there as one
@@ -8,7 +8,7 @@ line for each resale: the sum of all such parts that no line of his has credited
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from django.db import connection
 
 from billing.core import metering, rating, share
 from marketplace.models import Contract, Fill, Resale
+from marketplace.services.commitments import owed_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +28,11 @@ class Credit:
     quantity: int
 
 
-def sold(contracts: Iterable[Contract]) -> dict[int, list[Fill]]:
-    """What was sold on of contracts, per contract."""
-    found: dict[int, list[Fill]] = defaultdict(list)
-    rows = Fill.objects.filter(resale__contract__in=[c.pk for c in contracts], undone_at=None)
-    for row in rows.select_related("resale").order_by("starts_at", "pk"):
-        assert row.resale is not None
-        found[row.resale.contract_id].append(row)
-    return found
-
-
-def bought(contracts: Iterable[Contract]) -> dict[int, Fill]:
-    """The sale behind each contract that came of a resale."""
-    rows = Fill.objects.filter(contract__in=[c.pk for c in contracts], resale__isnull=False)
-    return {row.contract_id: row for row in rows.select_related("resale__contract")}
-
-
 def split(line: rating.Line, fill: Fill, contract: Contract) -> share.Resold:
     """A commitment line of a buyer: the seller's for as long as he owes the operator for these hours, the operator's then."""
     assert fill.resale is not None
     seller = fill.resale.contract
-    owes = metering.floor_second(fill.ends_at)
-    if seller.state == Contract.State.DEFAULTED and seller.ends_at is not None:
-        owes = min(owes, metering.floor_second(seller.ends_at))
+    owes = metering.floor_second(owed_until(seller, fill))
     start = max(line.span.start, metering.floor_second(fill.starts_at))
     end = min(line.span.end, metering.floor_second(fill.ends_at))
     return share.split_resold(

@@ -16,7 +16,7 @@ end is given back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -79,7 +79,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """GPUs that joined a commitment later: `milli_gpus` over `term` at a price of their own."""
+    """A part of a commitment: `milli_gpus` over `term` at a price of their own, as of GPUs that joined later."""
 
     milli_gpus: int
     term: Interval
@@ -149,12 +149,20 @@ def committed_quantity(commitment: Commitment, window: Interval) -> int:
 
 def committed_by_price(commitment: Commitment, window: Interval) -> dict[Price, int]:
     """`committed_quantity` by the price that it is billed at."""
-    found: dict[Price, int] = {}
+    return dict.fromkeys((part.price for part in commitment.parts()), 0) | _by_price(_promised(commitment, window))
+
+
+def owed(commitment: Commitment, window: Interval) -> Iterator[Added]:
+    """What the commitment comes to inside `window`, piece by piece: what is promised, and below zero what is missed or withheld."""
+    yield from _promised(commitment, window)
+    for taken in _taken(commitment, window, (*commitment.missed, *commitment.withheld)):
+        yield replace(taken, milli_gpus=-taken.milli_gpus)
+
+
+def _promised(commitment: Commitment, window: Interval) -> Iterator[Added]:
     for part in commitment.parts():
-        held = subtract(clip((part.term,), window), commitment.curtailed)
-        quantity = part.milli_gpus * sum(piece.seconds for piece in held)
-        found[part.price] = found.get(part.price, 0) + quantity
-    return found
+        for piece in subtract(clip((part.term,), window), commitment.curtailed):
+            yield Added(part.milli_gpus, piece, part.price)
 
 
 def sold_quantity(commitment: Commitment, window: Interval) -> int:
@@ -169,7 +177,7 @@ def missed_by_price(commitment: Commitment, window: Interval) -> dict[Price, int
     """Milli-GPU-seconds of the commitment inside `window` that were missed, by price: the dearest GPUs are missed first, and what
     is curtailed is not missed besides.
     """
-    return _taken(commitment, window, commitment.missed)
+    return _by_price(_taken(commitment, window, commitment.missed))
 
 
 def withheld_by_price(commitment: Commitment, window: Interval) -> dict[Price, int]:
@@ -178,23 +186,30 @@ def withheld_by_price(commitment: Commitment, window: Interval) -> dict[Price, i
     """
     if not commitment.withheld:
         return {}
-    both = _taken(commitment, window, (*commitment.missed, *commitment.withheld))
+    both = _by_price(_taken(commitment, window, (*commitment.missed, *commitment.withheld)))
     missed = missed_by_price(commitment, window)
     return {price: left for price, n in both.items() if (left := n - missed.get(price, 0))}
 
 
-def _taken(commitment: Commitment, window: Interval, takes: Sequence[Missed]) -> dict[Price, int]:
+def _taken(commitment: Commitment, window: Interval, takes: Sequence[Missed]) -> Iterator[Added]:
+    if not takes:
+        return
     parts = sorted(commitment.parts(), key=lambda part: (-part.price.millionths, part.price.version))
     marks = {at for span in (*(m.span for m in takes), *(p.term for p in parts)) for at in (span.start, span.end)}
-    found: dict[Price, int] = {}
     free = subtract((window,), commitment.curtailed)
     for piece in cut(free, sorted(marks)):
         left = sum(m.milli_gpus for m in takes if m.span.start <= piece.start < m.span.end)
         for part in parts:
             if left and part.term.start <= piece.start < part.term.end:
                 taken = min(left, part.milli_gpus)
-                found[part.price] = found.get(part.price, 0) + taken * piece.seconds
+                yield Added(taken, piece, part.price)
                 left -= taken
+
+
+def _by_price(pieces: Iterable[Added]) -> dict[Price, int]:
+    found: dict[Price, int] = {}
+    for piece in pieces:
+        found[piece.price] = found.get(piece.price, 0) + piece.milli_gpus * piece.term.seconds
     return found
 
 

@@ -163,6 +163,8 @@ class PlacementEvent(models.Model):
 
     class Meta:
         ordering = ["id"]
+        # Whom a call of the grid took work from (services.sheds, services.commitments) is asked by its words.
+        indexes = [models.Index(fields=["reason"], condition=Q(to_state="draining"), name="drained_why")]
 
     def __str__(self) -> str:
         return f"{self.from_state} -> {self.to_state}"

@@ -16,12 +16,14 @@ from itertools import count
 from typing import Any
 
 import pytest
+from django.db.models import Sum
 
 from billing import invoices, ledger, payments, reconcile, usage
 from billing.gateway import wire
-from billing.models import BillingAccount, Invoice
+from billing.models import BillingAccount, Invoice, InvoiceLine
 from marketplace import outbox
 from marketplace.models import Contract, Host, Organization, OutboxMessage, Placement, PlacementEvent
+from marketplace.services import ai_revenue
 from tests import factories
 from tests.factories import NOW
 
@@ -203,6 +205,25 @@ def assert_invariants() -> None:
     """What is always true, whatever happened."""
     assert reconcile.invariants() == dict.fromkeys(reconcile.invariants(), 0)
     assert all(total == 0 for total in ledger.trial_balance().values())
+
+
+BY_THE_CLOCK = (
+    "usage",
+    "commitment",
+    "credit",
+    "held_lower",
+)  # what goes beyond a month's commitment is known at its end
+
+
+def assert_known_at_once(world: World, *made: Invoice) -> None:
+    """The site's P&L says what these invoices, which are all of its customers', give the operator: each line to the cent."""
+    rows = InvoiceLine.objects.filter(invoice__in=made, kind__in=BY_THE_CLOCK)
+    given = rows.aggregate(sum=Sum("operator_minor", default=0))["sum"]
+    site, through = world.host.site, max(invoice.period_end for invoice in made)
+    placements, contracts = Placement.objects.filter(site=site), Contract.objects.filter(site=site)
+    flows = ai_revenue.flows(placements, contracts, NOW, through)
+    told = ai_revenue.earned(flows, NOW, through).get("USD", 0)
+    assert abs(told - given * 10_000) <= 10_000 * rows.count(), f"{told / 1e6} USD by the clock, {given / 100} billed"
 
 
 def metered(world: World, at: float) -> int:

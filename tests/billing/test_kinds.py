@@ -9,7 +9,17 @@ from billing.models import Invoice, InvoiceLine, Payment, Payout
 from marketplace.models import BillingStanding, Contract, Curtailment, PlacementEvent
 from marketplace.services import contracts, quotes
 from tests import factories
-from tests.billing.conftest import Stripe, World, add_card, after, assert_invariants, drain, make_world, unclaim
+from tests.billing.conftest import (
+    Stripe,
+    World,
+    add_card,
+    after,
+    assert_invariants,
+    assert_known_at_once,
+    drain,
+    make_world,
+    unclaim,
+)
 from tests.billing.test_payments import HOUR, onboard
 from tests.factories import NOW
 
@@ -73,6 +83,7 @@ def settled(world: World, *made: Invoice) -> None:
     assert ledger.balance("prepaid", "USD", world.customer.pk) == 0
     assert ledger.totals("USD").get("platform_fee", 0) == -(total - operator)
     assert_invariants()
+    assert_known_at_once(world, *made)
 
 
 def test_on_demand_is_billed_by_the_second(market: World):

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from billing import invoices, ledger, upfront
 from billing.core import share
+from billing.models import Invoice
 from marketplace.models import Curtailment, Fill, PlacementEvent, Resale
 from marketplace.services import contracts, quotes, sheds
 from marketplace.services.forward import resales, sales
 from tests import factories
-from tests.billing.conftest import World, add_card, after, assert_invariants
+from tests.billing.conftest import World, add_card, after, assert_invariants, assert_known_at_once
 from tests.billing.test_kinds import DAY, MONTH, collect, lines, market, paid_out, sign
 from tests.billing.test_payments import HOUR
 from tests.factories import NOW
@@ -59,6 +60,8 @@ def balanced(market: World, *worlds: World) -> None:
         assert ledger.balance("prepaid", "USD", world.customer.pk) == 0
         assert ledger.balance("resale", "USD", world.customer.pk) == 0
     assert_invariants()
+    owners = [world.customer.pk for world in (market, *worlds)]
+    assert_known_at_once(market, *Invoice.objects.filter(organization__in=owners))
 
 
 def test_the_buyer_pays_the_seller_is_credited_and_the_operator_has_what_he_had(market: World, buyer: World):

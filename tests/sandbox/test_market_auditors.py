@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.auditor import Auditor as Safety
 from benchmarks.fault_site import Machine, Work
-from billing import commitments, drafts, upfront
+from billing import drafts, upfront
 from billing import resales as money
 from billing.core import rating
 from marketplace.models import (
@@ -24,7 +24,7 @@ from marketplace.models import (
     Shortfall,
     StandingBid,
 )
-from marketplace.services import contracts, listings, maintenance, price_tiers
+from marketplace.services import commitments, contracts, listings, maintenance, price_tiers
 from marketplace.services.maintenance import planning, taking
 from marketplace.tenancy import Actor
 from sandbox.market import books, eased
@@ -202,9 +202,9 @@ def test_a_line_that_gives_its_seller_too_little_is_found(market: World, buyer: 
 def test_sold_hours_that_fall_due_no_longer_are_found(market: World, buyer: World, promises: Promises, monkeypatch):
     """A holder who left early and is let off what he had sold."""
     monkeypatch.setattr(
-        commitments.rating.Commitment,
+        rating.Commitment,
         "parts",
-        lambda self: (commitments.rating.Added(self.milli_gpus, self.term, self.price),),
+        lambda self: (rating.Added(self.milli_gpus, self.term, self.price),),
     )
     sign(market, "reserved", 4, start=MONTH, end=MONTH + 10 * DAY)
     bought(buyer, resold(market, start=8, end=10))

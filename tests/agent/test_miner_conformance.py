@@ -205,6 +205,10 @@ def test_a_stolen_session_is_taken_back_once(adapter):
         await one.sleep()
         settle(fleet)
         assert (await one.read()).watts < 60
+        fleet.set_fault("m0000", "session_stolen")
+        await one.wake()  # which goes under no session but its own
+        settle(fleet)
+        assert (await one.read()).watts > 3000
 
     drive(adapter, check)
 

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 from django.apps import apps
@@ -67,6 +68,10 @@ def test_acks_and_does_not_drop(yard, fault):
     liar = batch[0]
     yard.fleet.set_fault(liar, fault)
     generation = yard.miner(liar).desired_generation
+    yard.until(lambda: yard.claims(liar)[-1].attempts == 2, seconds=60)
+    assert yard.claims(liar)[-1].state == "commanded"
+    asleep = set(Miner.objects.filter(desired_mode=0).values_list("name", flat=True))
+    assert asleep - set(batch), "somebody else is asked while it gets its second chance"
     yard.until(lambda: yard.state(job) == "running", seconds=120)
     yard.until(lambda: yard.miner(liar).state == "unresponsive", seconds=60)
     assert yard.miner(liar).desired_generation > generation  # commanded once more
@@ -78,6 +83,27 @@ def test_acks_and_does_not_drop(yard, fault):
     yard.fleet.set_fault(liar, "")
     yard.until(lambda: not Miner.objects.filter(state="unresponsive").exists(), seconds=600)
     assert yard.claims(liar)[-1].state == "confirmed"  # a test of its own, which the meter believed
+
+
+def tell(yard, name, mode):
+    """Command one machine, as the loop does."""
+    seen = yard.miner(name)
+    with transaction.atomic():
+        acquire((Lock.SITE, yard.site.pk))
+        command = power.Command(seen.pk, mode, seen.desired_generation)
+        return power.command_miners(yard.site.pk, [command], now=yard.now)
+
+
+def test_who_does_not_drop_from_a_lower_mode_counts_at_its_nameplate_all_the_same(yard):
+    """It drew 2400 W when it stopped obeying: nobody knows that it will not draw 3500."""
+    name = yard.under("pdu-1")[0]
+    assert tell(yard, name, 1) == 1
+    yard.until(lambda: yard.miner(name).confirmed_w == 2400, seconds=50)
+    yard.fleet.set_fault(name, "ack_ignore")
+    assert tell(yard, name, 0) == 1
+    yard.until(lambda: yard.miner(name).state == "unresponsive", seconds=60)
+    assert yard.miner(name).measured_w < 2600
+    assert yard.miner(name).reserved_w == 3500
 
 
 def test_a_liar_that_is_tested_and_lies_again_is_not_believed(yard):
@@ -108,6 +134,64 @@ def test_a_test_that_the_sites_own_loop_put_to_sleep_is_made_again_and_keeps_nob
     yard.until(lambda: not Miner.objects.filter(state="unresponsive").exists(), seconds=1200)
     assert yard.miner(latched.name).desired_generation > latched.desired_generation
     assert {yard.claims(name)[-1].state for name in liars} == {"confirmed"}
+
+
+def doubted(yard, *names):
+    """Machines that were told to sleep and drew on."""
+    for name in names:
+        yard.fleet.set_fault(name, "phantom")
+        assert tell(yard, name, 0) == 1
+    yard.until(lambda: {yard.miner(name).state for name in names} == {"unresponsive"}, seconds=120)
+    for name in names:
+        yard.fleet.set_fault(name, "")
+
+
+def test_who_never_wakes_for_its_test_is_told_less_and_less_often(yard):
+    dead = yard.under("pdu-1")[0]
+    doubted(yard, dead)
+    yard.fleet.set_fault(dead, "ack_ignore")  # it sleeps now, acknowledges that it shall wake, and sleeps on
+    began, told = yard.now, []
+    while yard.now < began + timedelta(minutes=165):
+        yard.now += timedelta(seconds=115)
+        yard.turn()
+        machine = yard.miner(dead)
+        if machine.desired_mode and machine.changed_at not in told:
+            told.append(machine.changed_at)
+    minutes = [(later - at) / timedelta(minutes=1) for at, later in pairwise(told)]
+    assert minutes == pytest.approx([3, 6, 12, 24, 48, 60], abs=2.1)
+    assert machine.state == "unresponsive"
+    yard.fleet.set_fault(dead, "")
+    yard.now += timedelta(hours=1)
+    yard.until(lambda: yard.miner(dead).state == "ok", seconds=300)
+
+
+def test_who_wakes_late_for_its_test_is_judged_at_once(yard):
+    late = yard.under("pdu-1")[0]
+    doubted(yard, late)
+    yard.fleet.set_fault(late, "ack_ignore")
+    began = yard.now
+    while yard.now < began + timedelta(minutes=30):
+        yard.now += timedelta(seconds=115)
+        yard.turn()
+    yard.fleet.set_fault(late, "")
+    i = yard.fleet.index[late]
+    yard.fleet.asleep[i], yard.fleet.profile[i] = False, 2
+    yard.fleet._retarget(i)
+    yard.until(lambda: yard.miner(late).state == "ok", seconds=180)
+
+
+def test_a_doubted_machine_that_is_silent_keeps_nobody_waiting(yard):
+    """Both were told once and did not wake. The one that was told first speaks no more: the turn is the other's."""
+    silent, other = yard.under("pdu-1")[:2]
+    doubted(yard, silent, other)
+    for name in (silent, other):
+        yard.fleet.set_fault(name, "ack_ignore")
+    yard.until(lambda: yard.miner(silent).desired_mode, seconds=300)
+    yard.silent.add(silent)
+    yard.until(lambda: yard.miner(other).desired_mode, seconds=300)
+    yard.fleet.set_fault(other, "")
+    yard.until(lambda: yard.miner(other).state == "ok", seconds=600)
+    assert yard.miner(silent).state == "unresponsive"
 
 
 def test_machines_that_are_not_believed_are_tested_while_somebody_waits_for_their_watts(yard):
@@ -157,6 +241,23 @@ def test_meter_stale(yard):
     yard.physics.meter_stale[2] = False
     yard.until(lambda: Miner.objects.filter(desired_mode=0).count() < asleep, seconds=120)
     assert yard.state(second) in {"placed", "running"}
+
+
+def test_a_meter_that_has_never_reported_stops_wakes_and_what_fits_is_granted():
+    yard = Yard()
+    yard.physics.meter_stale[2] = True
+    yard.turn(3)
+    name = yard.under("pdu-1")[0]
+    assert tell(yard, name, 0) == 1
+    yard.turn(30)
+    assert yard.miner(name).reserved_w == 25, "its own meter speaks"
+    assert yard.miner(name).desired_mode == 0, "there is room, and it pays"
+    assert tell(yard, name, 2) == 0
+    job = yard.submit(gpus=1)
+    yard.until(lambda: yard.state(job) == "running", seconds=60)
+    yard.end(job)
+    yard.physics.meter_stale[2] = False
+    yard.until(lambda: yard.miner(name).desired_mode, seconds=120)
 
 
 def test_meter_stale_grants_not_even_what_a_host_has_booked_still(yard):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SOFT = 0.95
+LEASE_END_S = 60.0  # of the site's lease: so long before its end nothing is raised or started any more
 TARGET_MARGIN = 0.01  # shed a little below the cap: a meter has noise
 
 
@@ -87,6 +88,26 @@ class Decision:
         carries it (`path` is empty), any node over its cap holds it.
         """
         return bool(self.over) and (not path or not set(self.over).isdisjoint(path))
+
+    def blocks(
+        self, path: Sequence[str], now: float, *, mode: str, lease_until: float | None, hosts_down: bool = False
+    ) -> str:
+        """Why nothing that these nodes carry may be raised or started now; "" when it may. `now` and `lease_until` (None: before the
+        first sync) in epoch seconds; `hosts_down`: the hosts' management network does not answer.
+        """
+        if mode != "auto":
+            return "waiting_mode"
+        if lease_until is None or now >= lease_until - LEASE_END_S:
+            return "waiting_control"
+        if self.stale:
+            return "waiting_meter"
+        if hosts_down:
+            return "waiting_hosts"
+        return "waiting_power" if self.holds(path) else ""
+
+    def stops_wakes(self, path: Sequence[str]) -> bool:
+        """Whether one of the nodes that carry a machine stands so near its cap that it is not woken."""
+        return not self.no_wakes.isdisjoint(path)
 
 
 class Tree:

@@ -269,19 +269,16 @@ class Site:
 
     def blocked(self, node: str) -> str:
         """Why nothing that hangs at this node may be raised or started now; "" when it may."""
-        if self.mode != "auto":
-            return "waiting_mode"
-        until = self.lease_until()
-        if until is None or time.time() >= until - 60:
-            return "waiting_control"
-        if self.decision.stale:
-            return "waiting_meter"
-        if self.site_down_since is not None:
-            return "waiting_hosts"
-        return "waiting_power" if self.decision.holds(self.tree.above(node)) else ""
+        return self.decision.blocks(
+            self.tree.above(node),
+            time.time(),
+            mode=self.mode,
+            lease_until=self.lease_until(),
+            hosts_down=self.site_down_since is not None,
+        )
 
     def may_wake(self, node: str) -> bool:
-        return not self.blocked(node) and not any(n in self.decision.no_wakes for n in self.tree.above(node))
+        return not self.blocked(node) and not self.decision.stops_wakes(self.tree.above(node))
 
     # --- what control says
 

@@ -127,10 +127,12 @@ class Watch:
         self.seen = now
         up = ~self.site.physics.fleet.asleep
         if not (self.soak.control and self.site.link):
-            self.counts["raises at the site"] += int(
-                (up & ~self.was_up & (self.site.physics.fleet.boot_left <= 0)).sum()
-            ) - self._booted(up)
-        self.was_up = up
+            self.counts["raises at the site"] += (
+                int((up & ~self.was_up & (self.site.physics.fleet.boot_left <= 0)).sum())
+                - self._booted(up)
+                - self.site.let_go
+            )  # what control had said before, and the agent let go when it might
+        self.was_up, self.site.let_go = up, 0
         return raised
 
     def _hot(self) -> set[str]:

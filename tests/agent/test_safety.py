@@ -1,5 +1,7 @@
 """The site's own loop: it only lowers, under the right node, and one rung at a time."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +56,29 @@ def test_a_node_over_its_cap_holds_what_it_carries_and_nothing_else():
     over = look({"site": 31_000, "a": 900, "b": 900})
     assert [over.holds(tree.above(name)) for name in ("a", "b", "site")] == [True] * 3
     assert not look({"a": 900}).holds(tree.above("nobody knows where"))
+
+
+def test_who_does_not_answer_is_told_nothing_and_another_sleeps_in_its_place():
+    miners = fleet(m1=("a", 3000), m2=("a", 3000))
+    miners["m1"] = replace(miners["m1"], answers=False)
+    assert look({"a": 21_000}, miners, order=["m1", "m2"]).shed == (("m2", "a"),)
+
+
+def test_why_nothing_is_raised_or_started():
+    calm, path = look({"a": 900}), ("a", "site")
+
+    def why(decision=calm, now=100.0, mode="auto", until=1_000.0, down=False):
+        return decision.blocks(path, now, mode=mode, lease_until=until, hosts_down=down)
+
+    assert why() == ""
+    assert [why(mode=mode) for mode in ("hold", "shed", "off")] == ["waiting_mode"] * 3
+    assert why(until=None) == "waiting_control", "before the first sync"
+    assert (why(now=939.9), why(now=940.0)) == ("", "waiting_control"), "nothing begins in the last minute of the lease"
+    assert why(look({"b": 900}, at=80.0)) == "waiting_meter", "also of a meter elsewhere at the site"
+    assert why(down=True) == "waiting_hosts"
+    assert why(look({"a": 21_000})) == "waiting_power"
+    warm = look({"a": 19_100})
+    assert (why(warm), warm.stops_wakes(path), warm.stops_wakes(("b", "site"))) == ("", True, False)
 
 
 def test_what_a_pdu_sheds_also_counts_for_the_site():

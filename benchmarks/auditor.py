@@ -201,7 +201,9 @@ def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -
                 and (born[p["id"]] > b["born"] or (p["kind"] != "spot" and b["claims_at"] <= p["created_at"]))
             ):
                 found.append(
-                    f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}"
+                    f"placement {p['id']} of contract {p['contract_id']} came onto GPUs of contract {b['contract_id']}:"
+                    f" made {p['created_at']:%F %T} for at most {p['max_s'] or 'any'} s, theirs from {b['claims_at']:%F %T} to"
+                    f" {b['ends_at']:%F %T}, host {b['host_id']}"
                 )
     memory.works = {b["id"] for b in blocks if b["works"]}
     over = [c["id"] for c in contracts.values() if c["state"] not in {"active", "pending_payment"}]

@@ -60,7 +60,8 @@ class Maintained:
                 else:
                     fate = "broken"
                     found.append(
-                        f"{name} began at {w['starts_at']:%F %T} on contract {ids.encode('ctr', c['id'])}, told {told}"
+                        f"{name}, announced {w['announced_at']:%F %T}, began at {w['starts_at']:%F %T} on contract"
+                        f" {ids.encode('ctr', c['id'])}, signed {c['created_at']:%F %T}, told {[f'{at:%F %T}' for at in told]}"
                     )
                 self.promises.count("maintenance: a week's notice to who holds GPUs there", fate)
         return found

@@ -54,6 +54,22 @@ def test_with_no_miner_left_gpu_limits_fall_to_the_floor(tmp_path):
     drive(tmp_path, check, spec=small_site(miners=0))
 
 
+def test_where_the_floor_is_not_enough_the_job_is_ended_last(tmp_path):
+    async def check(world, control):
+        await world.granted()
+        safety(control, 100_000)
+        control.place("plc_1", ["sleep", "600"], gpus=tuple(range(8)))
+        await until(lambda: control.state("plc_1") == "running", "running")
+        await until(lambda: control.seen["meters"].get("pdu-1", [0, 0])[1] > 8_000, "it draws")
+        safety(control, 3_000)  # less than the hosts draw with nothing on them
+        await until(lambda: control.state("plc_1") == "exited", "ended by the site itself")
+        assert control.row("plc_1")["reason"] == "power_shed"
+        assert control.seen["hosts"]["h001"]["limits_w"] == [200] * 8, "capped first"
+        assert {"over_cap_shed", "placement_shed"} <= control.kinds()
+
+    drive(tmp_path, check, spec=small_site(miners=0))
+
+
 def test_soft_limit_holds_wakes_and_a_stale_meter_holds_all(tmp_path):
     async def check(world, control):
         await until(lambda: len(control.seen["miners"]) == 3, "miners")

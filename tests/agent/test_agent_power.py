@@ -39,13 +39,18 @@ def test_over_cap_is_shed_by_the_site_itself_and_latched(tmp_path):
     drive(tmp_path, check)
 
 
+async def drawing(world, control):
+    """A job on all GPUs of a host, under a cap that is far away; its node's meter has seen it."""
+    await world.granted()
+    safety(control, 100_000)
+    control.place("plc_1", ["sleep", "600"], gpus=tuple(range(8)))
+    await until(lambda: control.state("plc_1") == "running", "running")
+    await until(lambda: control.seen["meters"].get("pdu-1", [0, 0])[1] > 8_000, "it draws")
+
+
 def test_with_no_miner_left_gpu_limits_fall_to_the_floor(tmp_path):
     async def check(world, control):
-        await world.granted()
-        safety(control, 100_000)
-        control.place("plc_1", ["sleep", "60"], gpus=tuple(range(8)))
-        await until(lambda: control.state("plc_1") == "running", "running")
-        await until(lambda: control.seen["meters"].get("pdu-1", [0, 0])[1] > 8_000, "it draws")
+        await drawing(world, control)
         safety(control, 7_500)
         await until(lambda: control.seen["hosts"]["h001"]["limits_w"] == [200] * 8, "capped")
         assert control.state("plc_1") == "running", "capped, not evicted"
@@ -56,11 +61,7 @@ def test_with_no_miner_left_gpu_limits_fall_to_the_floor(tmp_path):
 
 def test_where_the_floor_is_not_enough_the_job_is_ended_last(tmp_path):
     async def check(world, control):
-        await world.granted()
-        safety(control, 100_000)
-        control.place("plc_1", ["sleep", "600"], gpus=tuple(range(8)))
-        await until(lambda: control.state("plc_1") == "running", "running")
-        await until(lambda: control.seen["meters"].get("pdu-1", [0, 0])[1] > 8_000, "it draws")
+        await drawing(world, control)
         safety(control, 3_000)  # less than the hosts draw with nothing on them
         await until(lambda: control.state("plc_1") == "exited", "ended by the site itself")
         assert control.row("plc_1")["reason"] == "power_shed"

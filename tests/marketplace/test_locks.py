@@ -46,9 +46,11 @@ class Holder:
 
 
 def held():
+    """Of this session: the server shows everybody's, those of tests that run beside this one, too."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks"
+            " WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()"
         )
         return {row[0] for row in cursor.fetchall()}
 

@@ -76,11 +76,12 @@ def _calls(contracts: Iterable[Contract], start: datetime, end: datetime) -> dic
     drained = PlacementEvent.objects.filter(
         to_state="draining", reason__in=list(calls), placement__contract__in=list(sites)
     )
-    took = set(drained.order_by().values_list("placement__contract_id", "reason").distinct())
+    took: dict[str, list[int]] = defaultdict(list)
+    for contract, reason in drained.order_by().values_list("placement__contract_id", "reason").distinct():
+        took[reason].append(contract)
     for reason, call in calls.items():
-        for contract in sites:
-            if (contract, reason) in took:
-                found[contract].append(call)
+        for contract in took[reason]:
+            found[contract].append(call)
     return found
 
 

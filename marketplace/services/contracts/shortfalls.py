@@ -1,5 +1,5 @@
 """GPUs that a contract has and cannot use for want of a host: which, from which second to which. Nobody pays for them
-(`billing.commitments`), and who holds them is told (`healing`).
+(`services.commitments`), and who holds them is told (`healing`).
 """
 
 from collections import defaultdict

@@ -55,7 +55,7 @@ class Maintained:
                 knew = c["created_at"] >= w["announced_at"]
                 if w["emergency"]:
                     fate = "compensated: an emergency, its time is not charged"
-                elif told and (told[0] <= w["starts_at"] - NOTICE or knew):
+                elif told and (told[0] <= w["starts_at"] - NOTICE or knew or self._came_with_it(c["id"], w, told[0])):
                     fate = "kept"
                 else:
                     fate = "broken"
@@ -65,6 +65,15 @@ class Maintained:
                     )
                 self.promises.count("maintenance: a week's notice to who holds GPUs there", fate)
         return found
+
+    @staticmethod
+    def _came_with_it(pk: int, w: Row, told: datetime) -> bool:
+        """Its buyer was told; he did not pay, and the seller, who has it again, was told there and then."""
+        undone = rows(
+            "SELECT f.undone_at AS at FROM marketplace_fill f JOIN marketplace_resale r ON r.id = f.resale_id"
+            f" WHERE r.contract_id = {pk} AND f.undone_at >= '{w['announced_at'].isoformat()}'"
+        )
+        return any(u["at"] <= told <= u["at"] + TICK for u in undone)
 
     def _firm(self, pk: int) -> list[Row]:
         """Contracts that hold GPUs on its hosts when it begins."""

@@ -12,7 +12,8 @@ from marketplace.models import (
     OutboxMessage,
     Reservation,
 )
-from marketplace.services import availability, maintenance, search
+from marketplace.services import availability, contracts, maintenance, quotes, search
+from marketplace.services.forward import resales, sales
 from scheduler import site_loop
 from tests import factories
 from tests.factories import NOW
@@ -99,6 +100,52 @@ def test_firm_contracts_are_told_a_week_before_or_it_is_an_emergency_with_a_reas
     assert (row.state, row.noticed_until) == ("announced", None)
     free = next(h for h in yard.hosts if h.pk != host.pk and not h.reservation_blocks.exists())
     assert yard.announce(free, **soon).noticed_until == soon["end"]  # nobody firm is there
+
+
+def test_hours_on_offer_are_their_holders_until_somebody_takes_them(yard):
+    """Before the announcement they are offered: their holder is told a week ahead, as he may have them again, and then others stand in."""
+    contract = yard.contract(gpus=8)
+    holder = factories.actor(yard.customer)
+    made = resales.offer(holder, contract, resales.Asked(8, START - HOUR, END + HOUR, 1_500_000), now=NOW)
+    (host,) = (h for h in yard.hosts if h.pk in yard.on(contract))
+    soon = {"start": NOW + 3 * DAY, "end": NOW + 3 * DAY + HOUR}
+    refused("notice_too_short", maintenance.announce, yard.operator, yard.draft(host, **soon), now=NOW)
+    row = yard.announce(host)
+    assert told(contract) == [("announced", 8, 8)]
+    assert not row.reservations.filter(contract=contract).exists()  # nobody misses them
+    resales.withdraw(holder, made, now=NOW + 4 * DAY)
+    stands_in = row.reservations.get(contract=contract)
+    assert (stands_in.starts_at, stands_in.ends_at) == (row.away_at, END)
+    assert told(contract) == [("announced", 8, 8)]  # once
+
+
+def test_a_sale_that_is_undone_comes_back_with_the_work_its_buyer_knew_of(yard):
+    contract = yard.contract(gpus=8)
+    seller, buyer = factories.actor(yard.customer), factories.actor(factories.organization())
+    made = resales.offer(seller, contract, resales.Asked(8, START - HOUR, END + HOUR, 1_500_000), now=NOW)
+    quote = quotes.quote(buyer, made.listing_id, quotes.Request("reserved", 8), now=NOW)
+    bought = contracts.accept(buyer, quote.pk, now=NOW)
+    (host,) = (h for h in yard.hosts if h.pk in yard.on(contract))
+    row = yard.announce(host)
+    assert (told(contract), told(bought)) == ([], [("announced", 8, 0)])
+    contracts.clock(bought.pay_by)
+    assert sales.undo(bought.pk, now=bought.pay_by)
+    assert told(contract) == [("announced", 8, 8)]  # at once, though it is on offer again
+    resales.withdraw(seller, made, now=bought.pay_by)
+    assert row.reservations.filter(contract=contract, state="firm").exists()  # what stands in
+
+
+def test_hours_that_nobody_took_are_missed_where_work_has_begun(yard):
+    contract, *_ = [yard.contract(gpus=8) for _ in range(4)]  # no room beside
+    holder = factories.actor(yard.customer)
+    made = resales.offer(holder, contract, resales.Asked(8, START + 2 * HOUR, END + HOUR, 1_500_000), now=NOW)
+    row = yard.announce(*(h for h in yard.hosts if h.pk in yard.on(contract)))
+    for at in (row.away_at, START):
+        maintenance.clock(at)
+    assert missed(contract) == [(8, row.away_at, made.reservation.claims_at)]
+    assert START < made.expires_at < made.starts_at
+    resales.expire(made.expires_at)
+    assert sum(((end - start) * gpus for gpus, start, end in missed(contract)), timedelta()) == 8 * (END - row.away_at)
 
 
 # --- capacity

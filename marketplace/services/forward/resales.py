@@ -27,7 +27,7 @@ from marketplace import outbox
 from marketplace.errors import MarketError
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, Listing, Resale, Reservation
-from marketplace.services import audit, availability, documents, quotes
+from marketplace.services import audit, availability, documents, maintenance, quotes
 from marketplace.services.availability import HOLDING, seconds
 from marketplace.services.forward import pieces
 from marketplace.services.forward.topics import TOLD, nudge_book
@@ -309,12 +309,13 @@ def drop(contract_ids: Collection[int], *, now: datetime, reason: str, give_back
 
 
 def hand_back(resale: Resale, gpus: dict[int, list[int]], now: datetime) -> None:
-    """GPUs of its window are the seller's again, as far as his contract still goes."""
+    """GPUs of its window are the seller's again, as far as his contract still goes, with what was announced for them meanwhile."""
     contract = resale.contract
     if contract.state != Contract.State.ACTIVE or contract.ends_at is None:
         return
     end = min(resale.ends_at, contract.ends_at)
     pieces.give_back(contract, gpus, resale.reservation.claims_at, end, now)
+    maintenance.meet(contract, gpus.keys(), now=now)
 
 
 def _close(

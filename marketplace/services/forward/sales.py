@@ -7,7 +7,7 @@ from django.db import transaction
 from marketplace import outbox
 from marketplace.locks import Lock, acquire
 from marketplace.models import Contract, Fill, Listing, Resale, Reservation, StandingBid
-from marketplace.services import audit
+from marketplace.services import audit, maintenance
 from marketplace.services.forward import pieces, resales
 from marketplace.services.forward.topics import TOLD, nudge_book
 from marketplace.tenancy import SYSTEM
@@ -61,6 +61,8 @@ def _take_back(fill: Fill, now: datetime) -> None:
         pieces.set_blocks(aside, {host: {*gpus.get(host, ()), *there.get(host, ())} for host in {*gpus, *there}})
         Listing.objects.filter(pk=resale.listing_id).update(state=Listing.State.PUBLISHED)
         resale.state = Resale.State.OPEN
+        resale.save(update_fields=["state"])
+        maintenance.meet(resale.contract, gpus.keys(), now=now)
     else:
         resales.hand_back(resale, gpus, now)
         if resale.state == Resale.State.SOLD:

@@ -3,6 +3,7 @@
 announcing  what an operator does: draft, dry run, announce, change, extend, finish early, cancel
 planning    which hosts, who is touched, what stands in elsewhere, what stays short
 taking      hosts go and come back; seconds that contracts missed
+arrivals    GPUs that come back to a contract under announced work
 notices     who is told, and what
 feeds       calendars for calendar programs
 clock       what happens because time passes
@@ -22,6 +23,7 @@ from marketplace.services.maintenance.announcing import (
     extend,
     finish,
 )
+from marketplace.services.maintenance.arrivals import meet
 from marketplace.services.maintenance.clock import clock
 from marketplace.services.maintenance.notices import NOTICE, about, concerned_of, sentence, window
 from marketplace.services.maintenance.notices import send as send_notice
@@ -31,6 +33,6 @@ from marketplace.services.maintenance.taking import put_back
 
 __all__ = [
     "FIELDS", "NOTICE", "NOTICE_DUE", "Impact", "Touched", "about", "actions", "announce", "cancel", "change", "clock",
-    "concerned_of", "covers", "draft", "dry_run", "during", "extend", "feeds", "finish", "of_listing", "put_back", "send_notice",
+    "concerned_of", "covers", "draft", "dry_run", "during", "extend", "feeds", "finish", "meet", "of_listing", "put_back", "send_notice",
     "sentence", "upcoming", "window",
 ]  # fmt: skip

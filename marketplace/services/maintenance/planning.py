@@ -21,6 +21,7 @@ from marketplace.models import (
     MaintenanceHost,
     Placement,
     PowerNode,
+    Resale,
     Reservation,
     ReservationBlock,
 )
@@ -161,17 +162,20 @@ def give_room(row: Maintenance) -> None:
 
 
 def held_there(row: Maintenance, start: datetime, end: datetime) -> list[Reservation]:
-    """Firm reservations of contracts with GPUs on its hosts in [start, end): narrow cells and large ones first, as they are harder."""
+    """Firm reservations of contracts with GPUs on its hosts in [start, end): narrow cells and large ones first, as they are harder.
+
+    What a contract offers for resale is among them: it is its holder's again where nobody takes it.
+    """
     rows = Reservation.objects.filter(
-        state=Reservation.State.FIRM, contract__isnull=False, starts_at__lt=end, ends_at__gt=start,
-        blocks__host__maintenance_rows__maintenance=row,
-    ).distinct().select_related("contract__quote", "listing__site")  # fmt: skip
+        Q(contract__isnull=False) | Q(resale__state=Resale.State.OPEN), state=Reservation.State.FIRM,
+        starts_at__lt=end, ends_at__gt=start, blocks__host__maintenance_rows__maintenance=row,
+    ).distinct().select_related("contract__quote", "resale__contract__quote", "listing__site")  # fmt: skip
     return sorted(rows, key=lambda r: (LEVELS.index(_level(r)), -_contract(r).gpu_count, r.starts_at, r.pk))
 
 
 def contracts_of(reservations: Iterable[Reservation]) -> list[Contract]:
     """Whose they are, each once."""
-    return list({r.contract_id: _contract(r) for r in reservations}.values())
+    return list({(of := _contract(r)).pk: of for r in reservations}.values())
 
 
 def contracts_on(host_ids: Collection[int]) -> list[int]:
@@ -183,8 +187,7 @@ def contracts_on(host_ids: Collection[int]) -> list[int]:
 
 
 def _contract(reservation: Reservation) -> Contract:
-    assert reservation.contract is not None
-    return reservation.contract
+    return reservation.contract or reservation.resale.contract
 
 
 def _level(reservation: Reservation) -> str:
@@ -192,11 +195,15 @@ def _level(reservation: Reservation) -> str:
     return quote.level if quote is not None else "site"
 
 
-def stand_in(row: Maintenance, start: datetime, end: datetime, *, now: datetime) -> None:
-    """Other GPUs of the same listing and cell of the topology for as many as can be had of those away in [start, end)."""
+def stand_in(row: Maintenance, start: datetime, end: datetime, *, now: datetime, only: int | None = None) -> None:
+    """Other GPUs of the same listing and cell of the topology for as many as can be had of those away in [start, end); of the contract
+    `only`, if given. None for what is offered: its buyer knows of it, and while there is none nobody misses it.
+    """
     taken = set(row.hosts.values_list("host_id", flat=True))
     away: Counter[int | None] = Counter()  # a contract may hold in parts
     for held in held_there(row, start, end):
+        if held.contract_id is None or only not in {None, held.contract_id}:
+            continue
         begin, until = max(start, held.starts_at, now.replace(microsecond=0)), min(end, held.ends_at)
         if begin < until:
             blocks = {block.host_id: len(block.gpu_indices) for block in held.blocks.all()}
@@ -262,18 +269,20 @@ def impact(row: Maintenance, *, now: datetime) -> Impact:
     start, end = max(row.away_at, now), row.ends_at
     gpus: Counter[int] = Counter()
     mine = list(row.hosts.values_list("host_id", flat=True))
-    for block in blocks_of(c.pk for c in contracts_of(held_there(row, start, end))):
-        if block.host in set(mine) and block.start < end and block.end > start:
-            gpus[block.contract] += block.gpus
+    offered: list[Piece] = []
+    for held in held_there(row, start, end):
+        of = _contract(held).pk
+        here = sum(len(block.gpu_indices) for block in held.blocks.filter(host__in=mine))
+        gpus[of] += here
+        if held.contract_id is None:
+            offered.append(Piece(of, row.pk, here, max(start, held.starts_at), min(end, held.ends_at)))
     jobs, there = running(mine, start)
     for contract, count in there.items():
         gpus[contract] = max(gpus[contract], count)
-    pieces = [p for p in short(row, gpus, now=now) if p.maintenance == row.pk]
+    pieces = [p for p in short(row, gpus, now=now) if p.maintenance == row.pk] + offered
     contracts = Contract.objects.in_bulk(gpus)
     touched = tuple(
-        Touched(
-            contracts[pk], count, max((p.gpus for p in pieces if p.contract == pk), default=0), len(jobs.get(pk, ()))
-        )
+        Touched(contracts[pk], count, _peak([p for p in pieces if p.contract == pk]), len(jobs.get(pk, ())))
         for pk, count in sorted(
             gpus.items(), key=lambda item: (contracts[item[0]].kind not in HOLDING, -item[1], item[0])
         )

@@ -334,16 +334,6 @@ def test_a_job_that_ends_before_the_promise_is_in_nobodys_way_when_an_offer_come
     assert desk.whole()
 
 
-def test_the_pieces_are_one_again_when_the_sold_window_is_over(desk):
-    contract = desk.buy(desk.buyer(), desk.offer())
-    contracts.clock(TO)
-    contract.refresh_from_db()
-    assert contract.state == "ended"
-    (row,) = desk.contract.reservations.filter(state="firm")  # also of what was before the sold window
-    assert (row.starts_at, sum(len(b.gpu_indices) for b in row.blocks.all())) == (START, 8)
-    assert contracts.amendments.extend(desk.holder, desk.contract, END + DAY, now=TO)
-
-
 def test_the_holder_is_told(desk, mailoutbox):
     factories.member(desk.contract.organization)
     resale = desk.offer()

@@ -14,6 +14,8 @@ from scheduler.core import parts
 from scheduler.core.capacity import FOREVER
 from scheduler.core.parts import Gpus, Strip
 
+Window = tuple[int, int]  # [start, end), seconds
+
 
 def rows_of(contract: Contract, since: datetime) -> list[Reservation]:
     """What holds GPUs for it at `since` or later (or did until then), the first first."""
@@ -83,37 +85,58 @@ def rejoin(contract: Contract, now: datetime) -> bool:
     if whole or len({(s.start, s.end) for s in joined}) != 1:
         return False
     _write(contract, rows, joined)
-    # What it holds now it has held from the first second on, in one row: no piece of before says so a second time.
-    before = Reservation.objects.filter(contract=contract, maintenance=None, piece=True, state=Reservation.State.FIRM)
-    before.filter(ends_at__lt=now).update(state=Reservation.State.RELEASED)
+    # What it holds now it has held from the first second on, in one row: of the pieces before, none says so a second time.
+    before = Reservation.objects.filter(
+        contract=contract, maintenance=None, piece=True, state=Reservation.State.FIRM, ends_at__lt=now
+    )
+    for row in before.order_by("pk").prefetch_related("blocks"):
+        said = strips_of([row])
+        left = parts.minus(said, joined)
+        if left != said:
+            _lay(contract, left, {}, {row.pk: row})
     return True
 
 
 def _write(contract: Contract, rows: Sequence[Reservation], strips: Iterable[Strip]) -> None:
-    """The contract holds exactly these: a row for each window, the rows there are first."""
-    wanted: dict[tuple[int, int], dict[int, Gpus]] = defaultdict(dict)
+    """The contract holds exactly these: a row for each window, the rows there are first. Its own row goes on as long as anything does;
+    where that row's window is over, a piece goes on saying what it said.
+    """
+    main = contract.reservation
+    spare = {row.pk: row for row in (main, *rows)}
+    over = main.state == Reservation.State.FIRM and all(row.pk != main.pk for row in rows)
+    held = list(strips)
+    windows = {(s.start, s.end) for s in held}
+    if over and not windows:
+        del spare[main.pk]
+    kept: dict[Window, Reservation] = {}
+    if windows:
+        own = seconds(main.claims_at), seconds(main.ends_at)
+        kept[own if own in windows and not over else min(windows)] = spare.pop(main.pk)
+    _lay(contract, [*held, *(strips_of([main]) if over and windows else ())], kept, spare)
+
+
+def _lay(
+    contract: Contract, strips: Iterable[Strip], kept: dict[Window, Reservation], spare: dict[int, Reservation]
+) -> None:
+    """A row for each window of the strips: of those `kept` for theirs, then of the `spare` ones, then new; spare ones left over are
+    released.
+    """
+    wanted: dict[Window, dict[int, Gpus]] = defaultdict(dict)
     for strip in strips:
         held = wanted[strip.start, strip.end]
         held[strip.host] = held.get(strip.host, frozenset()) | strip.gpus
-    main = contract.reservation
-    spare = {row.pk: row for row in (main, *rows)}
-    kept: dict[tuple[int, int], Reservation] = {}
-    for row in rows:
+    for row in list(spare.values()):
         window = seconds(row.claims_at), seconds(row.ends_at)
         if window in wanted and window not in kept:
             kept[window] = spare.pop(row.pk)
     for window in sorted(wanted.keys() - kept.keys(), key=lambda w: (w[0], -w[1])):
         kept[window] = spare.pop(min(spare)) if spare else Reservation(contract=contract, piece=True)
-    if main.pk in spare and kept:  # it goes on as long as anything does
-        first = min(kept)
-        spare[kept[first].pk] = kept[first]
-        kept[first] = spare.pop(main.pk)
     for window, row in kept.items():
         _place(contract, row, window, wanted[window])
     Reservation.objects.filter(pk__in=spare).update(state=Reservation.State.RELEASED)
 
 
-def _place(contract: Contract, row: Reservation, window: tuple[int, int], gpus: Mapping[int, Gpus]) -> None:
+def _place(contract: Contract, row: Reservation, window: Window, gpus: Mapping[int, Gpus]) -> None:
     claims_at, ends_at = (instant(second) for second in window)
     starts_at = max(claims_at, contract.starts_at)
     row.listing_id, row.state, row.claims_at, row.ends_at = (

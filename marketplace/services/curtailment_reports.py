@@ -126,7 +126,7 @@ def found(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> Foun
         [at for at, _ in readings],
         [w for _, w in readings],
         wh,
-        curtail.under_after(readings, row.cap_w) if report.baseline_how == "meter" else report.under_after_s,
+        _under_after(report, readings, row.cap_w),
         lost,
         wh * price // WH_UUSD,
         max(0, wh) * pays // WH_UUSD,
@@ -134,6 +134,12 @@ def found(report: CurtailmentReport, row: Curtailment, *, now: datetime) -> Foun
         touched(row, now=now),
         credited(row, now=now),
     )
+
+
+def _under_after(report: CurtailmentReport, readings: list[tuple[int, int]], cap_w: int) -> int | None:
+    """By the meter; where it was silent before the call, and is silent when the books come under, by these."""
+    metered = curtail.under_after(readings, cap_w)
+    return report.under_after_s if metered is None and report.baseline_how == "books" else metered
 
 
 def seconds_of(row: Curtailment, now: datetime) -> int:

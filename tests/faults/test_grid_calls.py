@@ -15,6 +15,7 @@ from marketplace.models import (
     GridSource,
     Host,
     JobEvent,
+    MeterReading,
     Miner,
     Placement,
     PowerNode,
@@ -272,6 +273,22 @@ def test_without_a_meter_the_books_say_whether_a_call_came_under_its_cap(monkeyp
     assert report.baseline_how == "books"
     assert report.baseline_w > 15_000
     assert 0 < report.under_after_s < 180
+    assert row.state == "completed"
+
+
+def test_a_meter_that_was_silent_before_a_call_says_when_it_came_under_its_cap(yard):
+    """The books need not: a machine that is silent stands there with its nameplate. Here their word is taken away."""
+    MeterReading.objects.all().delete()
+    row = call(yard, 15_000, minutes=4)
+    yard.until(lambda: row.refresh_from_db() or row.state == "restoring", seconds=400)
+    report = CurtailmentReport.objects.get()
+    assert report.baseline_how == "books"
+    CurtailmentReport.objects.update(under_after_s=None)
+    report.refresh_from_db()
+    found = curtailment_reports.found(report, row, now=yard.now)
+    under = MeterReading.objects.filter(node=row.node, at__gte=row.starts_at, watts__lte=15_000).earliest("at")
+    assert found.under_after_s == int((under.at - row.starts_at).total_seconds())
+    yard.until(lambda: settled(row), seconds=2000)
     assert row.state == "completed"
 
 

@@ -1,4 +1,4 @@
-"""The market's auditors on worlds made by hand: nothing to say of a sound one, red when a rule is broken on purpose."""
+"""The market's auditors of money: nothing to say of a sound world, red when a rule is broken on purpose."""
 
 from datetime import timedelta
 from random import Random
@@ -16,49 +16,32 @@ from marketplace.models import (
     Curtailment,
     Fill,
     HeldLower,
-    Maintenance,
     PlacementEvent,
     Resale,
-    ReservationBlock,
-    ScreeningEvent,
     Shortfall,
     StandingBid,
 )
-from marketplace.services import commitments, contracts, listings, maintenance, price_tiers
-from marketplace.services.maintenance import planning, taking
+from marketplace.services import contracts, listings, price_tiers
 from marketplace.tenancy import Actor
 from sandbox.market import books, eased
 from sandbox.market.held import Held
-from sandbox.market.maintained import Maintained
 from sandbox.market.priced import Priced
-from sandbox.market.promises import CLAIMED, Promises
+from sandbox.market.promises import Promises
 from sandbox.market.resold import Resold
-from sandbox.market.screened import Screened
 from sandbox.market.site import Facility
 from tests import factories
 from tests.billing.conftest import World, _stripe_process, after, make_world, stripe_api
 from tests.billing.test_kinds import DAY, MONTH, collect, market, sign
-from tests.billing.test_maintenance import HOUR, work
+from tests.billing.test_maintenance import HOUR
 from tests.billing.test_resales import bought, buyer, resold
 from tests.factories import NOW
 from tests.marketplace.reselling import ASK, Desk
+from tests.sandbox.auditing import contracts_seen, promises
 
 pytestmark = pytest.mark.django_db(transaction=True)
-__all__ = ["_stripe_process", "buyer", "market", "stripe_api"]
+__all__ = ["_stripe_process", "buyer", "market", "promises", "stripe_api"]
 
 STAFF = Actor(kind="staff")
-
-
-class Quiet:
-    """Nothing outside has failed."""
-
-    def excused(self, *_: object) -> bool:
-        return False
-
-
-@pytest.fixture
-def promises() -> Promises:
-    return Promises(Quiet())  # type: ignore[arg-type]
 
 
 # --- prices
@@ -227,7 +210,7 @@ def test_a_window_that_is_sold_twice_is_found(promises: Promises):
     assert any("says 2 sold; its sales are of 4" in said for said in auditor.look(NOW))
     desk.contract.reservation.blocks.update(gpu_indices=list(range(8)))
     assert any("is promised to contracts" in said for said in Safety().audit(NOW))
-    held = {c["id"]: c for c in _contracts()}
+    held = contracts_seen()
     assert any("offered or sold on" in said for said in promises._held(held, NOW))
 
 
@@ -259,73 +242,6 @@ def test_a_bid_that_pays_more_than_its_limit_and_one_nobody_looks_at_are_found(p
     bid(desk, desk.buyer(), ASK)
     desk.offer(gpus=1)
     assert any("suit each other" in said for said in Resold(promises).look(NOW + timedelta(hours=6)))
-
-
-# --- who is asked to leave
-def test_who_is_put_off_gpus_that_he_holds_is_found_and_who_stood_beside_them_is_not(market: World, promises: Promises):
-    contract = sign(market, "reserved", 4, start=MONTH, end=MONTH + DAY)
-    placement = market.ran(MONTH, 6 * HOUR, gpus=4)
-    PlacementEvent.objects.create(
-        placement=placement, at=after(MONTH + HOUR), from_state="running", to_state="draining", reason=CLAIMED
-    )
-    held = {c["id"]: c for c in _contracts()}
-    blocks = ReservationBlock.objects.filter(reservation__contract=contract)
-    blocks.update(gpu_indices=placement.gpu_indices)
-    (said,) = promises._drained(held)
-    assert f"placement {placement.pk} of a reserved contract was asked to go" in said
-    blocks.update(gpu_indices=placement.gpu_indices[1:])  # one of them is sold on
-    assert Promises(Quiet())._drained(held) == []  # type: ignore[arg-type]
-
-
-# --- maintenance
-def test_maintenance_is_replaced_or_written_down_and_credited(market: World, promises: Promises):
-    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY, maintenance_hours_per_month=4)
-    auditor = Maintained(promises)
-    work(market, MONTH + DAY, 1.75)
-    work(market, MONTH + 2 * DAY, 5.75)
-    assert auditor.look(after(MONTH + 2 * DAY + 6 * HOUR)) == []
-    market.close(MONTH + 31 * DAY)
-    assert Held(promises).look() == []
-    assert promises.tally["missing: GPU-hours not charged"].total() == 8 * 4
-
-
-def test_credits_that_are_not_given_are_found(market: World, promises: Promises, monkeypatch):
-    monkeypatch.setattr(commitments, "not_charged", lambda *_: ())
-    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY, maintenance_hours_per_month=4)
-    work(market, MONTH + 2 * DAY, 5.75)
-    market.close(MONTH + 31 * DAY)
-    (said,) = Held(promises).look()
-    assert "0 GPU-hours for what could not be had" in said
-    assert "by its terms -16" in said
-
-
-def test_gpus_that_are_away_and_not_written_down_are_found(market: World, promises: Promises, monkeypatch):
-    monkeypatch.setattr(planning, "short_now", lambda *_, **__: [])
-    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY)
-    operator = factories.actor(market.operator)
-    row = maintenance.draft(
-        operator, market.host.site, scope="site", text="Fans.", now=NOW, starts_at=after(MONTH + DAY),
-        ends_at=after(MONTH + DAY + 4 * HOUR),
-    )  # fmt: skip
-    maintenance.announce(operator, row, now=NOW)
-    for at in (MONTH + DAY - 15 * 60, MONTH + DAY):
-        maintenance.clock(after(at))
-    (said,) = Maintained(promises).look(after(MONTH + DAY + 60))
-    assert "misses 8 GPUs for maintenance (8 away, 0 stand in); 0 are written down" in said
-
-
-def test_work_that_comes_late_untold_or_keeps_its_hosts_is_found(market: World, promises: Promises, monkeypatch):
-    sign(market, "reserved", 8, start=MONTH, end=MONTH + 30 * DAY)
-    row = work(market, MONTH + DAY, 1)
-    auditor = Maintained(promises)
-    assert auditor.look(after(MONTH + DAY + 2 * HOUR)) == []
-    row.notices.all().delete()
-    assert any("told []" in said for said in Maintained(promises)._clock({row.pk: vars(row)}, after(MONTH + DAY + 600)))
-    Maintenance.objects.filter(pk=row.pk).update(state="in_progress")
-    assert any("should have been over" in said for said in auditor.look(after(MONTH + DAY + 2 * HOUR)))
-    monkeypatch.setattr(taking, "give_back", lambda *_, **__: None)
-    work(market, MONTH + 3 * DAY, 1)
-    assert any("for mnt_" in said for said in auditor.look(after(MONTH + 3 * DAY + 2 * HOUR)))
 
 
 # --- GPUs held lower
@@ -419,41 +335,3 @@ def test_work_on_less_power_that_no_row_speaks_of_is_found(promises: Promises):
     assert "at 500 of 700 W a GPU" in said
     lowered(world, 0, None, 500)
     assert auditor.look([site]) == []
-
-
-# --- screening
-def test_a_contract_of_who_has_not_passed_is_found(promises: Promises):
-    desk = Desk()
-    owner = desk.contract.organization
-    assert any("not passed: ['business'" in said for said in Screened(promises).look(NOW))
-    for row in owner.screenings.all():
-        ScreeningEvent.objects.create(
-            screening=row,
-            at=NOW - timedelta(days=1),
-            actor="system",
-            what="answered",
-            from_state="pending",
-            to_state="clear",
-            round=1,
-        )
-    assert Screened(promises).look(NOW) == []
-    row = owner.screenings.get(kind="sanctions")
-    ScreeningEvent.objects.create(
-        screening=row,
-        at=NOW - timedelta(hours=1),
-        actor="system",
-        what="answered",
-        from_state="clear",
-        to_state="rejected",
-        round=1,
-    )
-    said = Screened(promises).look(NOW)
-    assert any("was rejected by system" in each for each in said)
-    assert any("not passed: ['sanctions'" in each for each in said)
-
-
-def _contracts():
-    from benchmarks.auditor import rows
-
-    assert ReservationBlock.objects.exists()
-    return rows("SELECT * FROM marketplace_contract")

@@ -15,6 +15,7 @@ from typing import Any
 
 from django.db import connection
 
+from benchmarks import audit_power as power
 from benchmarks import audit_rules as rules
 
 OVER = {"released", "failed", "lost"}  # placements
@@ -47,8 +48,7 @@ class Auditor:
         self.tainted: dict[int, list[str]] = {}
         self.works: set[int] = set()  # blocks of announced maintenance
         self.booked_before: dict[int, int] = {}
-        self.limits: dict[int, int | None] = {}
-        self.granted_mw: dict[int, int] = {}
+        self.power = power.Nodes()
 
     def audit(self, now: datetime) -> list[str]:
         """Everything that is wrong now, in words."""
@@ -65,7 +65,7 @@ class Auditor:
         found = [
             *self._hosts(hosts, live),
             *self._raised(hosts, placements),
-            *_node_books(hosts, self),
+            *self.power.look(hosts, rows),
             *_jobs(jobs, placements),
             *_gangs(jobs, placements),
             *rules.losses(jobs, placements),
@@ -79,7 +79,7 @@ class Auditor:
                 for p in placements
                 if p["state"] in OVER and p["watts"] not in {None, "released"}
             ),
-            *_reservations(live, contracts, self),
+            *_reservations(live, contracts, self, now),
         ]
         self.newest_placement = max((p["id"] for p in placements), default=0)
         self.hosts_before = {pk: h["state"] for pk, h in hosts.items()}
@@ -135,7 +135,7 @@ class Auditor:
                     found.append(f"host {pk} has {h[total]} {total}, {sold} sold, says {h[free]} free")
             if h["cpu_only_active"] != sum(not p["gpu_indices"] for p in here):
                 found.append(f"host {pk} counts {h['cpu_only_active']} placements without a GPU")
-            least = _host_w(h, [p for p in here if p["state"] in THERE])
+            least = power.host_w(h, [p for p in here if p["state"] in THERE])
             if h["reserved_w"] < least:
                 found.append(f"host {pk} has {h['reserved_w']} W booked, what is granted there may draw {least} W")
         return found
@@ -148,13 +148,13 @@ class Auditor:
                 here[p["host_id"]].append(p)
         found = []
         for pk, h in hosts.items():
-            most = max(_host_w(h, here[pk]), self.booked_before.get(pk, 1 << 40))  # of a new one nothing is known
+            most = max(power.host_w(h, here[pk]), self.booked_before.get(pk, 1 << 40))  # of a new one nothing is known
             if h["reserved_w"] > most:
                 found.append(f"host {pk} was raised to {h['reserved_w']} W, what stands there may draw {most} W")
         return found
 
 
-def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -> list[str]:
+def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor, now: datetime) -> list[str]:
     """No GPU is promised twice for one moment, and nobody else comes onto one that is closed for its claim.
 
     Who came first: a placement is made, and a reservation becomes firm, under the cell's lock, so the order of their
@@ -173,6 +173,14 @@ def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -
         for e in rows("SELECT placement_id, min(xmin::text::bigint) AS born FROM marketplace_placementevent GROUP BY 1")
     }
     found = []
+    own: dict[tuple[int, int, int], list[Row]] = defaultdict(list)  # of what is over, the record
+    for b in rows(
+        "SELECT r.contract_id, b.host_id, b.gpu_indices, r.claims_at, r.ends_at FROM marketplace_reservationblock b"
+        " JOIN marketplace_reservation r ON r.id = b.reservation_id WHERE r.contract_id IS NOT NULL AND (r.state = 'firm'"
+        f" OR (r.state = 'released' AND r.ends_at <= '{now.isoformat()}'))"
+    ):
+        for i in b["gpu_indices"]:
+            own[b["contract_id"], b["host_id"], i].append(b)
     holders: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for b in blocks:
         for i in b["gpu_indices"]:
@@ -184,9 +192,8 @@ def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -
             holders[b["host_id"], i].append(b)
     for p in live:
         windows = [b for i in p["gpu_indices"] for b in holders[p["host_id"], i]]
-        if any(
-            b["contract_id"] == p["contract_id"] and b["claims_at"] <= p["created_at"] < b["ends_at"] for b in windows
-        ):
+        mine = [b for i in p["gpu_indices"] for b in own[p["contract_id"], p["host_id"], i]]
+        if any(b["claims_at"] <= p["created_at"] < b["ends_at"] for b in mine):
             continue  # on its own; who has the same GPUs after it comes after it
         for b in windows:
             gone = p["created_at"] + LAG + (timedelta(seconds=p["max_s"]) if p["max_s"] else OPEN_ENDED)
@@ -208,61 +215,6 @@ def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor) -
     memory.works = {b["id"] for b in blocks if b["works"]}
     over = [c["id"] for c in contracts.values() if c["state"] not in {"active", "pending_payment"}]
     return found + [f"contract {b['contract_id']} is over and holds GPUs" for b in blocks if b["contract_id"] in over]
-
-
-def _host_w(h: Row, granted: list[Row]) -> int:
-    """W that a host may draw with these placements on it (design/power.md: reserved(host))."""
-    if not h["cap_control"]:
-        return int(h["base_w"] + h["gpu_count"] * h["gpu_max_w"])
-    if not granted:
-        return int(h["standby_w"] if h["power_state"] == "off" else h["parked_w"])
-    if h["call_gpu_w"] is not None:  # held lower for a call: what it was told; whether it obeys says the site itself
-        return int(h["base_w"] + sum(h["desired_limits_w"]))
-    active = len({i for p in granted for i in p["gpu_indices"]})
-    return int(h["base_w"] + active * h["gpu_max_w"] + (h["gpu_count"] - active) * h["gpu_min_w"])
-
-
-def _node_books(hosts: dict[int, Row], memory: Auditor) -> list[str]:
-    """The invariant of design/power.md at every node: what devices below may draw, overhead, fixed watts and margin, under the cap.
-
-    A miner's silence books its nameplate, whatever is free: that part is left out of the promise, not out of the books. A
-    limit may be crossed while the site ramps down to it, but nothing is granted over it.
-    """
-    found = []
-    nodes = {n["id"]: n for n in rows("SELECT * FROM marketplace_powernode")}
-    booked: dict[int, int] = defaultdict(int)
-    proved: dict[int, int] = defaultdict(int)
-    granted: dict[int, int] = defaultdict(int)
-
-    def climb(pk: int | None, column: str, watts: int, sure: int, *, host: bool) -> None:
-        while pk is not None:
-            k = nodes[pk][column]
-            booked[pk] += watts * k
-            proved[pk] += sure * k
-            granted[pk] += watts * k if host else 0
-            pk = nodes[pk]["parent_id"]
-
-    for h in hosts.values():
-        climb(h["power_node_id"], "overhead_gpu_permille", h["reserved_w"], h["reserved_w"], host=True)
-    for m in rows("SELECT * FROM marketplace_miner"):
-        sure = max(m["commanded_w"], m["confirmed_w"])
-        if m["reserved_w"] < sure:
-            found.append(
-                f"miner {m['id']} has {m['reserved_w']} W booked, was told {m['commanded_w']}, last proved {m['confirmed_w']}"
-            )
-        climb(m["power_node_id"], "overhead_miner_permille", m["reserved_w"], min(sure, m["reserved_w"]), host=False)
-    for pk, n in nodes.items():
-        cap = 1000 * (n["cap_w"] - n["fixed_w"] - n["margin_w"])
-        if n["reserved_mw"] != booked[pk]:
-            found.append(f"node {n['name']} says {n['reserved_mw']} mW booked, its devices have {booked[pk]}")
-        if proved[pk] > cap:
-            found.append(f"node {n['name']} has {proved[pk]} mW sold of {cap}")
-        limit = cap if n["limit_w"] is None else min(cap, 1000 * (n["limit_w"] - n["fixed_w"] - n["margin_w"]))
-        same = memory.limits.get(pk, "new") == n["limit_w"]
-        if same and granted[pk] > memory.granted_mw.get(pk, 0) and booked[pk] > limit:
-            found.append(f"node {n['name']} granted hosts watts while {booked[pk]} mW are booked of {limit}")
-        memory.limits[pk], memory.granted_mw[pk] = n["limit_w"], granted[pk]
-    return found
 
 
 def _jobs(jobs: dict[int, Row], placements: list[Row]) -> list[str]:
@@ -304,7 +256,7 @@ def kept_for_nobody() -> list[str]:
     return [
         f"host {h['id']} keeps {h['reserved_w']} W, nobody stands there"
         for h in found
-        if h["reserved_w"] != _host_w(h, [])
+        if h["reserved_w"] != power.host_w(h, [])
     ]
 
 

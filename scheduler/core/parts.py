@@ -74,24 +74,6 @@ def cut(
     return _real(left), out
 
 
-def minus(strips: Iterable[Strip], others: Iterable[Strip]) -> list[Strip]:
-    """What of the strips none of the others says, device by device and second by second."""
-    left = _real(strips)
-    for o in others:
-        rest: list[Strip] = []
-        for s in left:
-            start, end = max(s.start, o.start), min(s.end, o.end)
-            both = s.gpus & o.gpus if s.host == o.host and start < end else frozenset()
-            if not both:
-                rest.append(s)
-                continue
-            rest += _real(
-                [s._replace(gpus=s.gpus - both), s._replace(end=start, gpus=both), s._replace(start=end, gpus=both)]
-            )
-        left = rest
-    return left
-
-
 def join(strips: Iterable[Strip]) -> list[Strip]:
     """The same holding in as few strips as there can be: where one begins as another ends on its host, the earlier's devices go on.
 

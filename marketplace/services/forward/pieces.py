@@ -85,15 +85,9 @@ def rejoin(contract: Contract, now: datetime) -> bool:
     if whole or len({(s.start, s.end) for s in joined}) != 1:
         return False
     _write(contract, rows, joined)
-    # What it holds now it has held from the first second on, in one row: of the pieces before, none says so a second time.
-    before = Reservation.objects.filter(
-        contract=contract, maintenance=None, piece=True, state=Reservation.State.FIRM, ends_at__lt=now
-    )
-    for row in before.order_by("pk").prefetch_related("blocks"):
-        said = strips_of([row])
-        left = parts.minus(said, joined)
-        if left != said:
-            _lay(contract, left, {}, {row.pk: row})
+    # What it holds now it has held from the first second on, in one row, whatever stands in since: what was before is over.
+    before = Reservation.objects.filter(contract=contract, maintenance=None, piece=True, state=Reservation.State.FIRM)
+    before.filter(ends_at__lt=now).update(state=Reservation.State.RELEASED)
     return True
 
 
@@ -112,19 +106,12 @@ def _write(contract: Contract, rows: Sequence[Reservation], strips: Iterable[Str
     if windows:
         own = seconds(main.claims_at), seconds(main.ends_at)
         kept[own if own in windows and not over else min(windows)] = spare.pop(main.pk)
-    _lay(contract, [*held, *(strips_of([main]) if over and windows else ())], kept, spare)
-
-
-def _lay(
-    contract: Contract, strips: Iterable[Strip], kept: dict[Window, Reservation], spare: dict[int, Reservation]
-) -> None:
-    """A row for each window of the strips: of those `kept` for theirs, then of the `spare` ones, then new; spare ones left over are
-    released.
-    """
+    if over and windows:
+        held += strips_of([main])
     wanted: dict[Window, dict[int, Gpus]] = defaultdict(dict)
-    for strip in strips:
-        held = wanted[strip.start, strip.end]
-        held[strip.host] = held.get(strip.host, frozenset()) | strip.gpus
+    for strip in held:
+        there = wanted[strip.start, strip.end]
+        there[strip.host] = there.get(strip.host, frozenset()) | strip.gpus
     for row in list(spare.values()):
         window = seconds(row.claims_at), seconds(row.ends_at)
         if window in wanted and window not in kept:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.core import parts
-from scheduler.core.parts import PartsError, Strip, counts, cut, join, minus, size, throughout
+from scheduler.core.parts import PartsError, Strip, counts, cut, join, size, throughout
 
 pytestmark = pytest.mark.serverless
 WHOLE = Strip(0, 100, 1, frozenset(range(8)))
@@ -61,15 +61,6 @@ def test_joining_keeps_every_count_whatever_the_devices_are_called_meanwhile(str
     for host in (1, 2, 3):
         for at in range(0, 100, 7):
             assert counts(joined, host, at) == counts(strips, host, at)
-
-
-@given(holdings, st.data())
-def test_nothing_is_said_twice_and_nothing_is_left_out(strips, data):
-    left, out = sold(strips, data)
-    for some in out:
-        assert minus(some, left) == some
-        assert size(minus(strips, some)) == size(strips) - size(some)
-    assert minus(strips, [*left, *(s for some in out for s in some)]) == []
 
 
 def test_a_device_that_worked_before_the_window_goes_on_by_its_own_number():

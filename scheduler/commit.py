@@ -45,7 +45,7 @@ SITE_LOOP = "scheduler.site_loop"
 _STATE: Final = {
     fit.CPU: "cpu_free", fit.RAM: "ram_free", fit.NVME: "nvme_free", fit.NGPU: "gpu_count", fit.ACTIVE: "gpu_active",
     fit.CPU_ONLY: "cpu_only", fit.POOL: "pool", fit.SITE: "site", fit.FLAGS: "flags", fit.STANDBY: "standby_w", fit.PARKED: "parked_w",
-    fit.BASE: "base_w", fit.GMIN: "gpu_min_w", fit.GMAX: "gpu_max_w", fit.CAPCTL: "cap_control", fit.TAINTS: "taints",
+    fit.BASE: "base_w", fit.GMIN: "gpu_min_w", fit.GMAX: "gpu_most_w", fit.CAPCTL: "cap_control", fit.TAINTS: "taints",
     fit.LEAVES: "leaves", fit.VRAM: "vram_total",
 }  # fmt: skip
 
@@ -349,7 +349,7 @@ def _left(hosts: cells.Hosts, state: State, books: recheck.Power, at: I64, grant
     raised = np.zeros(len(hosts), bool)
     raised[at[granted == 1]] = True
     shapes = zip(
-        *(column[used].tolist() for column in (raised, books.use, hosts["gpu_count"], hosts["gpu_min_w"], hosts["gpu_max_w"])),
+        *(column[used].tolist() for column in (raised, books.use, hosts["gpu_count"], hosts["gpu_min_w"], hosts["gpu_most_w"])),
         hosts["cap_control"][used].tolist(),
         strict=True,
     )  # fmt: skip

@@ -57,6 +57,7 @@ _SCALARS: Final[dict[str, tuple[str, Any]]] = {
     "base_w": ("base_w", np.int32),
     "gpu_min_w": ("gpu_min_w", np.int32),
     "gpu_max_w": ("gpu_max_w", np.int32),
+    "gpu_most_w": ("least(gpu_max_w, call_gpu_w)", np.int32),  # lower for a call of the grid
     "reserved_w": ("reserved_w", np.int64),
     "cap_control": ("cap_control::int", np.int8),
     "cpu_only": ("cpu_only_active", np.int32),

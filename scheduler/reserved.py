@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from marketplace import prepared
-from marketplace.models import Placement
+from marketplace.models import Contract, Kind, Placement
 from scheduler import fleet as cells
-from scheduler.core.types import I64, MAX_GPUS, Policy
+from scheduler.core.types import I32, I64, MAX_GPUS, Policy
 from scheduler.standing import LAG_S
 
 CLAIM_AHEAD: Final = timedelta(seconds=Policy().unknown_s)
@@ -113,6 +113,20 @@ class Parts:
         """(host id, GPU) -> the row, where they stand behind `first` rows of hosts."""
         found = enumerate(zip(self.host_ids, self.gpus, strict=True), first)
         return {(pk, gpu): i for i, (pk, gpus) in found for gpu in gpus}
+
+    def gpu_most_w(self, hosts: cells.Hosts) -> I32:
+        """Per row: W that one of its GPUs may draw. On a host held lower for a call that is less for whom no call takes work: his hour
+        has come, and he runs as low as those beside him. Whoever gives way to calls waits for full power.
+        """
+        full, most = hosts["gpu_max_w"][self.rows], hosts["gpu_most_w"][self.rows]
+        if (full == most).all():
+            return full
+        firm = set(
+            Contract.objects.filter(pk__in=self.contracts, kind=Kind.RESERVED, emergency_notice_s=None).values_list(
+                "pk", flat=True
+            )
+        )
+        return np.where([contract in firm for contract in self.contracts], most, full).astype(np.int32)
 
     def owed(self, hosts: cells.Hosts) -> dict[str, I64]:
         """Per row: CPU, RAM and NVMe that are owed and still free. Their sum is never more than the host has free."""

@@ -158,6 +158,7 @@ def _fleet(
         rows, mine, owed = reserved.rows, reserved.mine, reserved.owed(hosts)
         extra = {name: column[rows] for name, column in columns.items()}
         extra["pool"] = -np.array(reserved.contracts, np.int64)
+        extra["gpu_max_w"] = reserved.gpu_most_w(hosts)
         extra |= {name: np.zeros_like(extra[name]) for name in claims}
         for name in ("gpu_free", "vram_free"):
             extra[name] = np.where(mine, extra[name], 0).astype(np.int32)

@@ -41,7 +41,8 @@ class NodeBudget:
 _SHORT = """
 WITH short AS (
   SELECT h.site_id, h.power_node_id AS node, greatest(0, h.base_w + CASE WHEN h.cap_control
-    THEN u.active * h.gpu_max_w + (h.gpu_count - u.active) * h.gpu_min_w ELSE h.gpu_count * h.gpu_max_w END - h.reserved_w) AS watts
+    THEN u.active * least(h.gpu_max_w, h.call_gpu_w) + (h.gpu_count - u.active) * h.gpu_min_w
+    ELSE h.gpu_count * h.gpu_max_w END - h.reserved_w) AS watts
   FROM (
     SELECT g.host_id, bit_count(bit_or((SELECT coalesce(bit_or(1::bigint << i), 0) FROM unnest(p.gpu_indices) i))::bit(64)) AS active
     FROM marketplace_powergrant g JOIN marketplace_placement p ON p.id = g.placement_id

@@ -19,6 +19,8 @@ from marketplace.models import (
     Host,
     JobEvent,
     Placement,
+    Reservation,
+    ReservationBlock,
 )
 from marketplace.services import ai_revenue, curtailment_notices, curtailments, power
 from scheduler import cycle, site_loop
@@ -185,6 +187,44 @@ def test_a_lower_call_begins_anew_without_a_gap_and_full_limits_end_it(yard):
     assert not HeldLower.objects.filter(host=host, ends_at=None).exists()
     said = JobEvent.objects.filter(job=second, reason__contains=lower.public_id).order_by("-id").first()
     assert said.reason == f"curtailment {lower.public_id}: GPUs of {host.name} may draw 700 W each again"
+
+
+def test_a_claim_to_gpus_held_lower_is_counted_at_what_they_may_draw(yard):
+    """Four GPUs leave, four come: the watts of those who left are enough for whoever has reserved them. At full power they would not
+    be, and who gives way to calls waits for that.
+    """
+    running(yard, yard.submit())
+    first, second = yard.submit(gpus=4), yard.submit(gpus=4)
+    running(yard, first, second)
+    call(yard, 20_000)
+    yard.until(lambda: HeldLower.objects.count() >= 2, seconds=200)
+    yard.turn(4)
+    host = Placement.objects.get(job=second).host
+    level = host.call_gpu_w
+    assert 200 < level < 500
+    yard.end(first)
+    yard.turn(4)
+    loose = yard.submit(gpus=4)
+    yard.turn(4)
+    assert yard.state(loose) == "queued"
+    free = sorted(set(range(8)) - set(Placement.objects.get(job=second).gpu_indices))
+    owner = yard.book("reserved", starts_at=yard.now, ends_at=yard.now + timedelta(hours=2))
+    held = Reservation.objects.create(
+        listing=owner.listing,
+        contract=owner,
+        starts_at=yard.now,
+        ends_at=owner.ends_at,
+        claims_at=yard.now,
+        state="firm",
+    )
+    ReservationBlock.objects.create(reservation=held, host=host, gpu_indices=free)
+    late = yard.submit(gpus=4, contract=owner)
+    running(yard, late)
+    assert Placement.objects.get(job=late).host == host
+    host.refresh_from_db()
+    assert (host.call_gpu_w, host.desired_limits_w) == (level, [level] * 8)
+    assert host.reserved_w == host.base_w + 8 * level
+    assert HeldLower.objects.filter(host=host, ends_at=None).count() == 1
 
 
 def test_a_contract_that_a_call_made_free_is_not_credited_besides(yard):

@@ -91,6 +91,7 @@ def test_the_next_rung_only_after_the_meter_had_time():
     miners, memory = fleet(m1=("a", 3000), m2=("a", 3000)), Memory()
     assert look({"a": 21_000}, miners, memory=memory).shed
     assert not look({"a": 21_000}, miners, memory=memory, now=104.0, at=104.0).shed
+    assert not look({"a": 21_000}, miners, memory=memory, now=109.0, at=107.0).shed, "a reading of before its time"
     assert look({"a": 21_000}, miners, memory=memory, now=109.0, at=109.0).shed
 
 

@@ -79,7 +79,9 @@ def play(yard):
     for job in jobs:
         yard.end(job)
     yard.until(lambda: not Miner.objects.filter(desired_mode=0).exists() and not yard.fleet.asleep.any(), seconds=2400)
-    assert yard.cuts or (yard.at, yard.kind) == (None, None), "it was never cut off"
+    # In an order of its own a run may do less than the one whose moments were counted.
+    never = (yard.at, yard.kind) == (None, None) or (yard.kind is None and len(yard.steps) <= yard.at)
+    assert yard.cuts or never, "it did that much, and was never cut off"
 
 
 def moments():

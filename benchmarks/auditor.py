@@ -157,6 +157,8 @@ class Auditor:
 def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor, now: datetime) -> list[str]:
     """No GPU is promised twice for one moment, and nobody else comes onto one that is closed for its claim.
 
+    A promise is what is still to come: where others stand in, a row says its present GPUs of its past, too.
+
     Who came first: a placement is made, and a reservation becomes firm, under the cell's lock, so the order of their
     transactions' numbers is that of the facts. Whoever is no spot and came when the claim had begun is wrong in either order:
     GPUs on which he stood already would not have been promised for then. Announced work on a host takes what stands there into
@@ -187,7 +189,7 @@ def _reservations(live: list[Row], contracts: dict[int, Row], memory: Auditor, n
             found += [
                 f"GPU {b['host_id']}/{i} is promised to contracts {o['contract_id']} and {b['contract_id']}"
                 for o in holders[b["host_id"], i]
-                if o["claims_at"] < b["ends_at"] and b["claims_at"] < o["ends_at"] and not (o["works"] or b["works"])
+                if max(o["claims_at"], b["claims_at"], now) < min(o["ends_at"], b["ends_at"]) and not (o["works"] or b["works"])
             ]  # fmt: skip
             holders[b["host_id"], i].append(b)
     for p in live:

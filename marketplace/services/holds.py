@@ -6,7 +6,7 @@ that has begun overlaps now, and an interval graph is coloured greedily from the
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -117,6 +117,22 @@ def grow(reservation: Reservation, hold: Iterable[tuple[int, int]], *, now: date
         block.refresh_from_db()
         block.gpu_indices = sorted({*block.gpu_indices, *indices})
         block.save(update_fields=["gpu_indices"])
+
+
+def record(reservation: Reservation, gpus: Mapping[int, Sequence[int]], *, until: datetime) -> None:
+    """These GPUs (host id -> indices) were the reservation's until then, and others are from now on: on record, promised to nobody.
+    What runs there came by right.
+    """
+    if not gpus or until <= reservation.starts_at:
+        return
+    made = Reservation.objects.create(
+        listing_id=reservation.listing_id, contract_id=reservation.contract_id, maintenance_id=reservation.maintenance_id, piece=True,
+        starts_at=reservation.starts_at, claims_at=reservation.claims_at, ends_at=until, state=Reservation.State.RELEASED,
+    )  # fmt: skip
+    ReservationBlock.objects.bulk_create(
+        ReservationBlock(reservation=made, host_id=host, gpu_indices=sorted(indices))
+        for host, indices in sorted(gpus.items())
+    )
 
 
 def neighbours(reservation: Reservation, level: str) -> Collection[int] | None:

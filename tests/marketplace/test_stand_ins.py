@@ -48,6 +48,9 @@ def test_a_window_that_has_begun_moves_off_a_sick_host_and_loses_no_second_unpai
     assert now.gpu_indices == list(range(8))
     assert missed(contract) == [(8, LATER, LATER + 7 * SECOND)]
     assert told(contract) == ["8 other GPUs stand in for its own (a GPU is sick); what was missing is not charged"]
+    (before,) = contract.reservations.filter(state="released")  # who stands there came by right
+    assert (before.starts_at, before.ends_at) == (contract.starts_at, LATER + 7 * SECOND)
+    assert [(b.host_id, b.gpu_indices) for b in before.blocks.all()] == [(was.host_id, was.gpu_indices)]
     f.member(contract.organization, "engineer", f.user("eng@customer.example"))
     (letter,) = letters()
     assert letter.subject == f"{contract.public_id}: other GPUs stand in"
@@ -91,7 +94,7 @@ def test_as_many_as_there_are_stand_in_but_what_must_stand_in_one_host_is_not_to
     at = Host.objects.get(pk=whole[0])
     sicken(yard, at, LATER)
     contracts.clock(LATER)
-    held = ReservationBlock.objects.filter(reservation__contract=loose)
+    held = ReservationBlock.objects.filter(reservation__contract=loose, reservation__state="firm")
     assert sum(len(b.gpu_indices) for b in held) == 8
     gone = held.filter(host=at).first()
     short = len(gone.gpu_indices) if gone else 0

@@ -171,7 +171,7 @@ def _stand_in(row: Reservation, level: str, done: Mended, now: datetime) -> None
         return
     try:
         with transaction.atomic():
-            _trim(gone, gpus)
+            holds.record(row, _trim(gone, gpus), until=now)
             holds.grow(row, [(int(str(host)), count) for host, count in found.hold], now=now)
     except MarketError as error:
         if error.code != "no_capacity":  # its devices cannot be numbered so: then it waits
@@ -202,17 +202,21 @@ def _room(row: Reservation, gpus: int, level: str, among: Collection[int], now: 
     )  # fmt: skip
 
 
-def _trim(blocks: Iterable[ReservationBlock], gpus: int) -> None:
-    """Take so many GPUs from the blocks, the sick ones first."""
+def _trim(blocks: Iterable[ReservationBlock], gpus: int) -> dict[int, list[int]]:
+    """Take so many GPUs from the blocks, the sick ones first; returns them, by host."""
+    found: dict[int, list[int]] = {}
     for block in blocks:
         sick = set(Gpu.objects.filter(host=block.host_id, healthy=False).values_list("index", flat=True))
         order = sorted(block.gpu_indices, key=lambda index: (index not in sick, index))
         taken, gpus = order[:gpus], max(0, gpus - len(order))
+        if taken:
+            found[block.host_id] = taken
         block.gpu_indices = sorted(set(order) - set(taken))
         if block.gpu_indices:
             block.save(update_fields=["gpu_indices"])
         else:
             block.delete()
+    return found
 
 
 # --- what its people are told

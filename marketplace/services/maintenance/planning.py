@@ -169,7 +169,7 @@ def held_there(row: Maintenance, start: datetime, end: datetime) -> list[Reserva
     rows = Reservation.objects.filter(
         Q(contract__isnull=False) | Q(resale__state=Resale.State.OPEN), state=Reservation.State.FIRM,
         starts_at__lt=end, ends_at__gt=start, blocks__host__maintenance_rows__maintenance=row,
-    ).distinct().select_related("contract__quote", "resale__contract__quote", "listing__site")  # fmt: skip
+    ).distinct().select_related("contract__quote", "resale__contract__quote", "listing__site").prefetch_related("blocks")  # fmt: skip
     return sorted(rows, key=lambda r: (LEVELS.index(_level(r)), -_contract(r).gpu_count, r.starts_at, r.pk))
 
 
@@ -268,11 +268,11 @@ def impact(row: Maintenance, *, now: datetime) -> Impact:
     """Whom it touches, with its claim and stand-ins as they are written down."""
     start, end = max(row.away_at, now), row.ends_at
     gpus: Counter[int] = Counter()
-    mine = list(row.hosts.values_list("host_id", flat=True))
+    mine = set(row.hosts.values_list("host_id", flat=True))
     offered: list[Piece] = []
     for held in held_there(row, start, end):
         of = _contract(held).pk
-        here = sum(len(block.gpu_indices) for block in held.blocks.filter(host__in=mine))
+        here = sum(len(block.gpu_indices) for block in held.blocks.all() if block.host_id in mine)
         gpus[of] += here
         if held.contract_id is None:
             offered.append(Piece(of, row.pk, here, max(start, held.starts_at), min(end, held.ends_at)))
